@@ -1,0 +1,140 @@
+"""What the model is fed: four tensors, and the layout of documents derived from them once.
+
+A `Batch` is all a model sees of the data. A `Layout` says where documents lie and is what attention
+kernels, dropout and position-dependent adapters read. Stages enter `layout_scope` around the model's
+forward, so that no model has to pass it on. Who packs rows is `data/`; who attends is `models/attention`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORE = -100  # a label that is not supervised
+PADDING = -1  # the document id of padding: one more document, seen by nobody else
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of packed documents.
+
+    `input_ids` [B, S]; `labels` [B, S], already shifted (labels[i] is the token after input_ids[i]),
+    `IGNORE` where not supervised and always on a document's last token; `position_ids` [B, S] (or
+    [B, 2, S] for families with two axes), restarting in each document; `document_ids` [B, S], 0, 1, ...
+    along a row and `PADDING` behind the last document. `rows` are the serial numbers of the rows in
+    the order of the whole run: they name the rows in reports and seed per-row randomness.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    position_ids: Tensor
+    document_ids: Tensor
+    rows: tuple[int, ...] = ()
+
+    @property
+    def num_supervised(self) -> int:
+        """Tokens whose loss counts."""
+        return int((self.labels != IGNORE).sum())
+
+    @property
+    def num_real_tokens(self) -> int:
+        """Non-padding tokens, prompt and answer (rule 8 of the contract)."""
+        return int((self.document_ids != PADDING).sum())
+
+    def to(self, device: torch.device | str) -> Batch:
+        move = {n: getattr(self, n).to(device, non_blocking=True) for n in TENSORS}
+        return replace(self, **move)
+
+
+TENSORS = ("input_ids", "labels", "position_ids", "document_ids")
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One document inside a batch: tokens `start` to `stop` (exclusive) of row `row`."""
+
+    row: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the documents of one batch lie. Derived facts are computed on first use and kept."""
+
+    document_ids: Tensor  # [B, S]
+    position_ids: Tensor  # [B, S]
+    rows: tuple[int, ...] = ()
+    cache: dict[str, Any] = field(default_factory=dict)  # a kernel's own per-batch artefacts
+
+    @classmethod
+    def of(cls, batch: Batch) -> Layout:
+        return cls(batch.document_ids, batch.position_ids, batch.rows)
+
+    @cached_property
+    def borders(self) -> Tensor:
+        """[B, S] bool: True on the first token of each run of equal document ids."""
+        ids = self.document_ids
+        first = torch.ones_like(ids[:, :1], dtype=torch.bool)
+        return torch.cat([first, ids[:, 1:] != ids[:, :-1]], dim=1)
+
+    @cached_property
+    def segments(self) -> tuple[Segment, ...]:
+        """All real documents in row order; padding is left out."""
+        ids = self.document_ids.cpu()
+        width = ids.shape[1]
+        rows, starts = self.borders.cpu().nonzero(as_tuple=True)
+        out = []
+        pairs = list(zip(rows.tolist(), starts.tolist(), strict=True))
+        for i, (row, start) in enumerate(pairs):
+            last = i + 1 == len(pairs) or pairs[i + 1][0] != row
+            stop = width if last else pairs[i + 1][1]
+            if int(ids[row, start]) != PADDING:
+                out.append(Segment(row, start, stop))
+        return tuple(out)
+
+    @cached_property
+    def cumulative_lengths(self) -> tuple[Tensor, int]:
+        """Borders in the flattened [B*S] tokens, [n+1] int32 with padding as a document, and the longest."""
+        flat = self.borders.flatten().nonzero().flatten()
+        total = torch.tensor([self.document_ids.numel()], device=flat.device)
+        bounds = torch.cat([flat, total]).to(torch.int32)
+        return bounds, int(bounds.diff().max())
+
+    @cached_property
+    def flashmask_bounds(self) -> Tensor:
+        """[B, S] int32: the first query row that may no longer see this key column (exclusive end of its
+        document); 0 on padding columns. Query i sees key j iff j <= i < bounds[j]."""
+        ids = self.document_ids
+        width = ids.shape[1]
+        index = torch.arange(width, device=ids.device).expand_as(ids)
+        starts = torch.where(self.borders, index, width)
+        # the end of column j's document is the next border after j
+        after = torch.cat([starts[:, 1:], torch.full_like(starts[:, :1], width)], dim=1)
+        ends = after.flip(1).cummin(1).values.flip(1)
+        return torch.where(ids == PADDING, 0, ends).to(torch.int32)
+
+
+_current: ContextVar[Layout | None] = ContextVar("luthier_layout", default=None)
+
+
+def current_layout() -> Layout | None:
+    """The layout of the forward that is running, or None outside a stage."""
+    return _current.get()
+
+
+@contextmanager
+def layout_scope(layout: Layout | None) -> Iterator[None]:
+    """Make `layout` the current one. A recomputed forward must enter the scope of its first run again."""
+    token = _current.set(layout)
+    try:
+        yield
+    finally:
+        _current.reset(token)

@@ -1,0 +1,426 @@
+"""The configuration: a tree of frozen pydantic models, the single list of what a user may ask for.
+
+Each key is documented here (the reference page and the JSON schema are made from it). This file holds
+names, types, defaults and the checks that need nothing but the config itself; `configfile.py` reads
+files and overrides. It imports neither torch nor transformers, so that `luthier show` is instant.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Every = Annotated[int, Field(ge=1)] | Literal["epoch", "end", "never"]
+Positive = Annotated[int, Field(ge=1)]
+
+DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
+MINIMISED = {"loss", "perplexity"}  # metrics of which the smallest is best
+METRICS = ("loss", "perplexity", "accuracy", "bleu4", "rouge1", "rouge2", "rougel")
+GENERATED = {"bleu4", "rouge1", "rouge2", "rougel"}  # metrics that need evaluate.generate
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    path: str = Field(description="Model to start from: a Hugging Face folder, or a hub name.")
+    dtype: Dtype = Field(
+        "auto",
+        description="Type of the weights and of computation. `auto` is the checkpoint's, or bfloat16 "
+        "where the device computes fast in it. Short forms (bf16, fp16, fp32) are accepted.",
+    )
+    master_dtype: Literal["float32", "none"] = Field(
+        "float32",
+        description="Keep a float32 copy of half-precision weights that are trained, or not.",
+    )
+    attention: Literal["auto", "math", "sdpa", "flex", "varlen", "flash"] = Field(
+        "auto",
+        description="Attention kernel. `auto`: `sdpa` per document on CPU, `flex` on GPU. `varlen` and "
+        "`flash` need a GPU, `flash` also the package flash-attn.",
+    )
+    device: str = Field(
+        "auto", description="`auto` (GPU if there is one), `cpu`, `cuda`, `cuda:1`, ..."
+    )
+    num_layers: Positive | None = Field(
+        None, description="Build only the first n layers of the checkpoint. Default: all."
+    )
+    init: Literal["pretrained", "random"] = Field(
+        "pretrained", description="Read the weights, or start from random ones of the same shape."
+    )
+    trust_remote_code: bool = Field(
+        False, description="Run Python code that comes with the model. Only for authors you trust."
+    )
+
+    @field_validator("dtype", mode="before")
+    @classmethod
+    def _short_dtype(cls, value: Any) -> Any:
+        return DTYPE_NAMES.get(value, value) if isinstance(value, str) else value
+
+
+class DataPart(Section):
+    path: str = Field(description="Folder, file or hub name.")
+    weight: float = Field(1.0, gt=0, description="Relative share of rows drawn from this part.")
+    format: Literal["auto", "src_tgt", "alpaca", "messages", "sharegpt", "text"] = Field(
+        "auto", description="Row format of this part."
+    )
+
+
+class DataConfig(Section):
+    path: str | tuple[DataPart, ...] = Field(
+        description="Training data: a folder with train.json or train/*.json (and dev.json or dev/*.json), "
+        "a file (.json, .jsonl, .parquet, .arrow), a hub name, or a list of {path, weight}."
+    )
+    validation_path: str | None = Field(
+        None,
+        description="Evaluation data. Default: the dev, validation or test part beside `path`.",
+    )
+    format: Literal["auto", "src_tgt", "alpaca", "messages", "sharegpt", "text"] = Field(
+        "auto",
+        description="Row format. `auto` recognises it by its field names and says which it took.",
+    )
+    columns: dict[str, str] = Field(
+        default_factory=dict,
+        description="Field names of the format -> field names in the file, e.g. {src: content, tgt: summary}.",
+    )
+    template: str = Field(
+        "auto",
+        description="Chat template: `auto` (the tokenizer's, else none), `none`, or a file: Jinja, or "
+        "PaddleNLP's chat_template.json.",
+    )
+    length: Annotated[int, Field(ge=2)] = Field(
+        2048, description="Longest row in tokens, prompt and answer; also the size of a packed row."
+    )
+    source_length: Positive | None = Field(
+        None,
+        description="Longest prompt in tokens; what is cut is its oldest text. Default: no limit of its own.",
+    )
+    overlong: Literal["cut", "drop", "split", "refuse"] = Field(
+        "cut", description="What happens to examples longer than `length`."
+    )
+    packing: Literal["none", "sequential", "greedy", "best"] = Field(
+        "best",
+        description="How examples share rows: `none`, in order, PaddleNLP's greedy, or best fit (least padding).",
+    )
+    lazy: bool = Field(
+        False,
+        description="Read and tokenise while training, without holding the data in memory; needs train.steps or train.tokens.",
+    )
+    workers: Annotated[int, Field(ge=0, le=256)] = Field(
+        2,
+        description="Processes that tokenise. The result does not depend on it; 0 = in the main process.",
+    )
+    validation_share: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0,
+        description="Share of the training rows held out for evaluation when there is no dev file.",
+    )
+
+
+class AdapterConfig(Section):
+    method: Literal["none", "lora"] = Field(
+        "none", description="Adapter to train; `none` trains all weights."
+    )
+    path: str | None = Field(
+        None, description="PEFT adapter folder to continue from, evaluate or predict with."
+    )
+    rank: int = Field(8, ge=1, description="Rank of the update.")
+    alpha: float | None = Field(
+        None,
+        gt=0,
+        description="Scale: the update is multiplied by alpha / rank. Default: 2 x rank.",
+    )
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="Dropout before the update."
+    )
+    targets: str | tuple[str, ...] = Field(
+        "all-linear",
+        description="Layers to adapt: `all-linear` (all but the head), a name or regular expression, or a list of them.",
+    )
+
+    @property
+    def scale_alpha(self) -> float:
+        """`alpha`, or its default of twice the rank."""
+        return 2.0 * self.rank if self.alpha is None else self.alpha
+
+
+SCHEDULES = Literal[
+    "linear",
+    "cosine",
+    "cosine_restarts",
+    "constant",
+    "polynomial",
+    "cooldown",
+    "wsd",
+    "anneal",
+    "anneal_restarts",
+]
+# which of the optional schedule keys each schedule reads; a key that would do nothing is refused
+SCHEDULE_KEYS: dict[str, frozenset[str]] = {
+    "linear": frozenset({"warmup_start", "lr_end", "decay_steps"}),
+    "cosine": frozenset({"warmup_start", "lr_end", "decay_steps", "cycles"}),
+    "cosine_restarts": frozenset({"warmup_start", "lr_end", "decay_steps", "cycles"}),
+    "constant": frozenset({"warmup_start"}),
+    "polynomial": frozenset({"warmup_start", "lr_end", "decay_steps", "power"}),
+    "cooldown": frozenset(
+        {"warmup_start", "lr_end", "decay_steps", "cycles", "keep_steps", "final_steps", "lr_final"}
+    ),
+    "wsd": frozenset({"warmup_start", "lr_end", "decay_start"}),
+    "anneal": frozenset({"lr_end", "period"}),
+    "anneal_restarts": frozenset({"lr_end", "period", "period_factor"}),
+}
+
+
+class OptimConfig(Section):
+    name: Literal["adamw", "adamw_mini", "sgd", "adafactor"] = Field(
+        "adamw", description="Optimiser."
+    )
+    lr: float | None = Field(
+        None,
+        gt=0,
+        le=100,
+        description="Peak learning rate. Default: 5e-5 for full fine-tuning, 3e-4 for adapters.",
+    )
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
+        (0.9, 0.999),
+        description="Decay of the first and second moment (sgd: the first is the momentum).",
+    )
+    eps: float = Field(1e-8, gt=0, description="Term added to the denominator.")
+    weight_decay: float = Field(
+        0.0, ge=0, description="Decoupled weight decay; never on biases and norms."
+    )
+    clip: float = Field(1.0, ge=0, description="Largest norm of the whole gradient; 0 = off.")
+    schedule: SCHEDULES = Field(
+        "linear", description="Course of the learning rate after the warm-up."
+    )
+    warmup: float = Field(
+        0, ge=0, description="Warm-up: an integer = steps, below 1 = share of all steps."
+    )
+    warmup_start: float = Field(
+        0.0, ge=0, description="Learning rate at the first step of the warm-up."
+    )
+    lr_end: float | None = Field(
+        None, ge=0, description="Learning rate at the end. Default: 0 (polynomial and wsd: 1e-7)."
+    )
+    decay_steps: Positive | None = Field(
+        None, description="Steps over which the rate falls. Default: all."
+    )
+    decay_start: float | None = Field(
+        None, gt=0, description="wsd: where the decay begins; an integer = step, below 1 = share."
+    )
+    cycles: float | None = Field(
+        None, gt=0, description="Cosine waves. Default: 0.5 (cosine_restarts: 1)."
+    )
+    power: float = Field(1.0, gt=0, description="polynomial: exponent.")
+    keep_steps: Annotated[int, Field(ge=0)] = Field(
+        0, description="cooldown: steps at the peak rate."
+    )
+    final_steps: Annotated[int, Field(ge=0)] = Field(
+        0, description="cooldown: steps at lr_end before lr_final."
+    )
+    lr_final: float | None = Field(
+        None, ge=0, description="cooldown: rate after final_steps. Default: lr_end."
+    )
+    period: Positive | None = Field(
+        None, description="anneal, anneal_restarts: steps of the first period."
+    )
+    period_factor: Positive = Field(
+        1, description="anneal_restarts: each period is this much longer."
+    )
+
+    @model_validator(mode="after")
+    def _schedule_keys(self) -> OptimConfig:
+        allowed = SCHEDULE_KEYS[self.schedule]
+        for key in sorted(
+            frozenset.union(*SCHEDULE_KEYS.values()) & self.model_fields_set - allowed
+        ):
+            if getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"optim.{key} has no meaning for optim.schedule={self.schedule}")
+        if self.warmup and self.schedule in ("anneal", "anneal_restarts"):
+            raise ValueError(f"optim.warmup has no meaning for optim.schedule={self.schedule}")
+        if self.warmup > 1 and self.warmup != int(self.warmup):
+            raise ValueError(
+                f"optim.warmup={self.warmup}: give a whole number of steps, or a share below 1"
+            )
+        if self.schedule == "wsd" and self.decay_start is None:
+            raise ValueError(
+                "optim.schedule=wsd needs optim.decay_start (a step, or a share below 1)"
+            )
+        if self.schedule.startswith("anneal") and self.period is None:
+            raise ValueError(f"optim.schedule={self.schedule} needs optim.period (steps)")
+        if self.lr is not None and self.lr_end is not None and self.lr_end > self.lr:
+            raise ValueError(f"optim.lr_end={self.lr_end} is above optim.lr={self.lr}")
+        return self
+
+
+class TrainConfig(Section):
+    mode: Literal["sft"] = Field(
+        "sft", description="Supervised fine-tuning on prompts with answers, or text."
+    )
+    steps: Positive | None = Field(
+        None, description="Optimiser steps; wins over tokens and epochs."
+    )
+    epochs: Annotated[float, Field(gt=0)] = Field(3, description="Passes over the data.")
+    tokens: Positive | None = Field(
+        None, description="Stop after this many real tokens; wins over epochs."
+    )
+    batch: Positive = Field(
+        8, description="Rows per optimiser step over all devices; it alone decides the result."
+    )
+    micro_batch: Positive | None = Field(
+        None, description="Rows per device and forward. Default: the whole batch on one device."
+    )
+    accumulation: Positive | None = Field(
+        None,
+        description="Given instead of `batch`: batch = micro_batch x accumulation x data ranks.",
+    )
+    recompute: Literal["none", "layer", "selective"] = Field(
+        "none",
+        description="Trade time for memory: keep only each layer's input (`layer`), or also the results of "
+        "its matrix products (`selective`).",
+    )
+    compile: bool = Field(False, description="Compile the layers with torch.compile.")
+    seed: Annotated[int, Field(ge=0)] = Field(
+        42, description="Order of rows, dropout, initial values."
+    )
+
+    @model_validator(mode="after")
+    def _batch(self) -> TrainConfig:
+        if self.accumulation is not None:
+            if "batch" in self.model_fields_set:
+                raise ValueError(
+                    "train.batch and train.accumulation were both given: batch = micro_batch x accumulation; give one"
+                )
+            if self.micro_batch is None:
+                raise ValueError("train.accumulation needs train.micro_batch")
+        elif self.micro_batch is not None and self.batch % self.micro_batch:
+            raise ValueError(
+                f"train.batch={self.batch} is no multiple of train.micro_batch={self.micro_batch}; "
+                f"{_nearest_divisor(self.batch, self.micro_batch)} would divide it"
+            )
+        return self
+
+
+def _nearest_divisor(n: int, near: int) -> int:
+    return min((d for d in range(1, n + 1) if n % d == 0), key=lambda d: abs(d - near))
+
+
+class EvaluateConfig(Section):
+    every: Every = Field(
+        "epoch", description="Evaluate every n steps, each `epoch`, at the `end`, or `never`."
+    )
+    generate: bool = Field(
+        False, description="Also generate answers and score them with BLEU-4 and ROUGE."
+    )
+    rows: Positive | None = Field(
+        None, description="Use only the first n evaluation rows. Default: all."
+    )
+    micro_batch: Positive | None = Field(
+        None, description="Rows per forward. Default: train.micro_batch."
+    )
+    max_new_tokens: Positive = Field(256, description="Longest generated answer.")
+    top_k: Annotated[int, Field(ge=0)] = Field(
+        1, description="Sample among the k likeliest tokens; 1 = greedy, 0 = all."
+    )
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="Sample among the tokens that hold this probability mass."
+    )
+    temperature: Annotated[float, Field(ge=0)] = Field(
+        1.0, description="Softens (> 1) or sharpens (< 1) the distribution; 0 = greedy."
+    )
+    save: bool = Field(
+        False, description="Write generated_output.json at each evaluation that generates."
+    )
+
+
+class PredictConfig(Section):
+    input: str | None = Field(
+        None,
+        description="File of rows to answer. Default: the test, dev or validation part of the data.",
+    )
+    output: str | None = Field(
+        None, description="File to write. Default: predictions.jsonl in `output`."
+    )
+
+
+class CheckpointConfig(Section):
+    every: Every = Field(
+        "epoch", description="Save every n steps, each `epoch`, at the `end`, or `never`."
+    )
+    keep: Positive = Field(2, description="Keep the newest n checkpoints, and the best.")
+    best: Literal[
+        "loss", "perplexity", "accuracy", "bleu4", "rouge1", "rouge2", "rougel", "none"
+    ] = Field(
+        "loss",
+        description="Metric of the best model, which becomes the final one; `none`: the last model is the final one.",
+    )
+    resume: str = Field(
+        "never",
+        description="`never`, `auto` (newest whole checkpoint in `output`, or a fresh start), or a checkpoint folder.",
+    )
+
+
+class LogConfig(Section):
+    every: Positive = Field(1, description="Log every n steps.")
+    sinks: tuple[Literal["tensorboard", "wandb", "mlflow", "swanlab", "trackio"], ...] = Field(
+        ("tensorboard",), description="Where metrics go besides the console and metrics.jsonl."
+    )
+    progress: Literal["auto", "rich", "plain", "none"] = Field(
+        "auto",
+        description="`rich` live progress, `plain` lines, or nothing. `auto`: rich on a terminal.",
+    )
+
+
+class RunConfig(Section):
+    """Everything one run is. Sections are documented in docs/reference/config.md."""
+
+    model: ModelConfig
+    data: DataConfig
+    adapter: AdapterConfig = AdapterConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    predict: PredictConfig = PredictConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+    output: str = Field(
+        description="Folder of the run; refused if it holds another run and resume is `never`."
+    )
+
+    @model_validator(mode="after")
+    def _across(self) -> RunConfig:
+        if self.checkpoint.best in GENERATED and not self.evaluate.generate:
+            raise ValueError(f"checkpoint.best={self.checkpoint.best} needs evaluate.generate=true")
+        if self.data.lazy and self.train.steps is None and self.train.tokens is None:
+            raise ValueError(
+                "data.lazy=true needs train.steps or train.tokens: the number of rows is not known beforehand"
+            )
+        if self.data.lazy and self.data.validation_share:
+            raise ValueError(
+                "data.validation_share cannot be taken from lazy data; give data.validation_path"
+            )
+        return self
+
+    @property
+    def lr(self) -> float:
+        """Peak learning rate with its default filled in."""
+        if self.optim.lr is not None:
+            return self.optim.lr
+        return 5e-5 if self.adapter.method == "none" else 3e-4
+
+    @property
+    def batch(self) -> int:
+        """Rows per optimiser step on one data rank's world; accumulation resolved."""
+        if self.train.accumulation is not None:
+            return self.train.accumulation * (self.train.micro_batch or 1)
+        return self.train.batch
+
+    @property
+    def micro_batch(self) -> int:
+        """Rows per forward in training."""
+        return self.train.micro_batch or self.batch
+
+    @property
+    def evaluate_micro_batch(self) -> int:
+        return self.evaluate.micro_batch or self.micro_batch

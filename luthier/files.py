@@ -1,0 +1,121 @@
+"""Writing so that a reader never sees half of anything.
+
+A folder is written under a temporary name, each file is flushed to disk, a manifest of sizes and
+hashes is written last, then the folder is renamed. A crash at any moment leaves either the old state
+or the new one; leftovers are recognised by their name and removed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from luthier.errors import Failed
+
+MANIFEST = "manifest.json"
+PARTIAL = ".partial-"  # prefix of a folder that is being written
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Flush a file or a folder entry to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically (temporary file, fsync, rename)."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically (temporary file, fsync, rename)."""
+    partial = path.with_name(f"{PARTIAL}{path.name}")
+    try:
+        with partial.open("w", encoding="utf-8") as handle:
+            handle.write(text)
+            handle.flush()
+            os.fsync(handle.fileno())
+        partial.replace(path)
+        sync(path.parent)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise _failed(path, error) from error
+
+
+@contextmanager
+def publish(folder: Path, *, manifest: bool = True) -> Iterator[Path]:
+    """Yield a temporary folder to fill; on success it becomes `folder`, replacing an older one.
+
+    On any error the temporary folder is removed and `folder` is as it was.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = folder.with_name(f"{PARTIAL}{folder.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir()
+        yield partial
+        files = sorted(p for p in partial.rglob("*") if p.is_file())
+        for path in files:
+            sync(path)
+        if manifest:
+            entries = {
+                str(p.relative_to(partial)): {"size": p.stat().st_size, "sha256": sha256(p)}
+                for p in files
+            }
+            write_json(partial / MANIFEST, {"format": 1, "files": entries})
+        for path in sorted(p for p in partial.rglob("*") if p.is_dir()):
+            sync(path)
+        sync(partial)
+        old = folder.with_name(f"{PARTIAL}old-{folder.name}")
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            folder.rename(old)
+        partial.rename(folder)
+        sync(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise _failed(folder, error) from error
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def damage(folder: Path, *, hashes: bool = True) -> str | None:
+    """Why `folder` is not whole by its manifest, or None when it is."""
+    path = folder / MANIFEST
+    try:
+        entries = json.loads(path.read_text("utf-8"))["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"no readable {MANIFEST} ({type(error).__name__})"
+    for name, entry in entries.items():
+        file = folder / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != entry["size"]:
+            return f"{name} has {file.stat().st_size} bytes, not {entry['size']}"
+        if hashes and sha256(file) != entry["sha256"]:
+            return f"{name} was altered (its SHA-256 differs)"
+    return None
+
+
+def _failed(path: Path, error: OSError) -> Failed:
+    return Failed(
+        f"writing {path}",
+        f"{error.strerror or error} ({type(error).__name__}); what was saved before is untouched",
+        "free space or give another output, then go on with checkpoint.resume=auto",
+    )
