@@ -36,6 +36,11 @@ class ModelConfig(Section):
         "float32",
         description="Keep a float32 copy of half-precision weights that are trained, or not.",
     )
+    autocast: Literal["none", "bfloat16", "float16"] = Field(
+        "none",
+        description="Compute matrix products in this type over weights kept in `dtype` (the suites' O1; "
+        "their O2 is half-precision `dtype` with a float32 master copy).",
+    )
     attention: Literal["auto", "math", "sdpa", "flex", "varlen", "flash"] = Field(
         "auto",
         description="Attention kernel. `auto`: `sdpa` per document on CPU, `flex` on GPU. `varlen` and "
@@ -54,7 +59,7 @@ class ModelConfig(Section):
         False, description="Run Python code that comes with the model. Only for authors you trust."
     )
 
-    @field_validator("dtype", mode="before")
+    @field_validator("dtype", "autocast", mode="before")
     @classmethod
     def _short_dtype(cls, value: Any) -> Any:
         return DTYPE_NAMES.get(value, value) if isinstance(value, str) else value
@@ -310,6 +315,7 @@ class EvaluateConfig(Section):
     every: Every = Field(
         "epoch", description="Evaluate every n steps, each `epoch`, at the `end`, or `never`."
     )
+    before: bool = Field(False, description="Also evaluate before the first step, to compare with.")
     generate: bool = Field(
         False, description="Also generate answers and score them with BLEU-4 and ROUGE."
     )

@@ -1,0 +1,287 @@
+"""The command line: words -> config -> one recipe. No work is done here.
+
+Heavy imports stand inside the commands, so that `luthier --help` and refusals of a bad config answer at
+once. Whatever follows FILE is an override: `section.key=value`, `--section.key value`, or a foreign
+file's own names. Errors are one paragraph on stderr; `--debug` shows the traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from luthier import __version__
+from luthier.errors import LuthierError, Refused, suggest
+
+USAGE = """\
+usage: luthier COMMAND ...
+
+  finetune FILE [FILE] [section.key=value ...]   train, evaluate, save; FILE: YAML, JSON, PaddleNLP arguments
+  evaluate FILE [...]                            loss, perplexity, accuracy (and BLEU/ROUGE) of the run's model
+  predict  FILE [...]                            answer rows: JSON lines in, JSON lines out
+  merge    BASE ADAPTER OUT                      fold an adapter into its base, checked before it is published
+  show     FILE [...]                            the resolved config and where each value comes from
+  preview  FILE [...] [--rows N]                 rows as coloured tokens: what is trained and what is not
+  verify   CHECK FILE [...]                      prove on your model and data: data, packing, loss
+  convert  SOURCE OUT                            GGUF file or training checkpoint -> Hugging Face / PEFT folder
+  example  [NAME]                                list ready configs, or print one
+  schema                                         JSON schema of the config, for editors
+  env                                            versions and devices
+  --version
+
+  --debug after any command shows the traceback of an error.
+"""
+
+Command = Callable[[list[str]], Any]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0 done, 2 refused, 1 failed, 130/143 stopped."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    try:
+        return _run(words)
+    except LuthierError as error:
+        if debug:
+            traceback.print_exc()
+        print(f"luthier: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("luthier: stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output went away, as `| head` does
+        sys.stderr.close()
+        return 0
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        kind = type(error).__name__
+        print(
+            f"luthier: an unexpected error: {kind}: {error}. What was saved before is intact. "
+            "Run again with --debug for the traceback.",
+            file=sys.stderr,
+        )
+        return 1
+
+
+def _run(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(USAGE, end="")
+        return 0
+    if words[0] in ("--version", "version"):
+        print(f"luthier {__version__}")
+        return 0
+    name, rest = words[0], words[1:]
+    if name not in COMMANDS:
+        raise Refused(
+            f"command '{name}'",
+            f"known: {', '.join(COMMANDS)}",
+            suggest(name, COMMANDS) or "see luthier --help",
+        )
+    if rest and rest[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0
+    COMMANDS[name](rest)
+    return 0
+
+
+def _split(name: str, words: list[str]) -> tuple[list[Path], list[str]]:
+    """The files that stand first, and the overrides behind them."""
+    files: list[Path] = []
+    while words and "=" not in words[0] and not words[0].startswith("--"):
+        files.append(Path(words[0]))
+        words = words[1:]
+    if not files:
+        raise Refused(
+            f"luthier {name}", "no FILE was given", f"luthier {name} run.yaml; see luthier example"
+        )
+    return files, words
+
+
+def _config(name: str, words: list[str]) -> Any:
+    from luthier.interop.read import read_config
+
+    files, overrides = _split(name, words)
+    return read_config(files, overrides)
+
+
+def _take_option(words: list[str], option: str, default: int) -> tuple[int, list[str]]:
+    """Take `--rows N` or `--rows=N` out of the words."""
+    for i, word in enumerate(words):
+        if word == option or word.startswith(f"{option}="):
+            inline = word != option
+            text = (
+                word.partition("=")[2] if inline else (words[i + 1] if i + 1 < len(words) else "")
+            )
+            if not text.isdigit() or int(text) < 1:
+                raise Refused(f"{option} {text}".strip(), "it is no positive number", f"{option} 3")
+            return int(text), words[:i] + words[i + (1 if inline else 2) :]
+    return default, words
+
+
+def finetune(words: list[str]) -> None:
+    resolved = _config("finetune", words)
+    from luthier import recipes
+
+    recipes.finetune(resolved)
+
+
+def evaluate(words: list[str]) -> None:
+    resolved = _config("evaluate", words)
+    from luthier import recipes
+
+    recipes.evaluate(resolved)
+
+
+def predict(words: list[str]) -> None:
+    resolved = _config("predict", words)
+    from luthier import recipes
+
+    recipes.predict(resolved)
+
+
+def show(words: list[str]) -> None:
+    from luthier.configfile import show as render
+
+    print(render(_config("show", words)), end="")
+
+
+def preview(words: list[str]) -> None:
+    rows, words = _take_option(words, "--rows", 3)
+    resolved = _config("preview", words)
+    from luthier import recipes
+
+    recipes.preview(resolved, rows=rows)
+
+
+def verify(words: list[str]) -> None:
+    from luthier.verify import CHECKS
+
+    if not words or words[0] not in CHECKS:
+        given = words[0] if words else "nothing"
+        raise Refused(
+            f"luthier verify {given}",
+            f"checks: {', '.join(CHECKS)}",
+            suggest(given, CHECKS) or "luthier verify data run.yaml",
+        )
+    resolved = _config(f"verify {words[0]}", words[1:])
+    CHECKS[words[0]](resolved)
+
+
+MERGE_ALIASES = {
+    "model_name_or_path": "base",
+    "lora_path": "adapter",
+    "output_path": "out",
+    "merge_model_path": "out",
+    "merge_lora_model_path": "out",
+}
+
+
+def merge(words: list[str]) -> None:
+    """`BASE ADAPTER OUT`, or the suites' option names."""
+    parser = argparse.ArgumentParser(prog="luthier merge", allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("paths", nargs="*")
+    for alias in MERGE_ALIASES:
+        parser.add_argument(f"--{alias}")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "gpu", "cuda", "auto"])
+    parser.add_argument("--safe_serialization", default="true")
+    parser.add_argument("--low_gpu_mem", default=None)
+    try:
+        args, unknown = parser.parse_known_args(words)
+    except argparse.ArgumentError as error:
+        raise Refused("luthier merge", str(error), "luthier merge BASE ADAPTER OUT") from error
+    if unknown:
+        raise Refused(
+            f"luthier merge {unknown[0]}",
+            "there is no such option",
+            "luthier merge BASE ADAPTER OUT [--device cpu|gpu|auto]",
+        )
+    if str(args.safe_serialization).lower() not in ("true", "1", "yes"):
+        raise Refused(
+            f"--safe_serialization {args.safe_serialization}",
+            "merged models are written as safetensors only",
+            "leave the option out",
+        )
+    found: dict[str, str] = dict(zip(("base", "adapter", "out"), args.paths, strict=False))
+    for alias, target in MERGE_ALIASES.items():
+        value = getattr(args, alias)
+        if value is not None:
+            if target in found and found[target] != value:
+                raise Refused(
+                    f"--{alias} {value}",
+                    f"{target} was given as {found[target]} too",
+                    "give it once",
+                )
+            found[target] = value
+    if len(args.paths) > 3 or not {"adapter", "out"} <= found.keys():
+        raise Refused(
+            "luthier merge " + " ".join(args.paths),
+            "it takes three folders",
+            "luthier merge BASE ADAPTER OUT",
+        )
+    from luthier import recipes
+
+    device = {"gpu": "cuda"}.get(args.device, args.device)
+    recipes.merge(found.get("base"), found["adapter"], found["out"], device=device)
+
+
+def convert(words: list[str]) -> None:
+    if len(words) != 2:
+        raise Refused(
+            "luthier convert", f"{len(words)} words were given", "luthier convert SOURCE OUT"
+        )
+    from luthier import recipes
+
+    recipes.convert(words[0], words[1])
+
+
+def example(words: list[str]) -> None:
+    from importlib.resources import files
+
+    folder = files("luthier") / "examples"
+    names = sorted(
+        f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml")
+    )
+    if not words:
+        for name in names:
+            first = (folder / f"{name}.yaml").read_text("utf-8").splitlines()[0]
+            print(f"{name:<16}{first.lstrip('# ')}")
+        print("\nluthier example NAME > run.yaml prints one.")
+        return
+    name = words[0].removesuffix(".yaml")
+    if name not in names:
+        raise Refused(f"example '{name}'", f"there are: {', '.join(names)}", suggest(name, names))
+    print((folder / f"{name}.yaml").read_text("utf-8"), end="")
+
+
+def schema(words: list[str]) -> None:
+    from luthier.configfile import json_schema
+
+    print(json.dumps(json_schema(), indent=2))
+
+
+def env(words: list[str]) -> None:
+    from luthier import recipes
+
+    recipes.env()
+
+
+COMMANDS: dict[str, Command] = {
+    "finetune": finetune,
+    "evaluate": evaluate,
+    "predict": predict,
+    "merge": merge,
+    "show": show,
+    "preview": preview,
+    "verify": verify,
+    "convert": convert,
+    "example": example,
+    "schema": schema,
+    "env": env,
+}

@@ -1,0 +1,1 @@
+"""Data: raw rows -> messages -> ids and labels -> packed rows -> batches."""

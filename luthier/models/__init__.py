@@ -1,0 +1,1 @@
+"""Models: loading, the attention seam, the stage a run trains, generation."""

@@ -1,0 +1,53 @@
+"""Facts that an architecture does not tell: what follows the head, and dropout outside of modules.
+
+Keyed by transformers' `model_type`. A family without a row has a plain head and its dropout in
+`nn.Dropout` modules; `stage.check_stage` compares any model with its own plain forward, so that a family
+that needs a row and has none is refused instead of computed wrongly.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# families that the conformance tests cover, for messages; others are tried and checked at start-up
+TESTED = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gpt2", "opt")
+
+
+@dataclass(frozen=True)
+class Family:
+    """`softcap`, `divide`, `multiply`: config keys of what happens to the logits, in this order of use:
+    logits * multiply / divide, then c * tanh(logits / c). `functional_dropout`: class of a layer ->
+    (its attribute with the rate, the sub-layers whose outputs it drops)."""
+
+    softcap: str | None = None
+    divide: str | None = None
+    multiply: str | None = None
+    functional_dropout: dict[str, tuple[str, tuple[str, ...]]] | None = None
+
+
+_SOFTCAP = Family(softcap="final_logit_softcapping")
+_GRANITE = Family(divide="logits_scaling")
+_COHERE = Family(multiply="logit_scale")
+_FAMILIES: dict[str, Family] = {
+    "gemma2": _SOFTCAP,
+    "gemma3_text": _SOFTCAP,
+    "vaultgemma": _SOFTCAP,
+    "nanochat": _SOFTCAP,
+    "granite": _GRANITE,
+    "granitemoe": _GRANITE,
+    "granitemoeshared": _GRANITE,
+    "cohere": _COHERE,
+    "cohere2": _COHERE,
+    "opt": Family(functional_dropout={"OPTDecoderLayer": ("dropout", ("self_attn", "fc2"))}),
+    "starcoder2": Family(
+        functional_dropout={
+            "Starcoder2Attention": ("residual_dropout", ("o_proj",)),
+            "Starcoder2MLP": ("residual_dropout", ("c_proj",)),
+        }
+    ),
+}
+
+
+def family_of(model_type: str) -> Family:
+    """The facts about a family; the plain ones when nothing is known."""
+    return _FAMILIES.get(model_type, Family())

@@ -1,0 +1,1 @@
+"""The place of this process among those of a run, and how work is cut between them."""

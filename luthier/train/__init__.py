@@ -1,0 +1,1 @@
+"""Training: the loop, the loss, optimisers, schedules, checkpoints, gates and metrics."""

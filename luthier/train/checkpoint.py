@@ -1,0 +1,281 @@
+"""Checkpoints of a run: `output/checkpoints/step-N/`, each whole or not there at all.
+
+A checkpoint holds the model as others read it (written by a function that is handed in), the tensors
+that continue training (`training_state.safetensors`) and all the rest (`training_state.json`). It is
+written by `files.publish`; a reader believes only a manifest whose sizes and hashes hold. What the state
+means is the trainer's affair; where a run may go on, and with which config, is decided here.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import luthier
+from luthier.errors import Failed, Refused
+from luthier.files import MANIFEST, PARTIAL, damage, publish, write_json
+
+FOLDER = "checkpoints"
+TENSORS = "training_state.safetensors"
+STATE = "training_state.json"
+FORMAT = 1
+# any of these means that a folder is somebody's run or model, not a place for a new run
+TRACES = (
+    "config.yaml",
+    "metrics.jsonl",
+    FOLDER,
+    "config.json",
+    "adapter_config.json",
+    "model.safetensors",
+)
+
+
+@dataclass(frozen=True)
+class Found:
+    """Where a run starts: a whole checkpoint, or None for a fresh start; and what the user should know."""
+
+    path: Path | None = None
+    remarks: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that was read: `tensors` by name on the CPU, `state` as it was handed to `save`."""
+
+    path: Path
+    step: int
+    tensors: dict[str, Tensor]
+    state: dict[str, Any]
+    identity: dict[str, Any]
+
+
+def step_of(path: Path) -> int | None:
+    """N of a folder named `step-N`, else None."""
+    match = re.fullmatch(r"step-(\d+)", path.name)
+    return int(match[1]) if match else None
+
+
+def steps_in(output: Path) -> list[tuple[int, Path]]:
+    """All checkpoint folders of a run by name, oldest first; whether they are whole is not asked."""
+    folder = output / FOLDER
+    found = [(step_of(p), p) for p in folder.iterdir() if p.is_dir()] if folder.is_dir() else []
+    return sorted((step, path) for step, path in found if step is not None)
+
+
+def find(output: Path, resume: str) -> Found:
+    """Where to start. `resume`: `never`, `auto` (newest whole checkpoint, or fresh), or a checkpoint folder.
+
+    Reads and hashes, writes nothing. Torn checkpoints are passed over by `auto` and named in the remarks.
+    Raises Refused: `never` into another run's or a model's folder; a path that is no whole checkpoint; a
+    path outside `output` while `output` has checkpoints of its own.
+    """
+    if output.exists() and not output.is_dir():
+        raise Refused(f"output={output}", "it is a file", "name a folder")
+    if resume == "never":
+        _refuse_traces(output)
+        return Found()
+    if resume != "auto":
+        return _named(output, Path(resume))
+    remarks = []
+    for _, path in reversed(steps_in(output)):
+        reason = damage(path)
+        if reason is None:
+            return Found(path, (*remarks, f"going on from {path}"))
+        remarks.append(f"{path} is not whole ({reason}): passed over")
+    return Found(None, (*remarks, f"no whole checkpoint in {output}: starting from the beginning"))
+
+
+def _refuse_traces(output: Path) -> None:
+    traces = [name for name in TRACES if (output / name).exists()]
+    if not traces:
+        return
+    run = any(name in traces for name in TRACES[:3])
+    raise Refused(
+        f"a new run in {output}",
+        f"it holds another {'run' if run else 'model'} ({', '.join(traces)})",
+        "name another output"
+        + (", or give checkpoint.resume=auto to go on with that run" if run else ""),
+    )
+
+
+def _named(output: Path, path: Path) -> Found:
+    asked = f"checkpoint.resume={path}"
+    if not path.is_dir():
+        raise Refused(
+            asked, "there is no such folder", "name a folder checkpoints/step-N, or `auto`"
+        )
+    if not (path / STATE).is_file():
+        inside = steps_in(path) or steps_in(path.parent)
+        do = f"name {inside[-1][1]}" if inside else "name a folder checkpoints/step-N"
+        raise Refused(asked, f"it is no checkpoint: {STATE} is missing", do)
+    reason = damage(path)
+    if reason is not None:
+        raise Refused(
+            asked,
+            f"the checkpoint is not whole: {reason}",
+            "name another one, or give checkpoint.resume=auto for the newest whole one",
+        )
+    own = steps_in(output)
+    if own and path.resolve().parent != (output / FOLDER).resolve():
+        raise Refused(
+            f"{asked} with output={output}",
+            f"that folder has checkpoints of another run ({own[-1][1].name})",
+            "name a new output, or one of its own checkpoints",
+        )
+    return Found(path, (f"going on from {path}",))
+
+
+def read(path: Path) -> Saved:
+    """Read a whole checkpoint. Raises Refused for a format of another version."""
+    asked = f"going on from {path}"
+    try:
+        record = json.loads((path / STATE).read_text("utf-8"))
+        if record["format"] != FORMAT:
+            raise Refused(
+                asked,
+                f"its format is {record['format']}, written by Luthier {record.get('luthier')}",
+                "use that version of Luthier",
+            )
+        tensors = load_file(path / TENSORS)
+        return Saved(path, record["step"], tensors, record["state"], record["identity"])
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise Refused(asked, f"it cannot be read ({error})", "name another checkpoint") from error
+
+
+def check_identity(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    """Refuse to go on with a config that would make another run of it (rule 2 of the contract).
+
+    Both map config keys to JSON values; whatever is in them may not differ. Raises Refused with the keys.
+    """
+    now = json.loads(json.dumps(dict(current)))  # tuples become lists, as in the file
+    missing = object()
+    changed = [
+        key
+        for key in [*saved, *(k for k in now if k not in saved)]
+        if saved.get(key, missing) != now.get(key, missing)
+    ]
+    if changed:
+        lines = [f"{k} was {_show(saved, k)}, now {_show(now, k)}" for k in changed]
+        raise Refused(
+            "going on with a changed config",
+            "; ".join(lines),
+            "take the old values back, or start a new run in another output",
+        )
+
+
+def _show(values: Mapping[str, Any], key: str) -> str:
+    return json.dumps(values[key], ensure_ascii=False) if key in values else "not there"
+
+
+class Checkpoints:
+    """The checkpoints of one run in `output`: writes them and keeps the newest `keep` and the best."""
+
+    def __init__(self, output: Path, *, keep: int, identity: Mapping[str, Any]) -> None:
+        """`identity`: what may not differ on resume (see `check_identity`). Writes nothing yet."""
+        self.output, self.keep, self.identity = output, keep, dict(identity)
+        self._written: set[int] = set()
+
+    def start(self, path: Path | None) -> Saved | None:
+        """Begin at checkpoint `path` (None: afresh): compare identities, remove leftovers of a crash.
+
+        Raises Refused before anything is removed.
+        """
+        saved = None if path is None else read(path)
+        if saved is not None:
+            check_identity(saved.identity, self.identity)
+        for folder in (self.output, self.output / FOLDER):
+            for leftover in folder.glob(f"{PARTIAL}*"):
+                if leftover.is_dir():
+                    shutil.rmtree(leftover)
+                else:
+                    leftover.unlink()
+        return saved
+
+    def path(self, step: int) -> Path:
+        return self.output / FOLDER / f"step-{step}"
+
+    def save(
+        self,
+        step: int,
+        write_model: Callable[[Path], object],
+        tensors: Mapping[str, Tensor],
+        state: Mapping[str, Any],
+        *,
+        best: int | None = None,
+    ) -> Path:
+        """Write `step-N`; when it is whole, remove what is no longer kept. `best`: step never removed.
+
+        `write_model(folder)` writes the model into the temporary folder. `state` must be JSON without
+        NaN. Raises Failed when writing fails (disk full, read-only) or a tensor holds NaN or infinity:
+        then the older checkpoints are as they were.
+        """
+        bad = non_finite(tensors)
+        if bad:
+            raise Failed(
+                f"saving step {step}",
+                f"NaN or infinity in {', '.join(bad)}",
+                f"nothing was written; go on from {self.newest_text()} with a lower optim.lr",
+            )
+        record = {
+            "format": FORMAT,
+            "luthier": luthier.__version__,
+            "torch": torch.__version__,
+            "step": step,
+            "identity": self.identity,
+            "state": dict(state),
+        }
+        folder = self.path(step)
+        with publish(folder) as partial:
+            try:
+                write_model(partial)
+                save_file(
+                    {n: t.detach().cpu().contiguous() for n, t in tensors.items()},
+                    partial / TENSORS,
+                )
+            except SafetensorError as error:  # how safetensors reports a full disk
+                raise OSError(str(error)) from error
+            write_json(partial / STATE, record)
+        self._written.add(step)
+        self._retain(step, best)
+        return folder
+
+    def _retain(self, step: int, best: int | None) -> None:
+        """Remove all but the newest `keep` and the best.
+
+        Newer steps that another process wrote, before this one went on from an older step, belong to a
+        course that was given up: they go too.
+        """
+        found = steps_in(self.output)
+        current = [(n, p) for n, p in found if n <= step]
+        stale = [(n, p) for n, p in found if n > step and n not in self._written]
+        for number, path in [*current[: -self.keep], *stale]:
+            if number != best:
+                # first the manifest: from then on a crash leaves what nobody takes for whole
+                (path / MANIFEST).unlink(missing_ok=True)
+                shutil.rmtree(path)
+
+    def newest_text(self) -> str:
+        """The newest checkpoint's path for a message, or `the beginning`."""
+        found = [path for _, path in steps_in(self.output) if (path / MANIFEST).is_file()]
+        return str(found[-1]) if found else "the beginning"
+
+
+def non_finite(tensors: Mapping[str, Tensor], most: int = 5) -> list[str]:
+    """Names of tensors that hold NaN or infinity, at most `most`."""
+    bad = []
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            bad.append(name)
+            if len(bad) == most:
+                break
+    return bad

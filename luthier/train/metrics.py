@@ -1,0 +1,214 @@
+"""What is measured in each step, and where it goes: metrics.jsonl, the sinks, the terminal.
+
+`metrics.jsonl` is the source of truth: one JSON object a line, `kind` (start, train, evaluate,
+checkpoint, remark, end), `step`, and the values; no NaN (null instead). On a resume it is cut back to the
+checkpoint's step, so that no step stands in it twice. Sinks live in `sinks.py`, the terminal's side in
+`progress.py`; when something is logged is the trainer's affair.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from luthier.errors import Failed
+from luthier.files import write_text
+from luthier.train.progress import open_progress
+from luthier.train.sinks import open_sinks
+
+FILE = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One optimiser step. `step` counts from 1. Times in seconds; `wait` is the part spent waiting for data."""
+
+    step: int
+    loss: float | None  # mean over the step's supervised tokens; None when it has none
+    lr: float
+    grad_norm: float | None  # before clipping; None when the step was skipped
+    num_supervised: int
+    num_tokens: int  # real tokens: without padding
+    num_slots: int  # with padding
+    seconds: float = 0.0
+    wait: float = 0.0
+    skipped: str | None = None  # why nothing was updated
+
+
+@dataclass
+class Window:
+    """The steps since the last logging. Its fields are saved with the run, so that a resume logs the same."""
+
+    steps: int = 0
+    loss_sum: float = 0.0
+    num_supervised: int = 0
+    num_tokens: int = 0
+    num_slots: int = 0
+    seconds: float = 0.0
+    wait: float = 0.0
+    skipped: int = 0
+
+    def add(self, report: StepReport) -> None:
+        self.steps += 1
+        self.loss_sum += (report.loss or 0.0) * report.num_supervised
+        self.num_supervised += report.num_supervised
+        self.num_tokens += report.num_tokens
+        self.num_slots += report.num_slots
+        self.seconds += report.seconds
+        self.wait += report.wait
+        self.skipped += report.skipped is not None
+
+    def values(self) -> dict[str, float | int | None]:
+        """Means over the window: loss per supervised token, real tokens per second, shares, times per step."""
+        return {
+            "loss": self.loss_sum / self.num_supervised if self.num_supervised else None,
+            "tokens_per_second": self.num_tokens / self.seconds if self.seconds else None,
+            "supervised_share": self.num_supervised / max(self.num_tokens, 1),
+            "padding_share": 1 - self.num_tokens / max(self.num_slots, 1),
+            "step_seconds": self.seconds / max(self.steps, 1),
+            "wait_seconds": self.wait / max(self.steps, 1),
+            "skipped_steps": self.skipped,
+        }
+
+    def state(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes: resident memory of the process, or of the GPU's allocator. None where the system does not tell."""
+
+    now: int | None
+    peak: int | None
+
+
+def memory(device: torch.device | str = "cpu") -> Memory:
+    """Memory in use and its peak so far (rule 8 of the contract)."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return Memory(torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device))
+    status = Path(
+        "/proc/self/status"
+    )  # Linux; VmHWM, unlike ru_maxrss, starts afresh with the program
+    if status.is_file():
+        lines = (line.split() for line in status.read_text("ascii", "replace").splitlines())
+        kilobytes = {words[0]: int(words[1]) for words in lines if words[0] in ("VmRSS:", "VmHWM:")}
+        now, peak = kilobytes.get("VmRSS:"), kilobytes.get("VmHWM:")
+        return Memory(now and now * 1024, peak and peak * 1024)
+    if sys.platform == "darwin":
+        import resource
+
+        return Memory(None, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    return Memory(None, None)
+
+
+@dataclass
+class Metrics:
+    """Writes measurements of one run; a context manager that closes what it opened.
+
+    `output`: the run's folder. `sinks`: names of `sinks.SINKS`. `progress`: `auto`, `rich`, `plain` or
+    `none`. `step`: the step the run starts from, 0 when new. `config`: the resolved config, for sinks that
+    show it. Raises Refused when a sink's package is missing (`sinks.check_sinks` does so earlier).
+    """
+
+    output: Path
+    sinks: Sequence[str] = ()
+    progress: str = "auto"
+    step: int = 0
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.output.mkdir(parents=True, exist_ok=True)
+        self.path = self.output / FILE
+        if self.path.exists():
+            cut_back(self.path, self.step)
+        self._file: IO[str] = self.path.open("a", encoding="utf-8")
+        self._sinks = open_sinks(self.sinks, self.output, self.step, self.config)
+        self._progress = open_progress(self.progress)
+
+    def log(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        """Record `values` (numbers, strings, None, or containers of them) of `step`, everywhere."""
+        clean = plain({"kind": kind, "step": step, **values})
+        try:
+            self._file.write(json.dumps(clean, ensure_ascii=False, allow_nan=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise Failed(
+                f"writing {self.path}",
+                f"{error.strerror or error}; the checkpoints are untouched",
+                "free space, then go on with checkpoint.resume=auto",
+            ) from error
+        if kind in ("train", "evaluate"):
+            numbers = {f"{kind}/{k}": v for k, v in clean.items() if k != "step" and _is_number(v)}
+            for sink in self._sinks:
+                sink.log(step, numbers)
+        self._progress.show(kind, step, clean)
+
+    def remark(self, text: str, step: int) -> None:
+        """Something the user should know."""
+        self.log("remark", step, {"text": text})
+
+    def activity(self, text: str, done: int | None = None, total: int | None = None) -> None:
+        """What is going on besides training steps (`evaluating`), for the live display; empty: nothing."""
+        self._progress.activity(text, done, total)
+
+    def flush(self) -> None:
+        """Bring metrics.jsonl to disk; called before each checkpoint, which must not be ahead of it."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._progress.close()
+        for sink in self._sinks:
+            sink.close()
+        self._file.close()
+
+    def __enter__(self) -> Metrics:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def plain(value: Any) -> Any:
+    """`value` as JSON can hold it: NaN and infinities become None, paths text, tuples lists."""
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    return str(value)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl; a line torn by a crash is left out."""
+    records = []
+    for line in path.read_text("utf-8", "replace").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            records.append(record)
+    return records
+
+
+def cut_back(path: Path, step: int) -> None:
+    """Drop what a metrics.jsonl says about steps after `step`; with step 0, everything."""
+    kept = [r for r in read_metrics(path) if r["step"] <= step] if step else []
+    write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept))

@@ -1,0 +1,226 @@
+"""Shared fixtures: tiny random models of seven families, their folders, a tiny tokenizer, random batches.
+
+The models are built in code from seeds. Weights are larger than a real initialisation's, and biases and
+norms are random too, so that attention is far from uniform and every parameter matters to the result.
+Each fixture returns a function; see `tiny_model`, `model_folder`, `tiny_tokenizer`, `random_batch`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from luthier.batch import IGNORE, PADDING, Batch
+from luthier.seeding import generator
+
+VOCAB = 320  # above the tokenizer's 286: a padded vocabulary is the normal case
+FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gpt2", "opt")
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+_DECODER = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+# what differs from `_DECODER`; windows are shorter than the documents, softcaps bite
+_FAMILY: dict[str, dict[str, Any]] = {
+    "llama": {"tie_word_embeddings": False},
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen3": {"tie_word_embeddings": False},
+    "mistral": {"sliding_window": 4, "tie_word_embeddings": False},
+    "gemma2": {
+        "sliding_window": 4,
+        "query_pre_attn_scalar": 16,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 3.0,
+    },
+    "gpt2": {
+        "vocab_size": VOCAB,
+        "n_embd": 64,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 256,
+        "initializer_range": 0.2,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    },
+    "opt": {
+        "vocab_size": VOCAB,
+        "hidden_size": 64,
+        "word_embed_proj_dim": 64,
+        "ffn_dim": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 256,
+        "init_std": 0.2,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    },
+}
+
+
+def tiny_model_(
+    family: str,
+    dtype: torch.dtype = torch.float32,
+    *,
+    seed: int = 0,
+    dropout: float = 0.0,
+    attention: str = "luthier",
+    **overrides: Any,
+) -> Any:
+    """A 2-layer random `PreTrainedModel` in eval mode, the same for the same arguments.
+
+    `dropout` is the checkpoint's own (gpt2 and opt have one). `attention` is the implementation's name
+    in transformers; with "luthier" the kernel is chosen as `model.attention=auto` would. `overrides` are
+    config keys.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    import luthier.models.attention
+
+    base = {} if family in ("gpt2", "opt") else _DECODER
+    rates = {"gpt2": ("resid_pdrop", "embd_pdrop", "attn_pdrop"), "opt": ("dropout",)}
+    drops = {name: dropout for name in (*rates.get(family, ()), "attention_dropout")}
+    config = AutoConfig.for_model(family, **{**base, **_FAMILY[family], **drops, **overrides})
+    with torch.random.fork_rng(devices=[]):
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            noise = torch.randn(p.shape, generator=generator(seed, name))
+            # norms stay near their 1 or 0, biases near 0; matrices are wide enough to matter
+            p.copy_(p + 0.1 * noise if p.ndim == 1 else 0.2 * noise)
+    if attention == "luthier":
+        luthier.models.attention.install(model, "auto")
+    return model.to(dtype).eval()
+
+
+@cache
+def tiny_tokenizer_() -> Any:
+    """A byte-level BPE fast tokenizer with a chat template: any text round-trips; 286 ids, pad 0, bos 1, eos 2."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<pad>", "<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate(special + alphabet)}
+    merges = []
+    for word in (
+        "Ġthe",
+        "Ġand",
+        "Ġof",
+        "ing",
+        "Ġto",
+        "Ġis",
+        "er",
+        "on",
+        "Ġa",
+        "Ġwhat",
+        "Ġdoes",
+        "re",
+    ):
+        left = word[0]
+        for right in word[1:]:
+            if left + right not in vocab:
+                vocab[left + right] = len(vocab)
+                merges.append((left, right))
+            left += right
+    core = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens([AddedToken(token, special=True) for token in special])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def random_batch_(
+    vocab: int = VOCAB,
+    lengths_per_row: list[list[int]] | None = None,
+    supervised_share: float = 0.6,
+    seed: int = 0,
+    width: int | None = None,
+) -> Batch:
+    """A packed `Batch` of random tokens: one list of document lengths per row, the rest is padding.
+
+    About `supervised_share` of the labels count, never a document's last; `width` pads rows further.
+    """
+    rows = lengths_per_row or [[5, 3], [8]]
+    size = width or max(map(sum, rows))
+    draw = generator(seed, "batch")
+    shape = (len(rows), size)
+    input_ids = torch.randint(3, vocab, shape, generator=draw)
+    keep = torch.rand(shape, generator=draw) < supervised_share
+    labels = torch.full(shape, IGNORE)
+    positions = torch.zeros(shape, dtype=torch.long)
+    documents = torch.full(shape, PADDING)
+    for i, lengths in enumerate(rows):
+        start = 0
+        for number, length in enumerate(lengths):
+            stop = start + length
+            positions[i, start:stop] = torch.arange(length)
+            documents[i, start:stop] = number
+            labels[i, start : stop - 1] = input_ids[i, start + 1 : stop]
+            start = stop
+        positions[i, start:] = torch.arange(size - start)
+        input_ids[i, start:] = 0
+    labels[~keep] = IGNORE
+    return Batch(input_ids, labels, positions, documents, tuple(range(len(rows))))
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> Callable[..., Any]:
+    """`tiny_model(family, dtype=torch.float32, *, seed=0, dropout=0.0, attention="luthier", **config_keys)`."""
+    return tiny_model_
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> Callable[[], Any]:
+    """`tiny_tokenizer()`; do not change what it returns."""
+    return tiny_tokenizer_
+
+
+@pytest.fixture(scope="session")
+def random_batch() -> Callable[..., Batch]:
+    """`random_batch(vocab, lengths_per_row=[[5, 3], [8]], supervised_share=0.6, seed=0, width=None)`."""
+    return random_batch_
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`model_folder(family)`: a Hugging Face folder with weights and tokenizer; read only, made once."""
+
+    @cache
+    def make(family: str) -> Path:
+        folder = tmp_path_factory.mktemp(f"model-{family}")
+        tiny_model_(family).save_pretrained(folder)
+        tiny_tokenizer_().save_pretrained(folder)
+        return folder
+
+    return make
