@@ -38,6 +38,11 @@ class ModelConfig(Section):
     )
     autocast: Literal["none", "bfloat16", "float16"] = Field(
         "none",
+        description="Compute matrix products and attention in this type although the weights are float32 "
+        "(O1 of other suites); needs dtype=float32.",
+    )
+    autocast: Literal["none", "bfloat16", "float16"] = Field(
+        "none",
         description="Compute matrix products in this type over weights kept in `dtype` (the suites' O1; "
         "their O2 is half-precision `dtype` with a float32 master copy).",
     )
@@ -63,6 +68,15 @@ class ModelConfig(Section):
     @classmethod
     def _short_dtype(cls, value: Any) -> Any:
         return DTYPE_NAMES.get(value, value) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _autocast(self) -> ModelConfig:
+        if self.autocast != "none" and self.dtype != "float32":
+            raise ValueError(
+                f"model.autocast={self.autocast} computes with float32 weights in {self.autocast} and "
+                f"needs model.dtype=float32, not {self.dtype}"
+            )
+        return self
 
 
 class DataPart(Section):
@@ -406,6 +420,12 @@ class RunConfig(Section):
             raise ValueError(
                 "data.validation_share cannot be taken from lazy data; give data.validation_path"
             )
+        if self.adapter.method == "none" and self.adapter.path is None:
+            for name, field in AdapterConfig.model_fields.items():
+                if getattr(self.adapter, name) != field.default:
+                    raise ValueError(
+                        f"adapter.{name} has no meaning for adapter.method=none; add adapter.method=lora"
+                    )
         return self
 
     @property

@@ -84,7 +84,12 @@ def publish(folder: Path, *, manifest: bool = True) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
             folder.rename(old)
-        partial.rename(folder)
+        try:
+            partial.rename(folder)
+        except OSError:
+            if old.exists():
+                old.rename(folder)
+            raise
         sync(folder.parent)
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:

@@ -4,7 +4,7 @@
 
 writes DIR/train.json and DIR/dev.json, JSON lines of `src` (a question about one function, method or
 class) and `tgt` (the first paragraph of its docstring). Rows, order and split depend on the Python
-version alone. No answer occurs twice, so none of the held-out ones is seen in training. It imports the
+installation alone. No answer occurs twice, so none of the held-out ones is seen in training. It imports the
 standard library's public modules, except those that would open a window, print or test.
 """
 

@@ -20,7 +20,7 @@ CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
 
 def main(target: str) -> int:
-    if sys.version_info < (3, 11):
+    if sys.version_info < (3, 11):  # noqa: UP036 - this script runs before anything is checked
         print(f"Luthier needs Python 3.11 or newer; {sys.executable} is {sys.version.split()[0]}.")
         print("Name another one: make setup PYTHON=python3.12")
         return 2

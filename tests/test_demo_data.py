@@ -14,8 +14,8 @@ import pytest
 SCRIPT = Path(__file__).parents[1] / "scripts" / "demo_data.py"
 
 
-def run(output: Path, *options: str, hash_seed: int = 0):
-    command = [sys.executable, "-Werror", str(SCRIPT), "--output", str(output), *options]
+def run(output: Path, *options: str, hash_seed: int = 0, warnings: str = "error"):
+    command = [sys.executable, f"-W{warnings}", str(SCRIPT), "--output", str(output), *options]
     environment = os.environ | {"PYTHONHASHSEED": str(hash_seed)}
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
 
@@ -56,9 +56,19 @@ def test_held_out_is_unseen(built: Path) -> None:
 
 
 def test_same_at_each_run(built: Path, tmp_path: Path) -> None:
-    assert run(tmp_path, hash_seed=1).returncode == 0
+    assert run(tmp_path, hash_seed=1, warnings="default").returncode == 0
     for name in ("train.json", "dev.json"):
         assert (tmp_path / name).read_bytes() == (built / name).read_bytes()
+
+
+def test_no_module_acts() -> None:
+    """Nothing opens a browser or a window, prints, or puts the terminal in another state."""
+    code = "import demo_data, sys; demo_data.collect(); print(*sys.modules)"
+    command = [sys.executable, "-Wignore", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=SCRIPT.parent, timeout=120)
+    imported = done.stdout.split()
+    assert "textwrap" in imported, done.stderr  # and the list is all that was printed
+    assert not {"antigravity", "this", "turtle", "tkinter", "readline"} & set(imported)
 
 
 def test_known_answer(tmp_path: Path) -> None:
