@@ -225,10 +225,10 @@ def merge(words: list[str]) -> None:
             "it takes three folders",
             "luthier merge BASE ADAPTER OUT",
         )
-    from luthier import recipes
+    from luthier.convert import merge as run
 
     device = {"gpu": "cuda"}.get(args.device, args.device)
-    recipes.merge(found.get("base"), found["adapter"], found["out"], device=device)
+    run(found.get("base"), found["adapter"], found["out"], device=device)
 
 
 def convert(words: list[str]) -> None:
@@ -236,9 +236,9 @@ def convert(words: list[str]) -> None:
         raise Refused(
             "luthier convert", f"{len(words)} words were given", "luthier convert SOURCE OUT"
         )
-    from luthier import recipes
+    from luthier.convert import convert as run
 
-    recipes.convert(words[0], words[1])
+    run(words[0], words[1])
 
 
 def example(words: list[str]) -> None:
@@ -267,9 +267,9 @@ def schema(words: list[str]) -> None:
 
 
 def env(words: list[str]) -> None:
-    from luthier import recipes
+    from luthier.convert import env as run
 
-    recipes.env()
+    run()
 
 
 COMMANDS: dict[str, Command] = {

@@ -38,11 +38,6 @@ class ModelConfig(Section):
     )
     autocast: Literal["none", "bfloat16", "float16"] = Field(
         "none",
-        description="Compute matrix products and attention in this type although the weights are float32 "
-        "(O1 of other suites); needs dtype=float32.",
-    )
-    autocast: Literal["none", "bfloat16", "float16"] = Field(
-        "none",
         description="Compute matrix products in this type over weights kept in `dtype` (the suites' O1; "
         "their O2 is half-precision `dtype` with a float32 master copy).",
     )

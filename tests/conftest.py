@@ -36,7 +36,7 @@ _DECODER = {
     "num_key_value_heads": 2,
     "head_dim": 16,
     "max_position_embeddings": 256,
-    "initializer_range": 0.2,
+    "initializer_range": 0.1,
     "bos_token_id": 1,
     "eos_token_id": 2,
     "pad_token_id": 0,
@@ -59,7 +59,7 @@ _FAMILY: dict[str, dict[str, Any]] = {
         "n_layer": 2,
         "n_head": 4,
         "n_positions": 256,
-        "initializer_range": 0.2,
+        "initializer_range": 0.1,
         "bos_token_id": 1,
         "eos_token_id": 2,
         "pad_token_id": 0,
@@ -72,7 +72,7 @@ _FAMILY: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "max_position_embeddings": 256,
-        "init_std": 0.2,
+        "init_std": 0.1,
         "bos_token_id": 1,
         "eos_token_id": 2,
         "pad_token_id": 0,
@@ -108,11 +108,11 @@ def tiny_model_(
     with torch.no_grad():
         for name, p in model.named_parameters():
             noise = torch.randn(p.shape, generator=generator(seed, name))
-            # norms stay near their 1 or 0, biases near 0; matrices are wide enough to matter
-            p.copy_(p + 0.1 * noise if p.ndim == 1 else 0.2 * noise)
+            # norms and biases stay near their initial 1 or 0; matrices are wide enough to matter
+            p.data = ((p if p.ndim == 1 else 0.0) + 0.1 * noise).to(dtype)
     if attention == "luthier":
         luthier.models.attention.install(model, "auto")
-    return model.to(dtype).eval()
+    return model.eval()
 
 
 @cache
@@ -216,11 +216,12 @@ def random_batch() -> Callable[..., Batch]:
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """`model_folder(family)`: a Hugging Face folder with weights and tokenizer; read only, made once."""
 
+    from luthier.models.load import save_model
+
     @cache
     def make(family: str) -> Path:
         folder = tmp_path_factory.mktemp(f"model-{family}")
-        tiny_model_(family).save_pretrained(folder)
-        tiny_tokenizer_().save_pretrained(folder)
+        save_model(tiny_model_(family), folder, tiny_tokenizer_())
         return folder
 
     return make

@@ -1,17 +1,29 @@
 """Messages -> ids and labels in one pass: the one renderer of training, evaluation and prediction.
 
-(interface first; the implementation follows)
+`Renderer.encode` makes the examples that are trained, `Renderer.prompt` the ids to generate from; equal
+prompts have equal ids in both. This file decides what is kept when a row is too long (`data.overlong`)
+and what its labels are; how turns become text is `templates.py`, the cutting rules are `truncation.py`.
+The checks at the end prove labels and supervision on the arrays that training reads.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from luthier.batch import IGNORE, PADDING
 from luthier.data.formats import BadRow, Message
+from luthier.data.jinja import LAST_ONLY
+from luthier.data.templates import choose
+from luthier.data.tokens import Tokens
+from luthier.data.truncation import Ids, cut_answer, cut_source, keep_rounds
+from luthier.data.turns import Conversation, Rendered, Round, Turn
+from luthier.errors import Failed, Refused
+
+UNANSWERED = "the last question has no answer and was left out"
 
 
 class Dropped(BadRow):
@@ -35,9 +47,17 @@ class Example:
 
 
 class Renderer:
-    """Renderer(tokenizer, template="auto", length=2048, source_length=None, overlong="cut", stop_ids=())
+    """Turns messages into examples and prompts. Picklable; the same arguments give the same ids.
 
-    `template` is `data.template`; `stop_ids` are the end ids of the model's generation config. Picklable.
+    `template` is `data.template` (auto, none, file); `length` the most tokens of an example, EOS
+    included; `source_length` the most tokens of a prompt (without a template: of each prompt; with one,
+    only when the last round alone does not fit, as in PaddleNLP); `overlong` is cut, drop, split or
+    refuse; `stop_ids` are the end ids of the model's generation config.
+
+    `cut` keeps whole rounds from the last backwards, with the system message. A single round that is
+    too long loses the oldest tokens of its prompt, down to `source_length`, and the end of its answer;
+    with no room for any answer the row is dropped. `split` makes one example per run of rounds that
+    fits, or per `length` tokens of a text. Raises Refused for an unusable template or tokenizer.
     """
 
     notes: tuple[str, ...]  # remarks on the template that hold for all rows, to be shown once
@@ -51,37 +71,240 @@ class Renderer:
         source_length: int | None = None,
         overlong: str = "cut",
         stop_ids: Iterable[int] = (),
-    ) -> None: ...
+    ) -> None:
+        self.tokens = Tokens(tokenizer)
+        self.length, self.overlong = length, overlong
+        if length <= len(self.tokens.prefix) + len(self.tokens.suffix):
+            raise Refused(
+                f"data.length={length}",
+                "the tokenizer's own special tokens take all of it",
+                "give a larger length",
+            )
+        self.template = choose(template, self.tokens, length, source_length)
+        self.notes = self.template.notes
+        own = {self.tokens.eos, self.template.end_id, *stop_ids} - {None}
+        self.stop_ids = tuple(sorted(i for i in own if i is not None))
+        if not self.stop_ids:
+            raise Refused(
+                "a token that ends an answer",
+                "neither the tokenizer, nor the chat template, nor generation_config.json has one",
+                "set eos_token in the model's tokenizer_config.json",
+            )
 
     def encode(self, messages: Sequence[Message]) -> list[Example]:
         """One example; several under `overlong=split`. Raises BadRow, Dropped, TooLong; Refused when the
         template loses a message."""
-        ...
+        if messages[0].role == "text":
+            return self._encode_text(messages[0].text)
+        conversation, note = _conversation(messages), ""
+        if conversation.turns[-1].answer is None:
+            conversation = replace(conversation, turns=conversation.turns[:-1])
+            note = UNANSWERED
+        if not conversation.turns:
+            raise BadRow("there is no answer to train on")
+        num = len(conversation.turns)
+        whole = self.template.render(conversation, 0, num)
+        note = "; ".join(filter(None, (note, whole.note)))
+        if whole.size > self.length:
+            self._allow_overlong(whole.size)
+        if whole.size <= self.length:
+            pieces = [whole]
+        elif self.overlong == "split":
+            pieces = self._split(conversation, whole)
+        else:
+            pieces = [self._cut(conversation, num, whole)]
+        return [self._example(piece, note) for piece in pieces]
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Ids to generate from: everything before the last answer (which may be absent)."""
-        ...
+        """Ids to generate from: all before the last answer (which may be absent), at most `length`."""
+        return self.prompt_and_cut(messages)[0]
+
+    def prompt_and_cut(self, messages: Sequence[Message]) -> tuple[list[int], int]:
+        """The ids of `prompt`, and how many tokens it lost."""
+        if messages[0].role == "text":
+            ids = self.tokens(messages[0].text)
+            kept = cut_source(ids, self.length, self.tokens.prefix)
+            return kept, len(ids) + len(self.tokens.prefix) - len(kept)
+        conversation = _conversation(messages)
+        *earlier, asked = conversation.turns
+        conversation = replace(conversation, turns=(*earlier, replace(asked, answer=None)))
+        whole = self.template.render(conversation, 0, len(conversation.turns))
+        kept = whole
+        if whole.size > self.length:
+            kept = self._cut(conversation, len(conversation.turns), whole)
+        ids = [*kept.head, *(i for r in kept.rounds for i in (*r.prompt, *r.answer))]
+        if len(ids) > self.length:
+            raise BadRow(
+                f"the chat template alone takes more than data.length={self.length} tokens"
+            )
+        return ids, kept.cut
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of generated ids, without special tokens and without what follows the first stop token."""
-        ...
+        ends = [i for i, token in enumerate(ids) if int(token) in self.stop_ids]
+        return self.tokens.decode([int(i) for i in ids[: ends[0] if ends else None]])
 
     def ends_in_stop(self, example: Example) -> bool:
         """Whether the last supervised token is a stop token."""
-        ...
+        trained = example.labels[example.labels != IGNORE]
+        return bool(len(trained)) and int(trained[-1]) in self.stop_ids
+
+    def _encode_text(self, text: str) -> list[Example]:
+        prefix, ids = self.tokens.prefix, self.tokens.ended(text)
+        room, cut = self.length - len(prefix), 0
+        chunks = [ids]
+        if len(ids) > room:
+            self._allow_overlong(len(ids) + len(prefix))
+            if self.overlong == "split":
+                chunks = [ids[i : i + room] for i in range(0, len(ids), room)]
+            else:
+                chunks = [cut_answer(ids, room)]
+                cut = len(ids) - len(chunks[0])
+        pieces = [Rendered((Round([], chunk),), prefix, [], cut) for chunk in chunks]
+        if len(chunks) > 1 and len(prefix) + len(chunks[-1]) < 2:  # a lone EOS trains nothing
+            pieces[-2:] = [replace(pieces[-2], cut=1)]
+        return [self._example(piece, "") for piece in pieces]
+
+    def _allow_overlong(self, size: int) -> None:
+        reason = f"{size} tokens are more than data.length={self.length}"
+        if self.overlong == "refuse":
+            raise TooLong(f"{reason}, and data.overlong=refuse")
+        if self.overlong == "drop":
+            raise Dropped(f"longer than data.length={self.length}")
+
+    def _cut(
+        self, conversation: Conversation, stop: int, whole: Rendered, start: int = 0
+    ) -> Rendered:
+        """The last rounds before `stop` that fit, or the last one shortened. Raises Dropped.
+
+        `whole` is turns `start` to `stop`. Each try is rendered again, because a template may fold the
+        system message into the first turn or treat the last one differently.
+        """
+        begin = start + (stop - start > 1)
+        if len(whole.rounds) == stop - start:
+            sizes = [len(r.prompt) + len(r.answer) for r in whole.rounds]
+            begin = stop - max(keep_rounds(sizes, self.length - len(whole.head)), 1)
+        kept = self.template.render(conversation, begin, stop)
+        while kept.size > self.length and begin < stop - 1:
+            begin += 1
+            kept = self.template.render(conversation, begin, stop)
+        if kept.size > self.length:
+            kept = self.template.shorten(conversation, begin, kept)
+            if not kept.rounds[0].answer and conversation.turns[stop - 1].answer is not None:
+                raise Dropped(
+                    "its prompt leaves no room for an answer "
+                    f"(data.length={self.length}, data.source_length={self.template.source_length})"
+                )
+        return replace(kept, cut=whole.cut + whole.size - kept.size)
+
+    def _split(self, conversation: Conversation, whole: Rendered) -> list[Rendered]:
+        """Runs of rounds that fit, from the first on; a round too long by itself is cut or left out."""
+        pieces: list[Rendered] = []
+        start, lost, num = 0, 0, len(conversation.turns)
+        while start < num:
+            stop, piece = num, whole
+            if len(whole.rounds) == num:  # sizes are known: begin near the answer
+                sizes = [len(r.prompt) + len(r.answer) for r in whole.rounds[start:]]
+                room = self.length - len(whole.head)
+                stop = start + max(keep_rounds(sizes[::-1], room), 1)
+            if stop - start < num:
+                piece = self.template.render(conversation, start, stop)
+            while piece.size > self.length and stop - start > 1:
+                stop -= 1
+                piece = self.template.render(conversation, start, stop)
+            if piece.size > self.length:
+                try:
+                    piece = self._cut(conversation, stop, piece, start)
+                except Dropped:
+                    lost += piece.size
+                    start = stop
+                    continue
+            if any(part.supervised for part in piece.rounds):
+                pieces.append(piece)
+            start = stop
+        if not pieces:
+            raise Dropped(f"no trained round of it fits data.length={self.length}")
+        return [replace(pieces[0], cut=pieces[0].cut + lost), *pieces[1:]]
+
+    def _example(self, rendered: Rendered, note: str) -> Example:
+        ids: Ids = list(rendered.head)
+        trained = [False] * len(ids)
+        for part in rendered.rounds:
+            ids += part.prompt + part.answer
+            trained += [False] * len(part.prompt) + [part.supervised] * len(part.answer)
+        if rendered.tail and len(ids) + len(rendered.tail) <= self.length:
+            ids += rendered.tail
+            trained += [False] * len(rendered.tail)
+        if ids[:2] == [self.tokens.bos] * 2 and self.tokens.bos is not None:
+            raise BadRow(
+                f"it begins with two {self.tokens.tokenizer.bos_token}: the text or the template "
+                "already holds the one that the tokenizer puts in front"
+            )
+        tokens = np.asarray(ids, dtype=np.int32)
+        labels = np.full(len(ids), IGNORE, dtype=np.int64)
+        labels[:-1] = np.where(trained[1:], tokens[1:], IGNORE)
+        if not (labels != IGNORE).any():
+            raise Dropped("no token of it is supervised")
+        return Example(tokens, labels, rendered.cut, note)
 
 
 def reference(messages: Sequence[Message]) -> str:
     """The last answer, what a generated one is compared to; empty where there is none."""
-    ...
+    return messages[-1].text if messages[-1].role == "assistant" else ""
+
+
+def _conversation(messages: Sequence[Message]) -> Conversation:
+    system = messages[0].text if messages[0].role == "system" else ""
+    rest = messages[1:] if system else messages
+    turns = [
+        Turn(asked.text, said.text, said.supervised)
+        for asked, said in zip(rest[::2], rest[1::2], strict=False)
+    ]
+    if len(rest) % 2:
+        turns.append(Turn(rest[-1].text, None))
+    return Conversation(system, tuple(turns), messages[0].context)
 
 
 def check_labels(input_ids: Any, labels: Any, document_ids: Any = None) -> None:
     """Raise Failed unless every label is -100 or the next token of its own document; the last label of
     a document and all labels of padding must be -100. Arrays or CPU tensors, [n] or [B, S]."""
-    ...
+    ids, wanted = np.atleast_2d(np.asarray(input_ids)), np.atleast_2d(np.asarray(labels))  # [B, S]
+    documents = (
+        np.zeros_like(ids) if document_ids is None else np.atleast_2d(np.asarray(document_ids))
+    )
+    allowed = np.full(ids.shape, IGNORE, dtype=np.int64)
+    same = (documents[:, 1:] == documents[:, :-1]) & (documents[:, 1:] != PADDING)
+    allowed[:, :-1] = np.where(same, ids[:, 1:], IGNORE)
+    wrong = (wanted != IGNORE) & (wanted != allowed)
+    if wrong.any():
+        row, column = (int(i) for i in np.argwhere(wrong)[0])
+        raise Failed(
+            "checking the labels",
+            f"{int(wrong.sum())} of {int((wanted != IGNORE).sum())} are not the next token of their document; "
+            f"the first in row {row} at token {column}: label {wanted[row, column]}, next token {allowed[row, column]}",
+            "this is a defect of the data pipeline, please report it",
+        )
 
 
 def check_supervision(renderer: Renderer, messages: Sequence[Message], example: Example) -> None:
-    """Raise Failed unless exactly the supervised answers are trained, by comparing with `prompt`."""
-    ...
+    """Raise Failed unless the trained spans begin exactly where a prompt ends and the ids agree with it.
+
+    `example` holds all of `messages`: not one of several after a split. One that was cut is not checked.
+    """
+    if example.cut or messages[0].role == "text":
+        return
+    answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
+    prompts = [renderer.prompt(messages[: i + 1]) for i in answers if messages[i].supervised]
+    trained = example.labels != IGNORE
+    starts = np.flatnonzero(trained & ~np.concatenate([[False], trained[:-1]])).tolist()
+    expected = [len(prompt) - 1 for prompt in prompts]
+    if LAST_ONLY in example.note:
+        expected, prompts = expected[-1:], prompts[-1:]
+    same = all(example.input_ids[: len(p)].tolist() == p for p in prompts)
+    if starts != expected or not same:
+        raise Failed(
+            "checking which tokens are trained",
+            f"trained spans begin at tokens {starts}, answers at {expected}"
+            + ("" if same else "; the prompt differs from the one used in prediction"),
+            "this is a defect of the data pipeline, please report it",
+        )

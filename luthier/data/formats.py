@@ -8,7 +8,7 @@ newline that joins Alpaca's `instruction` and `input`. How messages become token
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -73,6 +73,9 @@ ROLES: dict[str, Role] = {
 }
 
 
+PAIR: tuple[Role, Role] = ("user", "assistant")
+
+
 def detect(row: Row) -> str:
     """The format of a row by its field names. Raises BadRow when none fits."""
     for sign, name in SIGNS.items():
@@ -92,7 +95,9 @@ def rename(row: Row, columns: Mapping[str, str]) -> dict[str, Any]:
 
 def check_columns(columns: Mapping[str, str], name: str) -> None:
     """Refuse a `data.columns` that gives a name which the format (or, for `auto`, any format) lacks."""
-    known = {f for fields in FIELDS.values() for f in fields} if name == "auto" else set(FIELDS[name])
+    known = (
+        {f for fields in FIELDS.values() for f in fields} if name == "auto" else set(FIELDS[name])
+    )
     for column in columns:
         if column not in known:
             raise Refused(
@@ -116,12 +121,9 @@ def src_tgt(row: Row, *, predict: bool = False) -> list[Message]:
         raise BadRow(f"'src' has {len(src)} turns, 'tgt' has {len(tgt)}")
     _full(src, "src")
     _full(tgt[:-1] if predict else tgt, "tgt")
-    turns = [(role, text) for pair in zip(src, tgt, strict=True) for role, text in zip(PAIR, pair, strict=True)]
-    system = _optional(row, "system") or _optional(context, "system")
+    turns = _pairs(zip(src, tgt, strict=True))
+    system = _string(row, "system") or _string(context, "system")
     return _messages(turns, system, predict=predict, context=context)
-
-
-PAIR: tuple[Role, Role] = ("user", "assistant")
 
 
 @FORMATS.register("alpaca")
@@ -131,21 +133,21 @@ def alpaca(row: Row, *, predict: bool = False) -> list[Message]:
     The user's text is `instruction`, followed by a newline and `input` where there is one; the well-known
     English Alpaca prompt is a template and is not added.
     """
-    parts = [_optional(row, "instruction", needed=True), _optional(row, "input")]
+    parts = [_string(row, "instruction", needed=True), _string(row, "input")]
     question = "\n".join(part for part in parts if part)
     if not question.strip():
         raise BadRow("fields 'instruction' and 'input' are empty")
-    turns: list[tuple[Role, str]] = []
-    for i, pair in enumerate(_items(row, "history") if row.get("history") else []):
-        if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not all(isinstance(t, str) for t in pair):
+    history = _items(row, "history") if row.get("history") else []
+    for i, pair in enumerate(history):
+        pair_of_strings = isinstance(pair, (list, tuple)) and [type(t) for t in pair] == [str, str]
+        if not pair_of_strings:
             raise BadRow(f"history[{i}] is not a pair of strings (question, answer)")
         _full(list(pair), f"history[{i}]")
-        turns += zip(PAIR, pair, strict=True)
-    answer = _optional(row, "output", needed=not predict)
+    answer = _string(row, "output", needed=not predict)
     if not predict:
         _full([answer], "output")
-    turns += [("user", question), ("assistant", answer)]
-    return _messages(turns, _optional(row, "system"), predict=predict)
+    turns = _pairs([*history, (question, answer)])
+    return _messages(turns, _string(row, "system"), predict=predict)
 
 
 @FORMATS.register("messages")
@@ -160,14 +162,18 @@ def sharegpt(row: Row, *, predict: bool = False) -> list[Message]:
     """`conversations`: objects with `from` (human, gpt, system and their usual aliases) and `value`;
     `role`/`content` are read too. Optional `system` beside them."""
     items = _items(row, "conversations")
-    keys = ("role", "content") if isinstance(items[0], Mapping) and "role" in items[0] else ("from", "value")
-    return _conversation(row, "conversations", *keys, _optional(row, "system"), predict)
+    keys = (
+        ("role", "content")
+        if isinstance(items[0], Mapping) and "role" in items[0]
+        else ("from", "value")
+    )
+    return _conversation(row, "conversations", *keys, _string(row, "system"), predict)
 
 
 @FORMATS.register("text")
 def text(row: Row, *, predict: bool = False) -> list[Message]:
     """`text`: one document; all of it is trained. In prediction it is continued."""
-    value = _optional(row, "text", needed=True)
+    value = _string(row, "text", needed=True)
     _full([value], "text")
     return [Message("text", value, True)]
 
@@ -203,12 +209,16 @@ def _conversation(
     return _messages(turns, system, predict=predict, muted=muted)
 
 
+def _pairs(pairs: Iterable[Sequence[str]]) -> list[tuple[Role, str]]:
+    return [(role, text) for pair in pairs for role, text in zip(PAIR, pair, strict=True)]
+
+
 def _check_order(turns: list[tuple[Role, str]], name: str) -> None:
     """(user, assistant)...; a last question without an answer is left to the renderer."""
     for i, (role, _) in enumerate(turns):
         if role != PAIR[i % 2]:
-            before = f"after '{turns[i - 1][0]}'" if i else "first"
-            raise BadRow(f"'{name}' has a '{role}' turn {before}; turns alternate user, assistant")
+            place = f"after '{turns[i - 1][0]}'" if i else "first"
+            raise BadRow(f"'{name}': '{role}' comes {place}, but turns alternate user, assistant")
 
 
 def _messages(
@@ -223,7 +233,7 @@ def _messages(
         raise BadRow("there is no user turn")
     if not predict and not any(role == "assistant" for role, _ in turns):
         raise BadRow("there is no assistant turn, nothing to train")
-    if turns[-1] == ("assistant", ""):
+    if turns[-1][0] == "assistant" and not turns[-1][1].strip():
         turns = turns[:-1]
     out = [
         Message(role, text, role == "assistant" and i not in set(muted))
@@ -280,13 +290,15 @@ def _strings(row: Row, name: str, *, optional: bool = False) -> list[str]:
     values = list(value) if isinstance(value, (list, tuple)) else [value]
     for item in values:
         if not isinstance(item, str):
-            raise BadRow(f"field '{name}' is or holds {_kind(item)}, not a string or a list of strings")
+            raise BadRow(
+                f"field '{name}' is or holds {_kind(item)}, not a string or a list of strings"
+            )
     if not values:
         raise BadRow(f"field '{name}' is an empty list")
     return values
 
 
-def _optional(row: Row, name: str, *, needed: bool = False) -> str:
+def _string(row: Row, name: str, *, needed: bool = False) -> str:
     if needed and name not in row:
         raise BadRow(f"field '{name}' is missing; the row has {_names(row)}")
     value = row.get(name)
@@ -300,7 +312,8 @@ def _optional(row: Row, name: str, *, needed: bool = False) -> str:
 def _full(values: list[str], name: str) -> None:
     for i, value in enumerate(values):
         if not value.strip():
-            raise BadRow(f"{name if len(values) == 1 else f'{name}[{i}]'} is empty")
+            where = name if len(values) == 1 else f"{name}[{i}]"
+            raise BadRow(f"field '{where}' is empty")
 
 
 def _names(row: Mapping[str, Any]) -> str:
@@ -308,5 +321,13 @@ def _names(row: Mapping[str, Any]) -> str:
 
 
 def _kind(value: object) -> str:
-    kinds = {type(None): "null", dict: "an object", list: "a list", str: "a string", bool: "a boolean"}
-    return kinds.get(type(value), "a number" if isinstance(value, (int, float)) else type(value).__name__)
+    kinds = {
+        type(None): "null",
+        dict: "an object",
+        list: "a list",
+        str: "a string",
+        bool: "a boolean",
+    }
+    return kinds.get(
+        type(value), "a number" if isinstance(value, (int, float)) else type(value).__name__
+    )

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from luthier.batch import Layout, current_layout
-from luthier.errors import Refused, need
+from luthier.batch import current_layout
+from luthier.errors import Refused
 from luthier.models import kernels
 from luthier.models.families import TESTED
 from luthier.models.kernels import KERNELS, LACKS, Scores
@@ -32,21 +32,23 @@ ATTENDED = {
 FOREIGN = ("position_bias", "indices", "block_indices", "sinks", "head_mask")
 
 
-def install(model: PreTrainedModel, kernel: str) -> str:
+def install(model: PreTrainedModel, kernel: str, *, train: bool = False) -> str:
     """Make `model` attend through this file with `kernel` (`model.attention` of the config).
 
     `auto` is `sdpa` on CPU and `flex` on GPU. Gives back what was installed, in words: layers with a
     feature that the kernel lacks are computed by `math`, and the text says so. Refused: a family
     that does not go through transformers' attention interface or mixes in other layers, a kernel that
-    does not fit the device, and `varlen` or `flash` with a feature that they lack.
+    does not fit the device, and `varlen` or `flash` with a feature that they lack. `train`:
+    gradients are needed, and the model's own attention dropout acts.
     """
     check_family(type(model), model.config)
     device = next(model.parameters()).device
-    chosen = _choose(kernel, device)
+    chosen = _choose(kernel, device, train)
     layers = [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "is_causal")]
     if any(not m.is_causal for m in layers):
         raise _unsupported(model.config.model_type, "has layers that see what follows")
-    lacking = sorted(set().union(*map(_features, layers)) & LACKS[chosen]) if layers else []
+    asked = {feature for layer in layers for feature in _features(layer, train)}
+    lacking = sorted(asked & LACKS[chosen])
     if lacking and chosen in ("varlen", "flash"):
         raise Refused(
             f"model.attention={chosen} was asked for",
@@ -55,7 +57,7 @@ def install(model: PreTrainedModel, kernel: str) -> str:
         )
     model.set_attn_implementation(NAME)
     for module in layers:
-        module.attention_kernel = chosen
+        module.attention_kernel = chosen  # pyright: ignore[reportArgumentType]
     return f"{chosen} (layers with {' or '.join(lacking)}: math)" if lacking else chosen
 
 
@@ -70,6 +72,7 @@ def check_family(cls: type[PreTrainedModel], config: Any) -> None:
         raise _unsupported(config.model_type, f"has layers of the type {', '.join(other)}")
 
 
+@torch.compiler.disable  # the layout and the number of documents must not enter a compiled graph
 def attend(
     module: nn.Module,
     query: Tensor,
@@ -103,19 +106,11 @@ def attend(
         dropout=dropout,
         dropout_key=getattr(module, "dropout_key", (0, "")),
     )
-    chosen = getattr(module, "attention_kernel", None) or _choose("auto", query.device)
-    return _packed(chosen, query, key, value, layout, scores), None
-
-
-@torch.compiler.disable
-def _packed(
-    chosen: str, query: Tensor, key: Tensor, value: Tensor, layout: Layout, scores: Scores
-) -> Tensor:
-    """Outside any compiled graph: the number of documents must not enter one."""
+    chosen = getattr(module, "attention_kernel", None) or _choose("auto", query.device, False)
     used = {name for name in ("softcap", "sinks") if getattr(scores, name) is not None}
-    used |= {"dropout"} if scores.dropout else set()
+    used |= {"dropout"} if dropout else set()
     kernel = kernels.math if used & LACKS[chosen] else KERNELS[chosen]
-    return kernel(query, key, value, layout, scores)
+    return kernel(query, key, value, layout, scores), None
 
 
 def _plain(
@@ -174,7 +169,7 @@ def _refuse_foreign(
         raise _unsupported(family, f"uses {', '.join(found)} in its attention")
 
 
-def _features(module: nn.Module) -> set[str]:
+def _features(module: nn.Module, train: bool) -> set[str]:
     """Features a layer will ask for, as far as its attributes tell."""
     found = set()
     if getattr(module, "attn_logit_softcapping", None) is not None:
@@ -182,12 +177,12 @@ def _features(module: nn.Module) -> set[str]:
     if isinstance(getattr(module, "sinks", None), Tensor):
         found.add("sinks")
     rates = (getattr(module, "attention_dropout", 0.0), getattr(module, "attn_dropout", 0.0))
-    if any(getattr(rate, "p", rate) for rate in rates):
+    if train and any(getattr(rate, "p", rate) for rate in rates):
         found.add("dropout")
     return found
 
 
-def _choose(kernel: str, device: torch.device) -> str:
+def _choose(kernel: str, device: torch.device, train: bool) -> str:
     """The kernel for a device; Refused when it cannot run there."""
     gpu = device.type == "cuda"
     if kernel == "auto":
@@ -196,6 +191,12 @@ def _choose(kernel: str, device: torch.device) -> str:
         raise Refused(
             f"model.attention={kernel} was asked for",
             f"it needs a GPU and the model is on {device.type}",
+            "use model.attention=auto",
+        )
+    if kernel == "flex" and train and not gpu:
+        raise Refused(
+            "model.attention=flex was asked for",
+            f"torch's FlexAttention computes no gradients on {device.type}",
             "use model.attention=auto",
         )
     if kernel == "flash" and importlib.util.find_spec("flash_attn") is None:

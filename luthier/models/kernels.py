@@ -51,7 +51,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scores: Scores) -> Ten
 def flex(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scores: Scores) -> Tensor:
     """FlexAttention with a block mask made from the document ids. No sinks or dropout.
 
-    Compiled on GPU. On CPU it runs unfused, which is right but slow: the CPU code generator has no backward.
+    Compiled on GPU. On CPU it runs unfused and without gradients: torch has no more there.
     """
     from torch.nn.attention.flex_attention import flex_attention
 

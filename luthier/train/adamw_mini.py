@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.optim import Optimizer
 
 
@@ -26,7 +27,7 @@ class AdamWMini(Optimizer):
         lr: float,
         betas: tuple[float, float],
         eps: float,
-        blocks: Mapping[Tensor, int],
+        blocks: Mapping[Parameter, int],
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
         self.blocks = dict(blocks)

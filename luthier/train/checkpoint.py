@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import luthier
-from luthier.errors import Failed, Refused
+from luthier.errors import Refused
 from luthier.files import MANIFEST, PARTIAL, damage, publish, write_json
 
 FOLDER = "checkpoints"
@@ -50,13 +50,16 @@ class Found:
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint that was read: `tensors` by name on the CPU, `state` as it was handed to `save`."""
+    """A checkpoint that was read: `state` as it was handed to `save`, and the run's `identity`."""
 
     path: Path
     step: int
-    tensors: dict[str, Tensor]
     state: dict[str, Any]
     identity: dict[str, Any]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that were handed to `save`, on the CPU."""
+        return load_file(self.path / TENSORS)
 
 
 def step_of(path: Path) -> int | None:
@@ -136,20 +139,15 @@ def _named(output: Path, path: Path) -> Found:
 
 
 def read(path: Path) -> Saved:
-    """Read a whole checkpoint. Raises Refused for a format of another version."""
-    asked = f"going on from {path}"
-    try:
-        record = json.loads((path / STATE).read_text("utf-8"))
-        if record["format"] != FORMAT:
-            raise Refused(
-                asked,
-                f"its format is {record['format']}, written by Luthier {record.get('luthier')}",
-                "use that version of Luthier",
-            )
-        tensors = load_file(path / TENSORS)
-        return Saved(path, record["step"], tensors, record["state"], record["identity"])
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise Refused(asked, f"it cannot be read ({error})", "name another checkpoint") from error
+    """Read a whole checkpoint, but not its tensors yet. Raises Refused for one of another format."""
+    record = json.loads((path / STATE).read_text("utf-8"))
+    if record.get("format") != FORMAT:
+        raise Refused(
+            f"going on from {path}",
+            f"its format is {record.get('format')}, written by Luthier {record.get('luthier')}",
+            "use that version of Luthier",
+        )
+    return Saved(path, record["step"], record["state"], record["identity"])
 
 
 def check_identity(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
@@ -216,16 +214,9 @@ class Checkpoints:
         """Write `step-N`; when it is whole, remove what is no longer kept. `best`: step never removed.
 
         `write_model(folder)` writes the model into the temporary folder. `state` must be JSON without
-        NaN. Raises Failed when writing fails (disk full, read-only) or a tensor holds NaN or infinity:
-        then the older checkpoints are as they were.
+        NaN; `tensors` are checked by the caller (`non_finite`). Raises Failed when writing fails (disk
+        full, read-only): then the older checkpoints are as they were.
         """
-        bad = non_finite(tensors)
-        if bad:
-            raise Failed(
-                f"saving step {step}",
-                f"NaN or infinity in {', '.join(bad)}",
-                f"nothing was written; go on from {self.newest_text()} with a lower optim.lr",
-            )
         record = {
             "format": FORMAT,
             "luthier": luthier.__version__,
@@ -264,8 +255,8 @@ class Checkpoints:
                 (path / MANIFEST).unlink(missing_ok=True)
                 shutil.rmtree(path)
 
-    def newest_text(self) -> str:
-        """The newest checkpoint's path for a message, or `the beginning`."""
+    def newest(self) -> str:
+        """Where a run can go on, for a message: the newest checkpoint's path, or `the beginning`."""
         found = [path for _, path in steps_in(self.output) if (path / MANIFEST).is_file()]
         return str(found[-1]) if found else "the beginning"
 

@@ -1,9 +1,9 @@
 """Token cross entropy from hidden states, without ever building [B, S, V] logits.
 
 Only supervised positions reach the language-model head, some rows at a time, and each chunk's
-gradient is taken right after its forward: what lives at once is two chunks of logits. The head is any
-function [N, D] -> [N, V], so softcaps, logit scaling, biases, tied and adapted heads need nothing special. Losses
-are sums; who divides them by the step's count of supervised tokens is the loop.
+gradient is taken right after its forward: what lives at once is one chunk of logits and its gradient.
+The head is any function [N, D] -> [N, V], so softcaps, logit scaling, biases, tied and adapted heads need
+nothing special. Losses are sums; who divides them by the step's count of supervised tokens is the loop.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from luthier.errors import Failed
 
 Head = Callable[[Tensor], Tensor]
 
-CHUNK_BYTES = 64 * 2**20  # of one chunk's logits, counted as float32
+CHUNK_BYTES = 48 * 2**20  # one chunk's logits, counted as float32; 256 rows of 49,152 tokens
 MIN_ROWS = 64  # fewer rows would leave matrix units idle
+BLOCK_BYTES = 4 * 2**20  # float32 logits worked on at a time on a CPU: stays in the cache
 
 
 def token_loss(
@@ -32,24 +33,172 @@ def token_loss(
     *,
     chunk_rows: int | None = None,
 ) -> Tensor:
-    """Sum over supervised positions of -log softmax(head(hidden))[label]; a scalar, differentiable once.
+    """Sum over supervised positions of -log softmax(head(hidden))[label]: a scalar, differentiable once.
 
     `hidden` [B, S, D]; `labels` [B, S], already shifted, IGNORE where not supervised; `head` maps [N, D]
-    to logits [N, V]; `parameters` are the tensors inside `head` that are trained, and all of them: others
-    get no gradient. The gradient is computed together with the loss and scaled in backward.
+    to logits [N, V]; `parameters` are the tensors that `head` reads and that are to get a gradient (the
+    frozen among them are skipped). The gradient is computed with the loss, and scaled in backward.
 
-    Statistics, the sum and the sum of parameter gradients over chunks are float32 (float64 for float64
-    models). `chunk_rows`: rows per call of `head`; by default as many as keep their float32 logits within
-    CHUNK_BYTES, or within the size of the head's own float32 gradient where that is larger, at least
-    MIN_ROWS (the first call has MIN_ROWS: it tells V). Without supervised positions: a zero that is
-    connected to the graph. Raises Failed for a label outside the vocabulary.
+    Statistics, the sum, and the sum of parameter gradients over chunks are float32 (float64 for float64
+    models). `chunk_rows` is the most rows per call of `head`. Default: what keeps float32 logits within
+    CHUNK_BYTES (or, if the head is trained, within the size of its own float32 gradient, since each
+    chunk adds to all of it), at least MIN_ROWS. V is learned from a call with no rows.
+    Without supervised positions the loss is a zero connected to the graph. Raises Failed for a label
+    outside the vocabulary.
     """
     trained = [p for p in parameters if p.requires_grad]
     if torch.is_grad_enabled() and (hidden.requires_grad or trained):
         return _TokenLoss.apply(hidden, labels, head, chunk_rows, *trained)  # pyright: ignore[reportReturnType]
-    rows, targets, index = _supervised(hidden.detach(), labels)
     loss = torch.zeros((), dtype=_wide(hidden.dtype), device=hidden.device)
     with torch.no_grad():
-        for at, logits in _chunks(rows, index, head, chunk_rows, CHUNK_BYTES, False):
-            loss += _cross_entropy(logits[1], targets[at]).sum()
+        for rows, targets in _chunks(hidden, labels, head, chunk_rows, CHUNK_BYTES):
+            loss += _cross_entropy(head(hidden.reshape(-1, hidden.shape[-1])[rows]), targets).sum()
     return loss
+
+
+@torch.no_grad()
+def token_stats(
+    hidden: Tensor, labels: Tensor, head: Head, *, chunk_rows: int | None = None
+) -> tuple[float, int, int]:
+    """(summed loss, number of positions whose likeliest token is the label, number of supervised positions).
+
+    Shapes and chunks as in `token_loss`; nothing is differentiable. A tie counts for the smallest token.
+    """
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    loss, correct, count = 0.0, 0, 0
+    for rows, targets in _chunks(hidden, labels, head, chunk_rows, CHUNK_BYTES):
+        logits = head(flat[rows])  # [n, V]
+        loss += float(_cross_entropy(logits, targets).sum(dtype=torch.float64))
+        # argmax is slow: look for it only where the label reaches the maximum
+        best = logits.gather(1, targets[:, None]).squeeze(1) == logits.amax(-1)
+        correct += int((logits[best].argmax(-1) == targets[best]).sum())
+        count += len(targets)
+    return loss, correct, count
+
+
+class _TokenLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        labels: Tensor,
+        head: Head,
+        chunk_rows: int | None,
+        *trained: Tensor,
+    ) -> Tensor:
+        flat = hidden.detach().reshape(-1, hidden.shape[-1])  # [B*S, D]
+        wants_hidden = ctx.needs_input_grad[0]
+        grad_hidden = torch.zeros_like(flat) if wants_hidden else None
+        grads: list[Tensor | None] = [None] * len(trained)
+        loss = torch.zeros((), dtype=_wide(hidden.dtype), device=hidden.device)
+        budget = max(CHUNK_BYTES, sum(p.numel() for p in trained) * 4)
+        buffer = (
+            None  # the gradient of a chunk's logits; fresh memory would cost page faults each time
+        )
+        for rows, targets in _chunks(hidden, labels, head, chunk_rows, budget):
+            chunk = flat[rows].requires_grad_(wants_hidden)  # [n, D]
+            with torch.enable_grad():
+                logits = head(chunk)  # [n, V]
+            if buffer is None:
+                buffer = torch.empty_like(logits)
+            grad_logits = buffer[: len(rows)]
+            loss += _cross_entropy(logits.detach(), targets, grad_logits).sum()
+            inputs = (*([chunk] if wants_hidden else []), *trained)
+            found = list(torch.autograd.grad(logits, inputs, grad_logits, allow_unused=True))
+            if grad_hidden is not None:
+                grad_chunk = found.pop(0)
+                if grad_chunk is not None:
+                    grad_hidden.index_copy_(0, rows, grad_chunk)
+            grads = [_add(total, part) for total, part in zip(grads, found, strict=True)]
+        ctx.shapes = hidden.shape, [(p.shape, p.dtype) for p in trained]
+        ctx.save_for_backward(grad_hidden, *grads)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        scale = grad_outputs[0]
+        shape, like = ctx.shapes
+        grad_hidden, *grads = ctx.saved_tensors
+        out = [
+            scale.new_zeros(size, dtype=dtype) if grad is None else _scaled(grad, scale, dtype)
+            for grad, (size, dtype) in zip(grads, like, strict=True)
+        ]
+        scaled = None if grad_hidden is None else (grad_hidden * scale).view(shape)
+        return scaled, None, None, None, *out
+
+
+def _add(total: Tensor | None, part: Tensor | None) -> Tensor | None:
+    """Sum of chunk gradients, in float32 from the second chunk on; a single chunk costs no copy."""
+    if total is None or part is None:
+        return part if total is None else total
+    total = total.to(_wide(total.dtype))
+    for block, more in zip(_blocks(total), _blocks(part), strict=True):
+        block += more.to(block.dtype)
+    return total
+
+
+def _scaled(grad: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    out = torch.empty_like(grad, dtype=dtype)
+    for block, part in zip(_blocks(out), _blocks(grad), strict=True):
+        block.copy_(part * scale)
+    return out
+
+
+def _blocks(x: Tensor) -> tuple[Tensor, ...]:
+    """Views of x; on a CPU small ones, so that a conversion in between does not leave the cache."""
+    if x.device.type != "cpu" or x.ndim == 0:
+        return (x,)
+    return x.split(max(1, BLOCK_BYTES * x.shape[0] // (4 * x.numel() or 1)))
+
+
+def _chunks(
+    hidden: Tensor, labels: Tensor, head: Head, chunk_rows: int | None, budget: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Flat positions and labels, both [n], of the supervised tokens, in chunks of nearly equal size."""
+    flat = labels.reshape(-1)
+    rows = (flat != IGNORE).nonzero().squeeze(1)  # [N]
+    if len(rows) == 0:
+        return
+    targets = flat[rows]
+    with torch.no_grad():
+        vocabulary = head(hidden.detach().reshape(-1, hidden.shape[-1])[:0]).shape[-1]
+    low, high = (int(x) for x in targets.aminmax())
+    if low < 0 or high >= vocabulary:
+        raise Failed(
+            "computing the loss",
+            f"a label is {low if low < 0 else high}, the model's head has {vocabulary} tokens",
+            "check that the tokenizer belongs to the model",
+        )
+    size = chunk_rows or max(MIN_ROWS, budget // (4 * vocabulary))
+    number = -(-len(rows) // size)
+    yield from zip(rows.tensor_split(number), targets.tensor_split(number), strict=True)
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor, gradient: Tensor | None = None) -> Tensor:
+    """Losses [n] of logits [n, V]; `gradient` [n, V], if given, receives softmax - onehot.
+
+    On a CPU a few rows at a time, so that their float32 copy never leaves the cache.
+    """
+    num_rows, vocabulary = logits.shape
+    wide = _wide(logits.dtype)
+    losses = torch.empty(num_rows, dtype=wide, device=logits.device)
+    step = max(1, BLOCK_BYTES // (4 * vocabulary)) if logits.device.type == "cpu" else num_rows
+    scratch = torch.empty(min(step, num_rows), vocabulary, dtype=wide, device=logits.device)
+    for start in range(0, num_rows, step):
+        stop = min(start + step, num_rows)
+        block, target = logits[start:stop], targets[start:stop, None]
+        x = scratch[: stop - start].copy_(block)
+        x -= x.amax(-1, keepdim=True)
+        picked = x.gather(1, target)
+        total = x.exp_().sum(-1, keepdim=True)
+        losses[start:stop] = (total.log() - picked).squeeze(1)
+        if gradient is not None:
+            x *= total.reciprocal()
+            x.scatter_add_(1, target, x.new_full((1, 1), -1.0).expand_as(target))
+            gradient[start:stop] = x
+    return losses
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32

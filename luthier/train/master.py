@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from luthier.errors import Failed, Refused
+from luthier.train.optim import multiply
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -29,7 +30,9 @@ class MasterWeights:
     """
 
     def __init__(
-        self, named_parameters: list[tuple[str, Parameter]], master_dtype: Literal["float32", "none"]
+        self,
+        named_parameters: list[tuple[str, Parameter]],
+        master_dtype: Literal["float32", "none"],
     ) -> None:
         """Raises Refused for float16 without masters: its updates and moments vanish by rounding."""
         if master_dtype == "none":
@@ -123,7 +126,7 @@ class LossScaler:
         """Divide the gradients by the scale."""
         gradients = [p.grad for p in parameters if p.grad is not None]
         if gradients and self.scale != 1.0:
-            torch._foreach_mul_(gradients, 1.0 / self.scale)
+            multiply(gradients, 1.0 / self.scale)
 
     def update(self, finite: bool) -> bool:
         """Adapt the scale to this step's outcome; True if the step may be taken.

@@ -8,12 +8,13 @@ checkpoint's step, so that no step stands in it twice. Sinks live in `sinks.py`,
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,8 +22,8 @@ import torch
 
 from luthier.errors import Failed
 from luthier.files import write_text
-from luthier.train.progress import open_progress
-from luthier.train.sinks import open_sinks
+from luthier.train.progress import Nothing, Progress, open_progress
+from luthier.train.sinks import Sink, open_sinks
 
 FILE = "metrics.jsonl"
 
@@ -32,12 +33,12 @@ class StepReport:
     """One optimiser step. `step` counts from 1. Times in seconds; `wait` is the part spent waiting for data."""
 
     step: int
-    loss: float | None  # mean over the step's supervised tokens; None when it has none
     lr: float
-    grad_norm: float | None  # before clipping; None when the step was skipped
     num_supervised: int
     num_tokens: int  # real tokens: without padding
     num_slots: int  # with padding
+    loss: float | None = None  # mean over the step's supervised tokens; None when it has none
+    grad_norm: float | None = None  # before clipping; None when the step was skipped
     seconds: float = 0.0
     wait: float = 0.0
     skipped: str | None = None  # why nothing was updated
@@ -78,9 +79,6 @@ class Window:
             "skipped_steps": self.skipped,
         }
 
-    def state(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class Memory:
@@ -92,8 +90,7 @@ class Memory:
 
 def memory(device: torch.device | str = "cpu") -> Memory:
     """Memory in use and its peak so far (rule 8 of the contract)."""
-    device = torch.device(device)
-    if device.type == "cuda":
+    if torch.device(device).type == "cuda":
         return Memory(torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device))
     status = Path(
         "/proc/self/status"
@@ -114,28 +111,42 @@ def memory(device: torch.device | str = "cpu") -> Memory:
 class Metrics:
     """Writes measurements of one run; a context manager that closes what it opened.
 
-    `output`: the run's folder. `sinks`: names of `sinks.SINKS`. `progress`: `auto`, `rich`, `plain` or
-    `none`. `step`: the step the run starts from, 0 when new. `config`: the resolved config, for sinks that
-    show it. Raises Refused when a sink's package is missing (`sinks.check_sinks` does so earlier).
+    `output`: the run's folder. `sinks`: names of `sinks.SINKS`; a missing package is refused by
+    `sinks.check_sinks`. `progress`: `auto`, `rich`, `plain` or `none`. `config`: the resolved config, for
+    sinks that show it. Nothing is written or shown before `start`.
     """
 
     output: Path
     sinks: Sequence[str] = ()
     progress: str = "auto"
-    step: int = 0
     config: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self._file: IO[str] | None = None
+        self._sinks: list[Sink] = []
+        self._progress: Progress = Nothing()
+
+    @property
+    def path(self) -> Path:
+        return self.output / FILE
+
+    def start(self, step: int = 0, *, evaluated: bool = True) -> None:
+        """Open everything for a run that goes on from `step`, 0 when new.
+
+        What metrics.jsonl says about later steps is dropped, and with `evaluated=False` also the evaluation
+        of `step` itself, which will be done again.
+        """
         self.output.mkdir(parents=True, exist_ok=True)
-        self.path = self.output / FILE
         if self.path.exists():
-            cut_back(self.path, self.step)
-        self._file: IO[str] = self.path.open("a", encoding="utf-8")
-        self._sinks = open_sinks(self.sinks, self.output, self.step, self.config)
+            cut_back(self.path, step, evaluated)
+        self._file = self.path.open("a", encoding="utf-8")
+        self._sinks = open_sinks(self.sinks, self.output, step, self.config)
         self._progress = open_progress(self.progress)
 
     def log(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Record `values` (numbers, strings, None, or containers of them) of `step`, everywhere."""
+        if self._file is None:
+            raise ValueError("metrics were logged before start()")
         clean = plain({"kind": kind, "step": step, **values})
         try:
             self._file.write(json.dumps(clean, ensure_ascii=False, allow_nan=False) + "\n")
@@ -162,20 +173,24 @@ class Metrics:
 
     def flush(self) -> None:
         """Bring metrics.jsonl to disk; called before each checkpoint, which must not be ahead of it."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._progress.close()
         for sink in self._sinks:
             sink.close()
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
     def __enter__(self) -> Metrics:
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, *error: object) -> None:
+        # what went wrong first is what the user must hear, not that a full disk cannot be flushed either
+        with contextlib.suppress(*([Exception] if kind else [])):
+            self.close()
 
 
 def _is_number(value: Any) -> bool:
@@ -203,12 +218,19 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             record = json.loads(line)
         except ValueError:
             continue
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
+        if isinstance(record, dict) and {"kind", "step"} <= record.keys():
             records.append(record)
     return records
 
 
-def cut_back(path: Path, step: int) -> None:
-    """Drop what a metrics.jsonl says about steps after `step`; with step 0, everything."""
-    kept = [r for r in read_metrics(path) if r["step"] <= step] if step else []
+def cut_back(path: Path, step: int, evaluated: bool = True) -> None:
+    """Drop what a metrics.jsonl says about steps after `step` (0: all of it).
+
+    Without `evaluated`, the evaluation of `step` itself is dropped too.
+    """
+    kept = [
+        r
+        for r in read_metrics(path)
+        if step and r["step"] <= step and (evaluated or r["step"] < step or r["kind"] != "evaluate")
+    ]
     write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept))

@@ -96,6 +96,11 @@ def set_lr(optimizer: Optimizer, lr: float) -> None:
         group["lr"] = lr * group["lr_scale"]
 
 
+def multiply(tensors: list[Tensor], factor: float) -> None:
+    """Multiply many tensors in place, in one kernel where the device has one."""
+    torch._foreach_mul_(tensors, factor)  # pyright: ignore[reportPrivateImportUsage]
+
+
 def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> float:
     """Scale all gradients so that their common L2 norm is at most `max_norm` (0 = leave them).
 
@@ -107,10 +112,10 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> float:
         return 0.0
     double = any(g.dtype == torch.float64 for g in gradients)
     dtype = torch.float64 if double else torch.float32
-    norms = [n.to(gradients[0].device) for n in torch._foreach_norm(gradients, 2, dtype)]
+    norms = [n.to(gradients[0].device) for n in torch._foreach_norm(gradients, 2, dtype)]  # pyright: ignore[reportPrivateImportUsage]
     norm = float(torch.linalg.vector_norm(torch.stack(norms)))
     if 0 < max_norm < norm < float("inf"):
-        torch._foreach_mul_(gradients, max_norm / (norm + 1e-6))
+        multiply(gradients, max_norm / (norm + 1e-6))
     return norm
 
 
@@ -154,7 +159,8 @@ def load_optimizer_tensors(
         device = "cpu" if key == "step" and parameter not in fused else parameter.device
         state.setdefault(parameter, {})[key] = value.to(device, copy=True)
     optimizer.state.clear()
-    optimizer.state.update(state)
+    for parameter, values in state.items():
+        optimizer.state[parameter] = values
 
 
 def _decay(optimizer: Optimizer, *_: object) -> None:
@@ -163,7 +169,7 @@ def _decay(optimizer: Optimizer, *_: object) -> None:
         for group in optimizer.param_groups:
             touched = [p for p in group["params"] if p.grad is not None]
             if touched and group["decoupled_decay"]:
-                torch._foreach_mul_(touched, 1 - group["lr"] * group["decoupled_decay"])
+                multiply(touched, 1 - group["lr"] * group["decoupled_decay"])
 
 
 def _blocks(name: str, parameter: Tensor, head_dim: int | None) -> int:
@@ -171,5 +177,6 @@ def _blocks(name: str, parameter: Tensor, head_dim: int | None) -> int:
     if parameter.ndim < 2:
         return 1
     rows = parameter.shape[0]
-    by_head = name.endswith(("q_proj.weight", "k_proj.weight")) and head_dim
-    return rows // head_dim if by_head and rows % head_dim == 0 else rows
+    if head_dim and rows % head_dim == 0 and name.endswith(("q_proj.weight", "k_proj.weight")):
+        return rows // head_dim
+    return rows

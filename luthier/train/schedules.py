@@ -106,11 +106,8 @@ def _after_warmup(
                     f"the run has {total} steps, so the rate would never fall",
                     "give an earlier step, a share below 1, or optim.schedule=constant",
                 )
-            return lambda step: (
-                lr
-                if step < start
-                else max(end, lr - span * (step - start) / (total - start))
-            )
+            fall = total - start
+            return lambda step: end + span * min(1.0, max(0.0, 1 - (step - start) / fall))
         case "anneal":
             period = config.period or total
             return lambda step: wave(math.pi * step / period)

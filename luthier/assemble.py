@@ -1,0 +1,455 @@
+"""Config -> parts that fit together, in the one order that matters.
+
+Cheap refusals come first (devices, packages, folders, tokenizer, data), then the weights. What is done with
+the parts is told by the recipes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import Parameter
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+
+from luthier.adapters.base import adapters_of, attach, lr_scales
+from luthier.adapters.store import load_adapter, load_tensors, save_adapter
+from luthier.batch import Batch
+from luthier.config import MINIMISED, AdapterConfig, RunConfig
+from luthier.data.dataset import Dataset, LazyDataset, prepare
+from luthier.data.encode import Renderer
+from luthier.data.formats import FORMATS, BadRow, Message, detect, rename
+from luthier.data.loader import Loader, evaluation_batches
+from luthier.data.rowfiles import Unreadable
+from luthier.data.sources import open_evaluation, open_source
+from luthier.errors import Refused
+from luthier.models.dropout import seed_dropout
+from luthier.models.folder import find_folder, fingerprint
+from luthier.models.generate import GenerateOptions
+from luthier.models.load import (
+    build_model,
+    check_tokenizer,
+    load_config,
+    load_tokenizer,
+    pad_id,
+    resolve_device,
+    save_model,
+)
+from luthier.models.stage import Stage, check_stage, compile_layers, set_recompute
+from luthier.train.evaluate import evaluate_generation, evaluate_loss, write_generated
+from luthier.train.gates import check_first_gradients
+from luthier.train.master import LossScaler, MasterWeights
+from luthier.train.optim import make_optimizer
+from luthier.train.plan import Plan
+from luthier.train.step import Updater
+
+Progress = Callable[[str, int, int | None], None]  # what, done, of
+
+
+# ---- text: what turns rows into ids, made before any weight is read
+
+
+@dataclass(frozen=True)
+class Text:
+    tokenizer: Any
+    renderer: Renderer
+    pad_id: int
+    model_config: PretrainedConfig
+
+
+def open_text(config: RunConfig, path: str | None = None) -> Text:
+    """Tokenizer and renderer of the model at `path` (default: model.path), checked against its config."""
+    where = path or config.model.path
+    remote = config.model.trust_remote_code
+    model_config = load_config(where, trust_remote_code=remote)
+    tokenizer = load_tokenizer(where, trust_remote_code=remote)
+    if tokenizer is None:
+        raise Refused(
+            f"the tokenizer of '{where}'",
+            "the folder has no tokenizer files (tokenizer.json, tokenizer.model, ...)",
+            "copy those of the model into it",
+        )
+    check_tokenizer(tokenizer, model_config)
+    data = config.data
+    renderer = Renderer(
+        tokenizer,
+        template=data.template,
+        length=data.length,
+        source_length=data.source_length,
+        overlong=data.overlong,
+        stop_ids=_model_stops(find_folder(where, code=remote)),
+    )
+    _check_positions(config, model_config)
+    return Text(tokenizer, renderer, pad_id(tokenizer, model_config), model_config)
+
+
+def _model_stops(folder: Path) -> list[int]:
+    """End ids of the folder's generation_config.json."""
+    if not (folder / "generation_config.json").is_file():
+        return []
+    end = GenerationConfig.from_pretrained(folder).eos_token_id
+    return [] if end is None else [end] if isinstance(end, int) else list(end)
+
+
+def _check_positions(config: RunConfig, model_config: PretrainedConfig) -> None:
+    limit = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and config.data.length > limit:
+        raise Refused(
+            f"data.length={config.data.length}",
+            f"the model has {limit} positions",
+            f"give data.length={limit} or less",
+        )
+
+
+# ---- model
+
+
+@dataclass
+class Built:
+    """A model ready to run: weights read, adapter attached, attention installed."""
+
+    model: PreTrainedModel
+    stage: Stage
+    device: torch.device
+    base: str  # folder or hub name of the base
+    base_hash: str | None = None
+    adapter: AdapterConfig | None = None
+    remarks: list[str] = field(default_factory=list)
+
+    @property
+    def trained(self) -> list[tuple[str, Parameter]]:
+        return [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+
+    @property
+    def num_trained(self) -> int:
+        return sum(p.numel() for _, p in self.trained)
+
+    @property
+    def num_base(self) -> int:
+        return sum(p.numel() for n, p in self.model.named_parameters() if ".adapter." not in n)
+
+
+def build(
+    config: RunConfig, *, train: bool, path: str | None = None, adapter: str | None = None
+) -> Built:
+    """The model of the config, for training or for use.
+
+    `path` replaces model.path (a run's own result, say), `adapter` adapter.path. Raises Refused for what
+    does not fit, before or while reading, with nothing written.
+    """
+    chosen = config.model.model_copy(update={"path": path or config.model.path})
+    device = resolve_device(chosen.device)
+    adapter = adapter or config.adapter.path
+    adapting = config.adapter.method != "none"
+    if train and adapter is not None and not adapting:
+        raise Refused(
+            f"adapter.path={adapter} with adapter.method=none",
+            "full fine-tuning trains no adapter",
+            "give adapter.method=lora to go on with that adapter, or merge it into the base first",
+        )
+    model = build_model(chosen, seed=config.train.seed, train=train)
+    built = Built(model, Stage(model), device, base=chosen.path)
+    if chosen.init == "pretrained" and (adapter or (train and adapting)):
+        built.base_hash = fingerprint(chosen.path)
+    if adapter is not None:
+        loaded = load_adapter(
+            model,
+            adapter,
+            trainable=train,
+            seed=config.train.seed,
+            base_name=chosen.path,
+            base_hash=built.base_hash,
+        )
+        built.adapter = loaded.config
+        built.remarks += loaded.remarks
+    elif train and adapting:
+        attach(model, config.adapter, seed=config.train.seed)
+        built.adapter = config.adapter
+    elif train:
+        model.requires_grad_(True)
+    built.stage.autocast = None if chosen.autocast == "none" else getattr(torch, chosen.autocast)
+    check_stage(built.stage)
+    if train:
+        seed_dropout(model, config.train.seed)
+        set_recompute(built.stage, config.train.recompute)
+        if config.train.compile:
+            compile_layers(built.stage)
+        model.train()
+    return built
+
+
+def write_model(built: Built, text: Text, folder: Path) -> None:
+    """The trained thing as others read it: a PEFT folder, or a Hugging Face folder with its tokenizer."""
+    if built.adapter is not None:
+        save_adapter(built.model, folder, built.adapter, built.base, built.base_hash)
+        return
+    keep_stops(built.model, text.renderer.stop_ids)
+    save_model(built.model, folder, text.tokenizer)
+
+
+def read_model(built: Built, config: RunConfig, folder: Path) -> None:
+    """Put the weights that `write_model` wrote back into the live model, bit for bit."""
+    if built.adapter is not None:
+        load_tensors(built.model, folder)
+        return
+    again = config.model.model_copy(
+        update={"path": str(folder), "init": "pretrained", "dtype": _name(built.model.dtype)}
+        | {"device": "cpu", "attention": "math", "num_layers": None}
+    )
+    saved = build_model(again, seed=config.train.seed).state_dict()
+    with torch.no_grad():
+        for name, tensor in built.model.state_dict().items():
+            tensor.copy_(saved[name])
+
+
+def keep_stops(model: PreTrainedModel, stop_ids: Sequence[int]) -> None:
+    """Record every end token in the generation config, so that whoever serves the model stops there."""
+    if model.generation_config is not None and stop_ids:
+        ends = list(stop_ids)
+        model.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# ---- data
+
+
+@dataclass
+class Data:
+    """The rows of a run: training through a loader, evaluation in memory."""
+
+    train: Dataset | LazyDataset
+    loader: Loader
+    dev: Dataset | None
+
+
+def open_data(config: RunConfig, text: Text, progress: Progress | None = None) -> Data:
+    """Encode and pack the rows of a run; refuses data that cannot teach anything."""
+
+    def tell(what: str) -> Callable[[int, int], None] | None:
+        return None if progress is None else lambda done, total: progress(what, done, total)
+
+    train = prepare(config, text.renderer, "train", tell("reading training rows"))
+    if train is None:
+        raise Refused(
+            f"training data at data.path={config.data.path}",
+            "it has no training part",
+            "give a folder with train.json or train/*.json, or a file",
+        )
+    dev = None
+    if config.evaluate.every != "never" or config.evaluate.before:
+        found = prepare(config, text.renderer, "dev", tell("reading evaluation rows"))
+        dev = found if isinstance(found, Dataset) else None
+    loader = Loader(
+        train,
+        batch=config.batch,
+        micro_batch=config.micro_batch,
+        pad_id=text.pad_id,
+        seed=config.train.seed,
+        length=config.data.length,
+        packing=config.data.packing,
+    )
+    return Data(train, loader, dev)
+
+
+def evaluation_rows(config: RunConfig, text: Text, dev: Dataset) -> Sequence[Batch]:
+    """Batches of the evaluation rows, packed as training is."""
+    return list(
+        evaluation_batches(
+            dev,
+            micro_batch=config.evaluate_micro_batch,
+            pad_id=text.pad_id,
+            length=config.data.length,
+            packing=config.data.packing,
+        )
+    )
+
+
+# ---- training
+
+
+def make_plan(config: RunConfig, data: Data) -> Plan:
+    """Length and rhythm of the run."""
+    steps, tokens = config.train.steps, None
+    if steps is None:
+        tokens = config.train.tokens
+        if tokens is None:
+            steps = data.loader.steps_in(config.train.epochs)
+    best = config.checkpoint.best if data.dev and config.evaluate.every != "never" else "none"
+    return Plan(
+        steps=steps,
+        tokens=tokens,
+        evaluate_every=config.evaluate.every if data.dev else "never",
+        save_every=config.checkpoint.every,
+        log_every=config.log.every,
+        best=best,
+        minimise=best in MINIMISED,
+    )
+
+
+def expected_steps(config: RunConfig, data: Data, plan: Plan) -> int:
+    """Steps that the schedule is laid over: those of the plan, or an estimate from `train.tokens`.
+
+    The estimate takes an average step of the first epoch; for lazy data, rows filled to `data.length`.
+    """
+    if plan.steps is not None:
+        return plan.steps
+    per_epoch = data.loader.steps_per_epoch
+    if per_epoch is None:
+        per_step = config.batch * config.data.length
+    else:
+        per_step = max(1.0, data.train.ledger.num_tokens / per_epoch)
+    return max(1, math.ceil((plan.tokens or 0) / per_step))
+
+
+def make_updater(config: RunConfig, built: Built) -> Updater:
+    """Gradients, clipping, loss scaling and the optimiser over what is trained."""
+    master = MasterWeights(built.trained, config.model.master_dtype)
+    heads = getattr(built.model.config, "num_attention_heads", None)
+    width = getattr(built.model.config, "hidden_size", None)
+    head_dim = getattr(built.model.config, "head_dim", None) or (
+        width // heads if heads and width else None
+    )
+    optimizer = make_optimizer(
+        master.named, config.optim, config.lr, lr_scales(built.model), head_dim=head_dim
+    )
+    half = torch.float16 in (built.model.dtype, built.stage.autocast)
+    expected = {name for name, _ in built.trained}
+    excused = {
+        f"{layer}.adapter.{name}"
+        for layer, adapter in adapters_of(built.model).items()
+        for name in adapter.zero_gradient_at_start()
+    }
+    return Updater(
+        stage=built.stage,
+        master=master,
+        optimizer=optimizer,
+        scaler=LossScaler(half),
+        clip=config.optim.clip,
+        gate=lambda gradients: check_first_gradients(
+            built.model, expected, excused, gradients=gradients
+        ),
+        device=built.device,
+    )
+
+
+IDENTITY = {
+    "model": {"path", "dtype", "autocast", "master_dtype", "num_layers", "init"},
+    "data": {"path", "format", "columns", "template", "length", "source_length", "overlong"}
+    | {"packing", "lazy", "validation_share"},
+    "adapter": {"method", "path", "rank", "alpha", "dropout", "targets"},
+    "optim": None,
+}
+
+
+def identity(config: RunConfig) -> dict[str, Any]:
+    """What may not differ when a run is resumed (rule 2 of the contract), as plain values."""
+    dump = config.model_dump(mode="json")
+    found: dict[str, Any] = {}
+    for section, keys in IDENTITY.items():
+        for key, value in dump[section].items():
+            if keys is None or key in keys:
+                found[f"{section}.{key}"] = value
+    return found | {
+        "optim.lr": config.lr,
+        "train.batch": config.batch,
+        "train.seed": config.train.seed,
+    }
+
+
+# ---- evaluation
+
+
+@dataclass
+class Evaluator:
+    """Measures a model on the evaluation rows; `records` are the answers of the latest generation."""
+
+    config: RunConfig
+    text: Text
+    built: Built
+    dev: Dataset
+    output: Path | None = None
+    progress: Progress | None = None
+    records: list[dict[str, str]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.batches = evaluation_rows(self.config, self.text, self.dev)
+
+    def __call__(self) -> dict[str, float]:
+        """Loss, perplexity, accuracy, and the scores of generated answers where asked."""
+        tell = self.progress or (lambda what, done, total: None)
+        values = evaluate_loss(
+            self.built.stage,
+            self.batches,
+            self.built.device,
+            lambda done: tell("evaluating", done, len(self.batches)),
+        )
+        if self.config.evaluate.generate:
+            values |= self.generate()
+        return values
+
+    def generate(self) -> dict[str, float]:
+        """Answer the rows and score the answers."""
+        tell = self.progress or (lambda what, done, total: None)
+        rows: list[list[Message]] = list(self.dev.conversations())
+        answered = 0
+
+        def count(number: int) -> None:
+            nonlocal answered
+            answered += number
+            tell("generating", answered, len(rows))
+
+        scores, self.records = evaluate_generation(
+            self.built.model,
+            self.text.renderer,
+            rows,
+            generate_options(self.config),
+            pad_id=self.text.pad_id,
+            micro_batch=self.config.evaluate_micro_batch,
+            progress=count,
+        )
+        if self.config.evaluate.save and self.output is not None:
+            write_generated(self.output, self.records)
+        return scores
+
+
+def generate_options(config: RunConfig) -> GenerateOptions:
+    e = config.evaluate
+    return GenerateOptions(e.max_new_tokens, e.top_k, e.top_p, e.temperature, config.train.seed)
+
+
+# ---- rows to answer
+
+
+def rows_to_answer(config: RunConfig) -> list[list[Message]]:
+    """The conversations of `predict.input`, or of the data's test (else dev) part; answers may be absent."""
+    given = config.predict.input
+    if given is not None:
+        source = open_source(given, config.data.model_copy(update={"format": "auto"}), "train")
+    else:
+        source = open_evaluation(config.data, "test")
+    if source is None:
+        raise Refused(
+            f"rows to answer at {given or config.data.path}",
+            "there is no test or dev part",
+            "give predict.input=FILE",
+        )
+    rows = []
+    for index in range(len(source)):
+        place = source.name
+        try:
+            row, place = source.row(index)
+            row = rename(row, config.data.columns)
+            form = config.data.format if given is None else "auto"
+            name = detect(row) if form == "auto" else form
+            rows.append(FORMATS[name](row, predict=True))
+        except (BadRow, Unreadable) as bad:
+            where = bad.place if isinstance(bad, Unreadable) else place
+            raise Refused(f"answering {where}", bad.reason, "correct the row") from bad
+    return rows

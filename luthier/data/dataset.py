@@ -1,0 +1,287 @@
+"""Rows -> examples: reads, renders and books every row, in several processes where that pays.
+
+`prepare` gives the examples of one split with their ledger: all of them in memory (`Dataset`), or, with
+`data.lazy`, a description of how to read them while training (`LazyDataset`). Refuses what cannot be
+trained before any work is done on a model. Rows of the training batch are made in `loader.py`.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from luthier.batch import IGNORE
+from luthier.config import DataConfig, RunConfig
+from luthier.data.encode import Dropped, Example, Renderer, check_supervision
+from luthier.data.formats import FORMATS, BadRow, Message, check_columns, detect, rename
+from luthier.data.ledger import Ledger, Record
+from luthier.data.rowfiles import Unreadable
+from luthier.data.sources import Order, Source, Split, open_evaluation, open_source
+from luthier.data.workers import CHUNK_ROWS, Workers
+from luthier.errors import Refused
+from luthier.seeding import derive
+
+SAMPLE_ROWS = 256  # rows of lazy data that are tried before the run starts
+WORTH_SECONDS = 8.0  # tokenising that lasts longer in this process alone is spread over workers
+
+PROVEN_ROWS = 8  # rows whose supervision is compared with the prompts of prediction
+EMPTY = re.compile(
+    r"\b(is|are)( an)? empty"
+)  # a row without content is sound: dropped, not refused
+
+Progress = Callable[[int, int], object]  # rows done, rows in all
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one row became; `examples` is empty unless the record says used or cut."""
+
+    record: Record
+    examples: tuple[Example, ...] = ()
+
+
+class Encoder:
+    """Row index -> `Outcome`. Picklable, and without state: the order of calls does not matter."""
+
+    def __init__(self, source: Source, data: DataConfig, renderer: Renderer) -> None:
+        self.source, self.renderer, self.columns = source, renderer, dict(data.columns)
+        self.notes: list[str] = []
+        self.formats = [self._format(p) for p in range(len(source.parts))]
+
+    def __call__(self, indices: Iterable[int]) -> list[Outcome]:
+        return [self.outcome(int(i)) for i in indices]
+
+    def outcome(self, index: int) -> Outcome:
+        place = self.source.name
+        try:
+            row, place = self.source.row(index)
+            examples = self.renderer.encode(self._messages(row, index))
+        except Unreadable as bad:
+            return Outcome(Record(index, bad.place, "invalid", bad.reason))
+        except BadRow as bad:
+            sound = isinstance(bad, Dropped) or EMPTY.search(bad.reason)
+            return Outcome(Record(index, place, "dropped" if sound else "invalid", bad.reason))
+        cut = sum(example.cut for example in examples)
+        record = Record(
+            index,
+            place,
+            "cut" if cut else "used",
+            cut=cut,
+            num_examples=len(examples),
+            num_tokens=sum(len(example.input_ids) for example in examples),
+            num_supervised=sum(int((example.labels != IGNORE).sum()) for example in examples),
+            ended=self.renderer.ends_in_stop(examples[-1]),
+            note="; ".join(dict.fromkeys(example.note for example in examples if example.note)),
+        )
+        return Outcome(record, tuple(examples))
+
+    def prove(self) -> None:
+        """Raise Failed unless the first rows train exactly their answers, after the very prompts that
+        prediction gives."""
+        for index in range(min(PROVEN_ROWS, len(self.source))):
+            outcome = self.outcome(index)
+            if len(outcome.examples) == 1:
+                check_supervision(self.renderer, self.messages(index), outcome.examples[0])
+
+    def messages(self, index: int) -> list[Message]:
+        """The messages of row `index`. Raises Unreadable or BadRow."""
+        return self._messages(self.source.row(index)[0], index)
+
+    def _messages(self, row: dict[str, Any], index: int) -> list[Message]:
+        return FORMATS[self.formats[self.source.part_of(index)]](rename(row, self.columns))
+
+    def _format(self, p: int) -> str:
+        """The format of part `p`: the one asked for, or that of its first row."""
+        part = self.source.parts[p]
+        name = part.format
+        if name == "auto":
+            try:
+                row, place = part.files[0].row(0)
+            except Unreadable as bad:
+                raise Refused(
+                    f"reading {part.name}", f"{bad.place}: {bad.reason}", "correct the file"
+                ) from bad
+            try:
+                name = detect(rename(row, self.columns))
+            except BadRow as bad:
+                raise Refused(
+                    f"the format of {part.name} was to be recognised (data.format=auto)",
+                    f"{place}: {bad.reason}",
+                ) from bad
+            self.notes.append(f"{part.name}: format {name}, recognised by its field names")
+        check_columns(self.columns, name)
+        return name
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Examples of one split in memory, in data order, and the ledger of their rows.
+
+    Example i is tokens offsets[i] to offsets[i + 1] of the concatenated `ids` and `labels`; it comes from
+    row `rows[i]` of the source.
+    """
+
+    split: Split
+    encoder: Encoder
+    ledger: Ledger
+    ids: np.ndarray  # int32 [T]
+    labels: np.ndarray  # int32 [T]
+    offsets: np.ndarray  # int64 [N + 1]
+    rows: np.ndarray  # int64 [N], ascending
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def source(self) -> Source:
+        return self.encoder.source
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each example, int64 [N]."""
+        return np.diff(self.offsets)
+
+    def example(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and labels [n] of one example; views."""
+        span = slice(self.offsets[index], self.offsets[index + 1])
+        return self.ids[span], self.labels[span]
+
+    def examples_of(self, rows: Order) -> Order:
+        """The examples that the given rows of the source became, in that order."""
+        first = np.searchsorted(self.rows, rows, side="left")
+        counts = np.searchsorted(self.rows, rows, side="right") - first
+        # within[i]: the how-manieth example of its row stands at place i
+        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        return np.repeat(first, counts) + within
+
+    def conversations(self) -> Iterator[list[Message]]:
+        """The messages of every row that became an example, in data order."""
+        return (self.encoder.messages(int(row)) for row in np.unique(self.rows))
+
+
+@dataclass(frozen=True)
+class LazyDataset:
+    """Rows that are read and encoded while training. `ledger` grows with the first pass over them."""
+
+    split: Split
+    encoder: Encoder
+    ledger: Ledger
+    workers: Workers
+
+    @property
+    def source(self) -> Source:
+        return self.encoder.source
+
+
+def prepare(
+    config: RunConfig, renderer: Renderer, split: Split, progress: Progress | None = None
+) -> Dataset | LazyDataset | None:
+    """The examples of `split`; None where the data has no such part (training data must exist).
+
+    `dev` and `test` stand in for each other, rows held out by `data.validation_share` for a missing dev
+    part, and both are always in memory; `evaluate.rows` limits `dev`. With `data.lazy` training rows are
+    only sampled here: call this before a large model is built, because the processes that tokenise are
+    forked now. Raises Refused for data that cannot be read or trained.
+    """
+    source, notes = _open(config, split)
+    if source is None:
+        return None
+    if split == "dev" and config.evaluate.rows is not None and config.evaluate.rows < len(source):
+        notes.append(f"evaluate.rows: the first {config.evaluate.rows} of {len(source)} rows")
+        source = source.take(np.arange(config.evaluate.rows))
+    encoder = Encoder(source, config.data, renderer)
+    encoder.prove()
+    ledger = Ledger(split, source.name)
+    for note in [*notes, *encoder.notes, *renderer.notes, *_mixture(source, split)]:
+        ledger.note(note)
+    if config.data.lazy and split == "train":
+        sampled = Ledger(split, f"{SAMPLE_ROWS} sampled rows of {source.name}")
+        for outcome in encoder(np.unique(np.linspace(0, len(source) - 1, SAMPLE_ROWS, dtype=int))):
+            sampled.add(outcome.record)
+        sampled.check(training=True)
+        return LazyDataset(split, encoder, ledger, Workers(encoder, config.data.workers))
+    return _read(split, encoder, ledger, config.data.workers, progress)
+
+
+def _read(
+    split: Split, encoder: Encoder, ledger: Ledger, workers: int, progress: Progress | None
+) -> Dataset:
+    """Encode all rows into memory."""
+    total = len(encoder.source)
+    ids, labels, rows = [], [], []
+    for outcomes in _encoded(encoder, total, workers):
+        for outcome in outcomes:
+            ledger.add(outcome.record)
+            for example in outcome.examples:
+                ids.append(example.input_ids.astype(np.int32))
+                labels.append(example.labels.astype(np.int32))
+                rows.append(outcome.record.row)
+        if ledger.rows["invalid"]:
+            break  # it is going to be refused: do not let the user wait for the rest
+        if progress:
+            progress(ledger.num_rows, total)
+    ledger.check(training=split == "train")
+    ledger.reconcile(total)
+    offsets = np.cumsum([0, *map(len, ids)])
+    return Dataset(
+        split, encoder, ledger, np.concatenate(ids), np.concatenate(labels), offsets, np.array(rows)
+    )
+
+
+def _encoded(encoder: Encoder, total: int, workers: int) -> Iterator[list[Outcome]]:
+    """All rows in order: in this process while that is quick, the rest in `workers` processes."""
+    chunks = [range(i, min(i + CHUNK_ROWS, total)) for i in range(0, total, CHUNK_ROWS)]
+    begin = time.perf_counter()
+    for done, chunk in enumerate(chunks):
+        rest = (time.perf_counter() - begin) / max(done, 1) * (len(chunks) - done)
+        if workers and rest > WORTH_SECONDS:
+            with Workers(encoder, workers) as pool:
+                yield from pool.encode(chunks[done:])
+            return
+        yield encoder(chunk)
+
+
+def _open(config: RunConfig, split: Split) -> tuple[Source | None, list[str]]:
+    """The rows of a split, after `data.validation_share` had its part, and what to remark on them."""
+    data = config.data
+    if not data.validation_share:
+        return _part(data, split), []
+    has_dev = data.validation_path is not None or open_source(data.path, data, "dev") is not None
+    if has_dev or (split == "test" and open_source(data.path, data, "test") is not None):
+        note = "data.validation_share is not used: there is a dev part"
+        return _part(data, split), [note] if split == "train" else []
+    source = open_source(data.path, data, "train")
+    if source is None:
+        return None, []
+    bound = data.validation_share * 2.0**63
+    seed = config.train.seed
+    held = np.array([derive(seed, "validation", i) < bound for i in range(len(source))])
+    if not held.any() or held.all():
+        raise Refused(
+            f"data.validation_share={data.validation_share} of {len(source)} rows",
+            "that leaves no row to evaluate or none to train",
+            "give another share, or data.validation_path",
+        )
+    note = f"data.validation_share: {int(held.sum())} of {len(source)} rows are held out"
+    return source.take(np.flatnonzero(~held if split == "train" else held)), [note]
+
+
+def _part(data: DataConfig, split: Split) -> Source | None:
+    return (
+        open_source(data.path, data, "train") if split == "train" else open_evaluation(data, split)
+    )
+
+
+def _mixture(source: Source, split: Split) -> list[str]:
+    """What a mixture draws per epoch, in words."""
+    if len(source.parts) == 1 or split != "train":
+        return []
+    return [
+        f"mixture: {share} rows per epoch from the {size} of {part.name} (weight {part.weight:g})"
+        for part, size, share in zip(source.parts, source.sizes(), source.shares(), strict=True)
+    ]

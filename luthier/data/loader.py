@@ -1,0 +1,301 @@
+"""Rows -> `Batch`: orders rows, cuts optimiser steps into micro-batches, reads ahead, remembers where it is.
+
+The order of rows is a function of (seed, epoch, index); micro-batches, workers, read-ahead and a stop in
+between do not change it. Each epoch has ceil(rows / batch) steps, the last one maybe smaller. Examples
+come from `dataset.py`, which of them share a row from `packing.py`, lazy data from `streaming.py`.
+"""
+
+from __future__ import annotations
+
+import math
+import queue
+import threading
+import zlib
+from collections.abc import Generator, Iterator, Sequence
+from functools import cached_property
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from luthier.batch import IGNORE, PADDING, Batch
+from luthier.data.dataset import Dataset, LazyDataset
+from luthier.data.encode import check_labels
+from luthier.data.packing import Method, pack
+from luthier.data.sources import Order, permutation
+from luthier.data.streaming import Row, Step, Stream
+from luthier.errors import Refused
+
+T = TypeVar("T")
+
+AHEAD = 2  # steps that are made ready in the background
+
+
+class Loader:
+    """Endless optimiser steps over a data set, from any position.
+
+    `batch` rows per step, `micro_batch` rows per `Batch`, `length` tokens per packed row. Examples of one
+    origin are packed once, in data order, and the rows shuffled anew in each epoch; a mixture is drawn and
+    packed anew in each epoch; lazy data is drawn in a new order and packed buffer by buffer.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset | LazyDataset,
+        *,
+        batch: int,
+        micro_batch: int,
+        pad_id: int,
+        seed: int,
+        length: int,
+        packing: Method,
+        shuffle: bool = True,
+    ) -> None:
+        self.dataset, self.batch = dataset, batch
+        self.micro_batch, self.pad_id = micro_batch, pad_id
+        feed: Any = Stream if isinstance(dataset, LazyDataset) else _Memory
+        self._feed: Stream | _Memory = feed(
+            dataset, batch=batch, length=length, packing=packing, seed=seed, shuffle=shuffle
+        )
+        self._position = self._feed.start
+        self._padding = {"rows": 0, "tokens": 0, "slots": 0}  # of the first epoch
+        self._ledger_before = dataset.ledger.snapshot()  # as it was before the current buffer
+        self._about = {"method": packing, "length": length}
+        if isinstance(self._feed, _Memory):
+            self._padding = self._feed.padding(micro_batch)
+            self._book_padding()
+
+    @property
+    def num_rows(self) -> int | None:
+        """Packed rows of the first epoch (all epochs alike but for mixtures); None for lazy data."""
+        return self._feed.num_rows if isinstance(self._feed, _Memory) else None
+
+    @property
+    def steps_per_epoch(self) -> int | None:
+        """Optimiser steps of the first epoch; None for lazy data."""
+        return None if self.num_rows is None else math.ceil(self.num_rows / self.batch)
+
+    @property
+    def epoch(self) -> int:
+        """Epochs that were handed out completely."""
+        return self._position["epoch"]
+
+    def steps_in(self, epochs: float) -> int | None:
+        """Steps of the first `epochs` passes, a last part of one rounded up; None for lazy data."""
+        if not isinstance(self._feed, _Memory):
+            return None
+        part, whole = math.modf(epochs)
+        steps = [math.ceil(len(self._feed.rows(e)) / self.batch) for e in range(math.ceil(epochs))]
+        return sum(steps[: int(whole)]) + (math.ceil(part * steps[-1]) if part else 0)
+
+    def step_batches(self) -> Iterator[list[Batch]]:
+        """Steps from the current position on, each a list of micro-batches padded to their longest row."""
+        ready = _ahead((step, self._batches(step)) for step in self._feed.steps(self._position))
+        try:
+            for step, batches in ready:
+                self._book(step, batches)
+                yield batches
+        finally:
+            ready.close()
+
+    def state(self) -> dict[str, Any]:
+        """The position behind the last step handed out, as plain values for JSON."""
+        state = {"data": self._feed.fingerprint, "position": dict(self._position)}
+        if isinstance(self.dataset, LazyDataset):
+            inside = self._position["emitted"] and self._position["epoch"] == 0
+            ledger = self._ledger_before if inside else self.dataset.ledger.snapshot()
+            state |= {"padding": dict(self._padding), "ledger": ledger}
+        return state
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from `state`; iterators made before are stale. Raises Refused when it is of other data."""
+        if state["data"] != self._feed.fingerprint:
+            raise Refused(
+                "going on from a checkpoint's place in the data",
+                f"the data has changed since: {state['data']} then, {self._feed.fingerprint} now",
+                "give the same data and tokenizer, or start a new run in another output",
+            )
+        self._position = dict(state["position"])
+        if isinstance(self.dataset, LazyDataset):
+            self._padding = dict(state["padding"])
+            self._ledger_before = state["ledger"]
+            self.dataset.ledger.restore(state["ledger"])
+
+    def close(self) -> None:
+        """End the processes that tokenise lazy data."""
+        if isinstance(self.dataset, LazyDataset):
+            self.dataset.workers.close()
+
+    def _batches(self, step: Step) -> list[Batch]:
+        return [
+            collate(step.rows[i : i + self.micro_batch], self.pad_id, step.first + i)
+            for i in range(0, len(step.rows), self.micro_batch)
+        ]
+
+    def _book(self, step: Step, batches: list[Batch]) -> None:
+        """Note that `step` is handed out now."""
+        ledger = self.dataset.ledger
+        for later in step.ledgers:
+            self._ledger_before = ledger.snapshot()
+            ledger.merge(later)
+        if isinstance(self.dataset, LazyDataset) and self._position["epoch"] == 0:
+            self._padding["rows"] += len(step.rows)
+            self._padding["tokens"] += sum(batch.num_real_tokens for batch in batches)
+            self._padding["slots"] += sum(batch.input_ids.numel() for batch in batches)
+            self._book_padding()
+            if step.after["epoch"] == 1:
+                ledger.reconcile(len(self.dataset.source))
+        self._position = step.after
+
+    def _book_padding(self) -> None:
+        rows, tokens, slots = self._padding.values()
+        share = round(1 - tokens / slots, 6)
+        self.dataset.ledger.packing = {**self._about, "rows": rows, "padding_share": share}
+
+
+def evaluation_batches(
+    dataset: Dataset, *, micro_batch: int, pad_id: int, length: int, packing: Method
+) -> Iterator[Batch]:
+    """All rows once, in data order, `micro_batch` per batch."""
+    feed = _Memory(
+        dataset, batch=micro_batch, length=length, packing=packing, seed=0, shuffle=False, once=True
+    )
+    for step in feed.steps(feed.start):
+        yield collate(step.rows, pad_id, step.first)
+        if step.after["epoch"]:
+            return
+
+
+def collate(rows: Sequence[Row], pad_id: int, first: int = 0) -> Batch:
+    """Rows of documents (ids and labels, [n] each) -> a `Batch` padded on the right to the longest row.
+
+    `first` is the serial number of the first row. Raises Failed for a label that is not the next token.
+    """
+    width = max(sum(len(ids) for ids, _ in row) for row in rows)
+    shape = (len(rows), width)
+    input_ids = np.full(shape, pad_id, dtype=np.int64)  # [B, S]
+    labels = np.full(shape, IGNORE, dtype=np.int64)
+    positions = np.zeros(shape, dtype=np.int64)
+    documents = np.full(shape, PADDING, dtype=np.int64)
+    for r, row in enumerate(rows):
+        start = 0
+        for d, (ids, wanted) in enumerate(row):
+            span = slice(start, start + len(ids))
+            input_ids[r, span] = ids
+            labels[r, span] = wanted
+            positions[r, span] = np.arange(len(ids))
+            documents[r, span] = d
+            start += len(ids)
+    check_labels(input_ids, labels, documents)
+    tensors = (torch.from_numpy(array) for array in (input_ids, labels, positions, documents))
+    return Batch(*tensors, rows=tuple(range(first, first + len(rows))))
+
+
+class _Memory:
+    """Steps of a `Dataset` in memory. A position is `epoch`, `step` and `serial` (rows before it)."""
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        batch: int,
+        length: int,
+        packing: Method,
+        seed: int,
+        shuffle: bool,
+        once: bool = False,
+    ) -> None:
+        self.dataset, self.batch, self.length = dataset, batch, length
+        self.packing: Method = packing
+        self.seed, self.shuffle = seed, shuffle
+        self.start = {"epoch": 0, "step": 0, "serial": 0}
+        self._mixture = len(dataset.source.parts) > 1 and not once
+        self._drawn: tuple[int, list[list[int]]] = (-1, [])  # a mixture's rows of one epoch
+        self._packed = [] if self._mixture else self._pack(np.arange(len(dataset)))
+        self.num_rows = len(self.rows(0))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What must be equal for a position to mean the same rows."""
+        checksum = zlib.crc32(self.dataset.ids.data)
+        return f"{len(self.dataset)} examples with checksum {checksum:08x}"
+
+    def rows(self, epoch: int) -> list[list[int]]:
+        """The rows of an epoch, as examples, before they are shuffled."""
+        if not self._mixture:
+            return self._packed
+        drawn = self._drawn  # another thread may replace it
+        if drawn[0] != epoch:
+            order = self.dataset.source.order(self.seed, epoch, self.shuffle)
+            drawn = self._drawn = (epoch, self._pack(self.dataset.examples_of(order)))
+        return drawn[1]
+
+    def steps(self, position: dict[str, Any]) -> Iterator[Step]:
+        """Endless steps from `position` on."""
+        epoch, step, serial = (position[name] for name in ("epoch", "step", "serial"))
+        while True:
+            rows = self.rows(epoch)
+            order = self._order(epoch, len(rows))
+            for begin in range(step * self.batch, len(rows), self.batch):
+                chosen = [rows[i] for i in order[begin : begin + self.batch]]
+                step, first, serial = step + 1, serial, serial + len(chosen)
+                last = begin + self.batch >= len(rows)
+                after = {
+                    "epoch": epoch + last,
+                    "step": 0 if last else step,
+                    "serial": serial,
+                }
+                yield Step([[self.dataset.example(i) for i in row] for row in chosen], first, after)
+            epoch, step = epoch + 1, 0
+
+    def padding(self, micro_batch: int) -> dict[str, int]:
+        """Rows, tokens and slots (with padding) of the first epoch's batches."""
+        rows = self.rows(0)
+        lengths = self.dataset.lengths
+        sizes = np.array([lengths[row].sum() for row in rows])[self._order(0, len(rows))]
+        steps = [sizes[i : i + self.batch] for i in range(0, len(sizes), self.batch)]
+        micro = [s[i : i + micro_batch] for s in steps for i in range(0, len(s), micro_batch)]
+        slots = sum(int(m.max()) * len(m) for m in micro)
+        return {"rows": len(rows), "tokens": int(sizes.sum()), "slots": slots}
+
+    def _order(self, epoch: int, num_rows: int) -> Order:
+        return permutation(num_rows, self.seed, "packed", epoch, shuffle=self.shuffle)
+
+    def _pack(self, examples: Order) -> list[list[int]]:
+        rows = pack(self.dataset.lengths[examples], self.length, self.packing)
+        return [examples[row].tolist() for row in rows]
+
+
+def _ahead(items: Generator[T]) -> Generator[T]:
+    """`items`, computed in a background thread a little ahead. Its exceptions are raised here."""
+    ready: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(AHEAD)
+    stop = threading.Event()
+
+    def put(item: T | None, error: BaseException | None) -> None:
+        while not stop.is_set():
+            try:
+                return ready.put((item, error), timeout=0.1)
+            except queue.Full:
+                continue
+
+    def work() -> None:
+        try:
+            for item in items:
+                put(item, None)
+                if stop.is_set():
+                    break
+            items.close()
+        except BaseException as error:  # whatever it is, the consumer must see it
+            put(None, error)
+
+    thread = threading.Thread(target=work, name="luthier-data", daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error = ready.get()
+            if error is not None:
+                raise error
+            yield item  # pyright: ignore[reportReturnType]
+    finally:
+        stop.set()
+        thread.join()

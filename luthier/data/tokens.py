@@ -1,0 +1,62 @@
+"""A tokenizer as the renderer needs it: ids of pieces of text, never a special token by itself.
+
+Only `Tokens.prefix` and `Tokens.suffix` say which special tokens belong around a plain prompt; the
+templates put them there, once.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from luthier.data.truncation import Ids
+
+PROBE = "a"
+
+
+class Tokens:
+    """`tokenizer` is a transformers tokenizer; `prefix`, `suffix` the special ids it puts around a text
+    (a closing EOS is left out of `suffix`: an answer follows); `eos`, `bos` ids or None."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.eos: int | None = tokenizer.eos_token_id
+        self.bos: int | None = tokenizer.bos_token_id
+        bare = self(PROBE)
+        full = list(tokenizer(PROBE, verbose=False)["input_ids"])
+        starts = [i for i in range(len(full) - len(bare) + 1) if full[i : i + len(bare)] == bare]
+        start = starts[-1] if starts else len(full)
+        self.prefix: Ids = full[:start]
+        self.suffix: Ids = [i for i in full[start + len(bare) :] if i != self.eos]
+        newline = self("\n")
+        # SentencePiece tokenizers put a blank before a text; inside a rendered conversation it is wrong
+        self._newline = newline if self("\n" + PROBE)[len(newline) :] != bare else None
+
+    def __call__(self, text: str) -> Ids:
+        """Ids of a text that stands alone, without special tokens of its own."""
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def ended(self, text: str) -> Ids:
+        """Ids of an answer or document, ending in exactly one EOS."""
+        ids = self(text)
+        return ids if self.eos is None or ids[-1:] == [self.eos] else [*ids, self.eos]
+
+    def after(self, text: str) -> Ids:
+        """Ids of a text that goes on from an earlier piece."""
+        if self._newline is None or not text:
+            return self(text)
+        ids = self("\n" + text)
+        size = len(self._newline)
+        return ids[size:] if ids[:size] == self._newline else self(text)
+
+    def first_control(self, text: str) -> re.Match[str] | None:
+        """The first special or added token inside a piece of template text."""
+        added = {str(token) for token in self.tokenizer.added_tokens_decoder.values()}
+        names = sorted((t for t in added if t.strip()), key=len, reverse=True)
+        return re.search("|".join(map(re.escape, names)), text) if names else None
+
+    def decode(self, ids: Ids, *, special: bool = False) -> str:
+        """Text of ids; special tokens are left out unless `special`."""
+        return self.tokenizer.decode(
+            ids, skip_special_tokens=not special, clean_up_tokenization_spaces=False
+        )

@@ -1,0 +1,1 @@
+"""Other suites' files: their configs in, their models in."""

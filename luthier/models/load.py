@@ -1,0 +1,334 @@
+"""Models and tokenizers into memory and back to disk, in Hugging Face's format.
+
+A folder is checked by `folder.py` before anything is built; afterwards every tensor must have been there,
+have fitted and be finite. Nothing of transformers' own prints reaches the terminal. Adapters are saved
+by `adapters/store.py`; what is saved here is the base.
+"""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as hf_logging
+
+from luthier.config import ModelConfig
+from luthier.errors import Refused, need
+from luthier.files import write_json
+from luthier.models import attention, folder
+from luthier.models.folder import fingerprint as fingerprint
+from luthier.seeding import derive
+
+ADAPTER = ".adapter."  # in the name of every tensor that an adapter adds
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' log lines and progress bars."""
+    level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity(logging.CRITICAL)
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(level)
+        if bars:
+            hf_logging.enable_progress_bar()
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` (a GPU if there is one), `cpu`, `cuda` or `gpu`, `cuda:1`, ...; Refused when it is not there."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if name == "auto":
+        return accelerator or torch.device("cpu")
+    asked = f"model.device={name} was asked for"
+    try:
+        device = torch.device("cuda" if name == "gpu" else name)
+    except RuntimeError as error:
+        raise Refused(asked, "that is no device", "use auto, cpu, cuda or cuda:0") from error
+    if device.type == "cpu":
+        return device
+    if accelerator is None or device.type != accelerator.type:
+        found = "none" if accelerator is None else accelerator.type
+        raise Refused(
+            asked, f"PyTorch sees no such device here (accelerator: {found})", "use cpu or auto"
+        )
+    count = torch.accelerator.device_count()
+    if device.index is not None and device.index >= count:
+        raise Refused(
+            asked, f"there are {count}", f"use {device.type}:0 to {device.type}:{count - 1}"
+        )
+    return device
+
+
+def resolve_dtype(name: str, config: PretrainedConfig, device: torch.device) -> torch.dtype:
+    """`model.dtype` as a torch dtype.
+
+    `auto`: bfloat16 on a GPU that computes fast in it. Elsewhere float32 for float32 checkpoints, and
+    for half-precision ones bfloat16 on CPU (which computes slowly in float16) and float16 on a GPU
+    without bfloat16. `config.dtype` tells what the checkpoint is; without it, float32.
+    """
+    if name != "auto":
+        return getattr(torch, name)
+    dtype = config.dtype or torch.float32
+    stored = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16
+    if stored not in (torch.float16, torch.bfloat16):
+        return torch.float32
+    return torch.float16 if device.type == "cuda" else torch.bfloat16
+
+
+def build_model(config: ModelConfig, *, seed: int, train: bool = False) -> PreTrainedModel:
+    """The model of `config` in eval mode on its device, attention installed (`attention.install`).
+
+    Everything that can be refused is refused before weights are read: device, folder, family, shards.
+    Afterwards: tensors that were missing, left over, of another shape, or not finite. `seed` decides
+    the values for `init=random`. `train`: gradients will be needed, which not every kernel offers.
+    """
+    device = resolve_device(config.device)
+    path = folder.find_folder(config.path, code=config.trust_remote_code)
+    folder.read_config(path, code=config.trust_remote_code)
+    files = folder.weight_files(path) if config.init == "pretrained" else []
+    remote = {"trust_remote_code": config.trust_remote_code}
+    with quiet():
+        try:
+            made = AutoConfig.from_pretrained(path, **remote)
+        except (ValueError, TypeError, KeyError, OSError) as error:
+            raise Refused(
+                f"model '{path}' was asked for",
+                f"its config.json is not valid for its family: {folder._first(error)}",
+                "mend the file",
+            ) from error
+        classes = cast(Any, AutoModelForCausalLM._model_mapping)
+        if type(made) in classes:
+            attention.check_family(classes[type(made)], made)
+        if made.dtype is None and files:
+            made.dtype = _stored_dtype(files[0])
+        dtype = resolve_dtype(config.dtype, made, device)
+        layers = _shorten(made, config.num_layers)
+        if config.init == "random":
+            model = _random(made, seed, dtype, remote)
+        else:
+            model = _pretrained(path, made, dtype, layers, remote)
+        model.to(device).eval()  # pyright: ignore[reportCallIssue, reportArgumentType]
+        attention.install(model, config.attention, train=train)
+    return model
+
+
+def load_tokenizer(
+    path: str | Path, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a folder or hub name; None where it has no tokenizer files."""
+    where = folder.find_folder(path, code=trust_remote_code)
+    if not folder.has_tokenizer(where):
+        return None
+    with quiet():
+        try:
+            return AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code)
+        except ImportError as error:
+            package = "protobuf" if "protobuf" in str(error) else "sentencepiece"
+            raise need(package, "tokenizers", f"the tokenizer of '{where}'") from error
+        except (ValueError, OSError, TypeError, KeyError, AttributeError) as error:
+            if not (where / "tokenizer.json").is_file() and not _importable("sentencepiece"):
+                raise need("sentencepiece", "tokenizers", f"the tokenizer of '{where}'") from error
+            raise Refused(
+                f"the tokenizer of '{where}' was asked for",
+                f"it cannot be read: {folder._first(error)}",
+                "copy or download its files again",
+            ) from error
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model_config: PretrainedConfig) -> None:
+    """Refuse a tokenizer with ids that the model's embedding lacks (rule 5 of the contract).
+
+    A vocabulary that is larger than the tokenizer's is normal: it is padded.
+    """
+    rows = model_config.get_text_config().vocab_size
+    beyond = {token: i for token, i in tokenizer.get_vocab().items() if i >= rows}
+    if beyond:
+        token, highest = max(beyond.items(), key=lambda item: item[1])
+        raise Refused(
+            "the tokenizer and the model do not fit",
+            f"{len(beyond)} of its tokens (up to {highest}, {token!r}) exceed the embedding's {rows} rows",
+            "use the model's own tokenizer",
+        )
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase | None, model_config: PretrainedConfig) -> int:
+    """An id to pad rows with: the tokenizer's, else its end of text, else the model's, else 0.
+
+    It is never looked at; it only has to be an id of the embedding.
+    """
+    found = [getattr(tokenizer, "pad_token_id", None), getattr(tokenizer, "eos_token_id", None)]
+    text = model_config.get_text_config()
+    found += [getattr(text, "pad_token_id", None), getattr(text, "eos_token_id", None)]
+    for value in found:
+        first = value[0] if isinstance(value, list | tuple) and value else value
+        if isinstance(first, int) and 0 <= first < text.vocab_size:
+            return first
+    return 0
+
+
+def save_model(
+    model: PreTrainedModel,
+    target: Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write `model` without its adapters as a Hugging Face folder that plain transformers loads.
+
+    To be called inside `files.publish`. `dtype` is that of the saved weights (default: the model's).
+    """
+    state = {name: t.detach() for name, t in model.state_dict().items() if ADAPTER not in name}
+    if dtype is not None:
+        made: dict[int, Tensor] = {}  # tied tensors stay one tensor
+        for name, tensor in state.items():
+            if tensor.is_floating_point():
+                state[name] = made.setdefault(tensor.data_ptr(), tensor.to(dtype))
+    kept = model.config.dtype  # save_pretrained writes the model's own into it
+    with quiet():
+        model.save_pretrained(target, state_dict=state)
+        model.config.dtype = kept
+        if dtype is not None:
+            stored = folder._json(target / "config.json", target)
+            write_json(target / "config.json", stored | {"dtype": str(dtype).split(".")[1]})
+        if tokenizer is not None:
+            tokenizer.save_pretrained(target)
+
+
+def _pretrained(
+    path: Path, config: PretrainedConfig, dtype: torch.dtype, layers: int | None, remote: dict
+) -> PreTrainedModel:
+    """Read the weights; `layers` is the checkpoint's number of layers where fewer are built."""
+    try:
+        made: Any = AutoModelForCausalLM.from_pretrained(
+            path,
+            config=config,
+            dtype=dtype,
+            attn_implementation=attention.NAME,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+            **remote,
+        )
+        model, info = made
+    except (RuntimeError, ValueError, OSError, pickle.UnpicklingError, SafetensorError) as error:
+        raise Refused(
+            f"the weights of '{path}' were asked for",
+            f"they cannot be read: {folder._first(error)}",
+            "copy or download the folder again",
+        ) from error
+    unexpected = set(info["unexpected_keys"])
+    if layers is not None:
+        built = config.get_text_config().num_hidden_layers
+        unexpected = {name for name in unexpected if not _later_layer(name, built)}
+    faults = {
+        "missing": sorted(info["missing_keys"]),
+        "unexpected": sorted(unexpected),
+        "of another shape": sorted(key[0] for key in info["mismatched_keys"]),
+    }
+    found = [_listed(what, names) for what, names in faults.items() if names]
+    if found:
+        raise Refused(
+            f"the weights of '{path}' were asked for",
+            f"they do not fit its config.json: {'; '.join(found)}",
+            "give a whole model, with the config.json it was saved with",
+        )
+    bad = [name for name, p in model.named_parameters() if not _finite(p)]
+    if bad:
+        raise Refused(
+            f"the weights of '{path}' were asked for",
+            f"NaN or infinite values: {_listed('tensors', bad)}",
+            "use another checkpoint",
+        )
+    return model
+
+
+def _random(
+    config: PretrainedConfig, seed: int, dtype: torch.dtype, remote: dict[str, bool]
+) -> PreTrainedModel:
+    """A new model whose values come from the family's own scheme, drawn per module from (seed, its name).
+
+    So they do not depend on the order in which modules are made, nor on how many there are.
+    """
+    with torch.random.fork_rng(devices=[]):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, attn_implementation=attention.NAME, **remote
+        )
+        for parameter in model.parameters():
+            parameter._is_hf_initialized = False  # pyright: ignore[reportAttributeAccessIssue]
+        with torch.no_grad():
+            # from the leaves up, as transformers does: a parent may refine its children's values
+            for name, module in reversed(list(model.named_modules())):
+                torch.manual_seed(derive(seed, "init", name))
+                model._init_weights(module)
+    for parameter in model.parameters():
+        # drawn in float32; buffers (rotary frequencies) stay in the type their family wants
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def _shorten(config: PretrainedConfig, num_layers: int | None) -> int | None:
+    """Set the number of layers; gives the checkpoint's own number when it was changed."""
+    text = config.get_text_config()
+    whole = text.num_hidden_layers
+    if num_layers is None or num_layers == whole:
+        return None
+    if num_layers > whole:
+        raise Refused(
+            f"model.num_layers={num_layers} was asked for",
+            f"the model has {whole} layers",
+            f"use at most {whole}",
+        )
+    text.num_hidden_layers = num_layers
+    for name, value in list(vars(text).items()):
+        if isinstance(value, list) and len(value) == whole:  # one entry per layer
+            setattr(text, name, value[:num_layers])
+    return whole
+
+
+def _later_layer(name: str, built: int) -> bool:
+    """Whether a tensor belongs to a layer that was not built."""
+    number = re.search(r"\.(\d+)\.", name)
+    return number is not None and int(number[1]) >= built
+
+
+def _stored_dtype(file: Path) -> torch.dtype | None:
+    for _, tensor in folder.read_tensors(file):
+        if tensor.is_floating_point():
+            return tensor.dtype
+    return None
+
+
+def _finite(tensor: Tensor) -> bool:
+    """One pass without a temporary; a sum that overflows is looked at again."""
+    total = tensor.detach().sum(dtype=torch.promote_types(tensor.dtype, torch.float32))
+    return bool(total.isfinite()) or bool(tensor.isfinite().all())
+
+
+def _listed(what: str, names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{len(names)} {what}: {', '.join(names[:3])}{more}"
+
+
+def _importable(package: str) -> bool:
+    from importlib.util import find_spec
+
+    return find_spec(package) is not None

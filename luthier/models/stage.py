@@ -1,0 +1,224 @@
+"""A stage: the part of a model that one process runs on a batch (without pipelining, the whole model).
+
+`Stage.forward` derives the layout once, makes it current and calls the base model of transformers; the
+head is apart, so that the loss may apply it to supervised positions only. Also here: recomputation and
+compilation of the layers, and `check_stage`, which compares a stage with the model's plain forward.
+The loss is in `train/loss.py`; kernels are chosen in `attention.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from luthier.batch import IGNORE, Batch, Layout, current_layout, layout_scope
+from luthier.errors import Failed, Refused
+from luthier.models.families import family_of
+
+# results that `selective` recomputation keeps: matrix products are dear to redo, the rest is cheap
+_KEPT = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+}
+# the relative error that rounding may cause in `check_stage`: far above it, far below a wrong formula
+_ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+class Stage(nn.Module):
+    """The whole model as one stage; `model` is the untouched `PreTrainedModel`."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+        self._family = family_of(model.config.model_type)
+        self._randomness_checked = False
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Hidden states [B, S, D] after the final norm. Padding's are finite and mean nothing.
+
+        Failed when the first forward in training mode draws from torch's global generator: such randomness
+        (dropout that `seed_dropout` does not reach) would depend on the order of the batches.
+        """
+        with layout_scope(Layout.of(batch)):
+            if not self.model.training or self._randomness_checked:
+                return self._base(batch)
+            before = _generator_state(batch.input_ids.device)
+            hidden = self._base(batch)
+            if not torch.equal(before, _generator_state(batch.input_ids.device)):
+                raise Failed(
+                    f"training the model family '{self.model.config.model_type}'",
+                    "its layers draw random numbers that no seed of the run decides (a dropout that is not known here)",
+                    "set the rates of dropout in its config.json to 0",
+                )
+            self._randomness_checked = True
+            return hidden
+
+    def _base(self, batch: Batch) -> Tensor:
+        # Without use_cache=False, config.use_cache would make a cache, and masks for it. The mask of
+        # ones only tells families not to look for padding or borders: `attention.attend` gets no mask.
+        out = self.model.base_model(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            attention_mask=torch.ones_like(batch.input_ids),
+            use_cache=False,
+        )
+        return out[0]
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits [N, V] of hidden states [N, D], with all that the family does after its output layer."""
+        logits = _output_layer(self.model)(hidden)
+        config, family = self.model.config, self._family
+        if family.multiply:
+            logits = logits * getattr(config, family.multiply)
+        if family.divide:
+            logits = logits / getattr(config, family.divide)
+        softcap = getattr(config, family.softcap) if family.softcap else None
+        return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+    def head_parameters(self) -> list[nn.Parameter]:
+        """The parameters that `head` uses; with tied embeddings they are the input embedding's."""
+        return list(_output_layer(self.model).parameters())
+
+
+def _output_layer(model: PreTrainedModel) -> nn.Module:
+    layer = model.get_output_embeddings()
+    if layer is None:
+        raise Refused(
+            f"model family '{model.config.model_type}' was asked for",
+            "it has no output layer",
+            "give a causal language model",
+        )
+    return layer
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The model's decoder layers, whatever the family calls their list."""
+    wanted = model.config.get_text_config().num_hidden_layers
+    for module in model.base_model.modules():
+        if (
+            isinstance(module, nn.ModuleList)
+            and len(module) == wanted
+            and all(isinstance(layer, GradientCheckpointingLayer) for layer in module)
+        ):
+            return module
+    raise Refused(
+        f"the layers of the model family '{model.config.model_type}' are needed",
+        f"it has no list of {wanted} layers as transformers' families have",
+        "use train.recompute=none and train.compile=false",
+    )
+
+
+def set_recompute(stage: Stage, mode: Literal["none", "layer", "selective"]) -> None:
+    """What the layers keep for the backward: all; their input; or their input and matrix products.
+
+    The results are the same. It acts in training mode only.
+    """
+    if mode == "none":
+        for module in stage.model.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                module.gradient_checkpointing = False
+        return
+    contexts = partial(_contexts, mode == "selective")
+    run = partial(
+        checkpoint, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
+    )  # dropout is a function of the rows: there is no generator state to keep
+    for layer in decoder_layers(stage.model):
+        # the switch that transformers documents on GradientCheckpointingLayer
+        layer.gradient_checkpointing = True  # pyright: ignore[reportArgumentType]
+        layer._gradient_checkpointing_func = run  # pyright: ignore[reportArgumentType]
+
+
+def compile_layers(stage: Stage) -> None:
+    """Compile each decoder layer. Attention stays outside of the graphs, so that they know no documents."""
+    for layer in decoder_layers(stage.model):
+        layer.compile()
+
+
+def check_stage(stage: Stage) -> None:
+    """Refuse a model whose stage differs from its plain forward, on two short documents of its own ids.
+
+    It catches families that do something after the output layer that `families.py` does not know, and
+    layers that mix documents. Costs three forwards of a dozen tokens. The model's mode is kept.
+    """
+    model = stage.model
+    training = model.training
+    vocab = model.config.get_text_config().vocab_size
+    device = next(model.parameters()).device
+    ids = (torch.arange(13, device=device) * 7919 + 11) % vocab
+    cuts = (5, 8)
+    positions = torch.cat([torch.arange(n, device=device) for n in cuts])
+    documents = torch.repeat_interleave(
+        torch.arange(len(cuts), device=device), torch.tensor(cuts, device=device)
+    )
+    labels = torch.full_like(ids, IGNORE)
+    batch = Batch(ids[None], labels[None], positions[None], documents[None], (0,))
+    seen: list[Tensor] = []
+    hook = _output_layer(model).register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    model.eval()
+    try:
+        with torch.no_grad():
+            packed = stage(batch)[0].split(cuts)
+            for part, hidden in zip(ids.split(cuts), packed, strict=True):
+                seen.clear()
+                whole = torch.ones_like(part[None])
+                logits = model(input_ids=part[None], attention_mask=whole, use_cache=False).logits[
+                    0
+                ]
+                _same(model, "hidden states in a packed row", hidden, seen[0][0])
+                _same(model, "logits", stage.head(seen[0][0]), logits)
+    finally:
+        hook.remove()
+        model.train(training)
+
+
+def _same(model: PreTrainedModel, what: str, ours: Tensor, plain: Tensor) -> None:
+    """Refused unless ||ours - plain|| / ||plain|| is what rounding explains."""
+    error = float((ours.double() - plain.double()).norm() / plain.double().norm())
+    if not error <= _ROUNDING.get(model.dtype, 1e-1):
+        raise Refused(
+            f"model family '{model.config.model_type}' was asked for",
+            f"its {what} differ from its plain forward's by {error:.2g} (relative)",
+            "this family needs a row in luthier/models/families.py, or its layers mix documents; use another model",
+        )
+
+
+def _contexts(selective: bool) -> tuple[AbstractContextManager, AbstractContextManager]:
+    """Contexts of a layer's first run and of its recomputation, which re-enters the layout of the first."""
+    again = layout_scope(current_layout())
+    if not selective:
+        return nullcontext(), again
+    first, replay = create_selective_checkpoint_contexts(_policy)
+    return first, _both(again, replay)
+
+
+def _policy(context: Any, op: Callable[..., Any], *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+@contextmanager
+def _both(outer: AbstractContextManager, inner: AbstractContextManager) -> Iterator[None]:
+    with outer, inner:
+        yield
+
+
+def _generator_state(device: torch.device) -> Tensor:
+    if device.type == "cuda":
+        return torch.cuda.get_rng_state(device)
+    return torch.get_rng_state()

@@ -1,0 +1,370 @@
+"""What each command does, as prose: finetune, evaluate, predict, preview.
+
+Every recipe takes a config (a path, a mapping, a `RunConfig` or what `read_config` gave), prints what a
+user should see and returns it. The parts come from `assemble.py`; nothing is computed here. Merging and
+converting, which need no config, are `convert.py`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from luthier.assemble import (
+    Built,
+    Data,
+    Evaluator,
+    Progress,
+    Text,
+    build,
+    expected_steps,
+    generate_options,
+    identity,
+    make_plan,
+    make_updater,
+    open_data,
+    open_text,
+    read_model,
+    rows_to_answer,
+    write_model,
+)
+from luthier.config import RunConfig
+from luthier.configfile import Resolved, from_mapping, to_yaml
+from luthier.data.dataset import Dataset, prepare
+from luthier.data.encode import reference
+from luthier.data.preview import preview as render_preview
+from luthier.errors import Refused
+from luthier.files import PARTIAL, damage, publish, write_json, write_text
+from luthier.interop.read import read_config
+from luthier.models.generate import generate
+from luthier.models.load import resolve_device
+from luthier.parallel.world import World
+from luthier.summary import facts_of
+from luthier.train.checkpoint import Checkpoints, find, steps_in
+from luthier.train.gates import check_batch, check_isolation
+from luthier.train.loop import Trainer
+from luthier.train.metrics import Metrics, memory
+from luthier.train.progress import open_progress
+from luthier.train.report import pair_samples, write_report
+from luthier.train.schedules import make_schedule
+from luthier.train.sinks import check_sinks
+
+Source = str | Path | Mapping[str, Any] | RunConfig | Resolved
+BEFORE = "before.json"  # the evaluation before training, kept for a resumed run's report
+
+
+def say(text: str = "") -> None:
+    """A plain line for the user."""
+    print(text, flush=True)
+
+
+def resolve(source: Source, overrides: Sequence[str] = ()) -> Resolved:
+    """Any form of config, checked."""
+    match source:
+        case Resolved():
+            return source
+        case RunConfig():
+            return Resolved(source)
+        case Mapping():
+            return from_mapping(source, overrides)
+        case _:
+            return read_config([Path(source)], list(overrides))
+
+
+# ---- finetune
+
+
+def finetune(source: Source, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Train by the config and leave the final model at the top of `output`. Returns the report's facts."""
+    resolved = resolve(source, overrides)
+    config = resolved.config
+    for remark in resolved.remarks:
+        say(f"note: {remark}")
+    World.current()
+    resolve_device(config.model.device)
+    check_sinks(config.log.sinks)
+    output = Path(config.output)
+    found = find(output, config.checkpoint.resume)
+    for remark in found.remarks:
+        say(f"note: {remark}")
+
+    text = open_text(config)
+    data = open_data(config, text)
+    try:
+        return _finetune(config, output, found.path, text, data)
+    finally:
+        data.loader.close()
+
+
+def _finetune(
+    config: RunConfig, output: Path, resume: Path | None, text: Text, data: Data
+) -> dict[str, Any]:
+    for dataset in (data.train, data.dev):
+        if dataset is not None:
+            say(dataset.ledger.summary())
+    if data.dev is None and config.evaluate.every != "never":
+        say(
+            "note: there are no evaluation rows: no evaluation, and the last model is the final one"
+        )
+    first = next(data.loader.step_batches())
+    for batch in first:
+        check_batch(batch)
+
+    built = build(config, train=True)
+    loaded = memory(built.device)
+    for remark in built.remarks:
+        say(f"note: {remark}")
+    share = built.num_trained / max(built.num_base, 1)
+    say(
+        f"model: {built.base}, {_name(built.model.dtype)} on {built.device}; "
+        f"{built.num_trained:,} trained parameters ({share:.2%} of {built.num_base:,})"
+    )
+    isolation = check_isolation(built.stage, first[0].to(built.device), kernel=built.kernel)
+    checks: list[tuple[str, bool, str]] = [
+        ("labels are the next tokens of their own documents", True, "first step's rows"),
+        (
+            "documents of a row do not see each other",
+            True,
+            f"{isolation.documents} documents compared bit by bit, attention {built.kernel}"
+            if isolation.documents
+            else "no row has two documents",
+        ),
+    ]
+    updater = make_updater(config, built)
+    plan = make_plan(config, data)
+    total = expected_steps(config, data, plan)
+    checkpoints = Checkpoints(output, keep=config.checkpoint.keep, identity=identity(config))
+
+    output.mkdir(parents=True, exist_ok=True)
+    write_text(output / "config.yaml", to_yaml(config))
+    start = 0 if resume is None else int(resume.name.removeprefix("step-"))
+    metrics = Metrics(output, config.log.sinks, config.log.progress, start, config.model_dump())
+    evaluator = None
+    if data.dev is not None:
+        evaluator = Evaluator(config, text, built, data.dev, output, metrics.activity)
+    before = _evaluate_before(config, output, evaluator, metrics, resume)
+
+    trainer = Trainer(
+        updater=updater,
+        schedule=make_schedule(config.optim, config.lr, total),
+        data=data.loader,
+        plan=plan,
+        metrics=metrics,
+        checkpoints=checkpoints,
+        write_model=lambda folder: write_model(built, text, folder),
+        read_model=lambda folder: read_model(built, config, folder),
+        evaluate=evaluator if plan.evaluate_every != "never" else None,
+        facts={"trained_parameters": built.num_trained, "total_steps": plan.steps},
+    )
+    result = trainer.fit(resume)
+    checks.append(
+        ("every trained tensor had a gradient at the first step, no frozen one", True, "")
+    )
+
+    _publish_final(output, lambda folder: write_model(built, text, folder))
+    data.train.ledger.reconcile(data.train.ledger.num_rows)
+    ledgers = {d.split: d.ledger.to_dict() for d in (data.train, data.dev) if d is not None}
+    write_json(output / "ledger.json", ledgers)
+    after_records = evaluator.records if evaluator else []
+    if evaluator and config.evaluate.generate and result.final_step != result.step:
+        evaluator.generate()
+        after_records = evaluator.records
+    facts = facts_of(config, built, data, result, loaded, plan)
+    facts["before"] = before.get("values", {})
+    facts["samples"] = pair_samples(before.get("records", []), after_records)
+    facts["checks"] = checks
+    write_json(output / "report.json", dict(facts))
+    report = write_report(output, facts)
+    _say_result(output, facts, result.final_step, report)
+    return dict(facts)
+
+
+def _evaluate_before(
+    config: RunConfig,
+    output: Path,
+    evaluator: Evaluator | None,
+    metrics: Metrics,
+    resume: Path | None,
+) -> dict[str, Any]:
+    """The evaluation before the first step; a resumed run reads that of its start."""
+    kept = output / BEFORE
+    if resume is not None:
+        return json.loads(kept.read_text("utf-8")) if kept.is_file() else {}
+    kept.unlink(missing_ok=True)
+    if not config.evaluate.before:
+        return {}
+    if evaluator is None:
+        raise Refused(
+            "evaluate.before=true",
+            "there are no evaluation rows",
+            "give data.validation_path, or a dev part beside the training rows",
+        )
+    values = evaluator()
+    metrics.activity("")
+    metrics.log("evaluate", 0, values)
+    found = {"values": values, "records": evaluator.records}
+    write_json(kept, found)
+    return found
+
+
+def _publish_final(output: Path, write: Any) -> None:
+    """Write the final model at the top of `output`, file by file, weights before the config that names them."""
+    staged = output / f"{PARTIAL}final"
+    with publish(staged / "model", manifest=False) as folder:
+        write(folder)
+    files = sorted(
+        (staged / "model").iterdir(), key=lambda p: (p.name.endswith("config.json"), p.name)
+    )
+    for path in files:
+        path.replace(output / path.name)
+    (staged / "model").rmdir()
+    staged.rmdir()
+
+
+def _say_result(output: Path, facts: Mapping[str, Any], step: int, report: Path) -> None:
+    after, before = facts.get("after", {}), facts.get("before", {})
+    for name, value in after.items():
+        was = f"   (before: {before[name]:.4g})" if name in before else ""
+        say(f"  {name:<12}{value:>12.4g}{was}")
+    for sample in facts.get("samples", ()):
+        say(f"\nquestion   {sample['prompt']}\nreference  {sample['reference']}")
+        if "before" in sample:
+            say(f"before     {sample['before']}")
+        say(f"after      {sample.get('after', '')}")
+    say(f"\nfinal model (step {step}): {output}\nreport: {report}")
+
+
+# ---- evaluate, predict
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Which model a command uses: a folder, maybe with an adapter, and the words for it."""
+
+    path: str
+    adapter: str | None
+    words: str
+
+
+def choose_model(config: RunConfig) -> Chosen:
+    """adapter.path if given; else the run's final model in `output`; else its newest whole checkpoint; else
+    the base."""
+    base, output = config.model.path, Path(config.output)
+    if config.adapter.path is not None:
+        return Chosen(base, config.adapter.path, f"{base} with the adapter {config.adapter.path}")
+    folders = [(output, "final model")]
+    folders += [(path, path.name) for _, path in reversed(steps_in(output)) if damage(path) is None]
+    for folder, what in folders:
+        if (folder / "adapter_config.json").is_file():
+            return Chosen(base, str(folder), f"{base} with the adapter {folder} ({what})")
+        if (folder / "config.json").is_file():
+            return Chosen(str(folder), None, f"{folder} ({what})")
+    return Chosen(base, None, f"{base} (nothing was trained in {output})")
+
+
+def _open(config: RunConfig) -> tuple[Text, Chosen]:
+    resolve_device(config.model.device)
+    chosen = choose_model(config)
+    say(f"model: {chosen.words}")
+    return open_text(config, chosen.path), chosen
+
+
+def _build(config: RunConfig, chosen: Chosen) -> Built:
+    built = build(config, train=False, path=chosen.path, adapter=chosen.adapter)
+    for remark in built.remarks:
+        say(f"note: {remark}")
+    return built
+
+
+def evaluate(source: Source, overrides: Sequence[str] = ()) -> dict[str, float]:
+    """Loss, perplexity and accuracy on the evaluation rows; BLEU-4 and ROUGE with evaluate.generate."""
+    config = resolve(source, overrides).config
+    text, chosen = _open(config)
+    dev = prepare(config, text.renderer, "dev")
+    if not isinstance(dev, Dataset):
+        raise Refused(
+            f"evaluation rows at data.path={config.data.path}",
+            "there is no dev, validation or test part",
+            "give data.validation_path",
+        )
+    say(dev.ledger.summary())
+    built = _build(config, chosen)
+    output = Path(config.output)
+    if config.evaluate.save:
+        output.mkdir(parents=True, exist_ok=True)
+    with _activity(config) as progress:
+        values = Evaluator(config, text, built, dev, output, progress)()
+    for name, value in values.items():
+        say(f"  {name:<12}{value:>12.6g}")
+    return values
+
+
+def predict(source: Source, overrides: Sequence[str] = ()) -> list[dict[str, str]]:
+    """Answer the rows of `predict.input` and write one JSON line per row, in order, to `predict.output`."""
+    config = resolve(source, overrides).config
+    text, chosen = _open(config)
+    rows = rows_to_answer(config)
+    built = _build(config, chosen)
+    prompts = [text.renderer.prompt(messages) for messages in rows]
+    answered = 0
+    with _activity(config) as progress:
+
+        def count(number: int) -> None:
+            nonlocal answered
+            answered += number
+            progress("generating", answered, len(prompts))
+
+        ids = generate(
+            built.model,
+            prompts,
+            generate_options(config),
+            pad_id=text.pad_id,
+            stop_ids=text.renderer.stop_ids,
+            micro_batch=config.evaluate_micro_batch,
+            progress=count,
+        )
+    records = []
+    for messages, answer in zip(rows, ids, strict=True):
+        asked = [m.text for m in messages if m.role in ("user", "text")]
+        record = {"prompt": asked[-1] if asked else "", "output": text.renderer.decode(answer)}
+        target = reference(messages)
+        records.append({**record, "tgt": target} if target else record)
+    path = Path(config.predict.output or Path(config.output) / "predictions.jsonl")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
+    for record in records[:3]:
+        say(f"  {record['prompt'][-100:]!r} -> {record['output'][:200]!r}")
+    say(f"{len(records)} answers: {path}")
+    return records
+
+
+@contextmanager
+def _activity(config: RunConfig) -> Iterator[Progress]:
+    """The live display of a command that does not train."""
+    progress = open_progress(config.log.progress)
+    try:
+        yield progress.activity
+    finally:
+        progress.close()
+
+
+# ---- preview
+
+
+def preview(source: Source, overrides: Sequence[str] = (), *, rows: int = 3) -> str:
+    """Show the first `rows` packed rows of the first step, token by token, and the ledger's totals."""
+    config = resolve(source, overrides).config
+    text = open_text(config)
+    data = open_data(config, text)
+    try:
+        say(data.train.ledger.summary())
+        batches = next(data.loader.step_batches())
+    finally:
+        data.loader.close()
+    shown = render_preview(batches, text.tokenizer, rows=rows)
+    say(shown)
+    return shown

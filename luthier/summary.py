@@ -1,0 +1,86 @@
+"""What a run came to, as the plain facts that a report shows."""
+
+from __future__ import annotations
+
+import platform
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+import luthier
+from luthier.assemble import Built, Data
+from luthier.config import RunConfig
+from luthier.train.metrics import Memory
+from luthier.train.plan import FitResult, Plan
+from luthier.train.report import Facts
+
+PACKAGES = ("torch", "transformers", "peft", "safetensors", "tokenizers", "datasets")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Luthier, Python and the packages that decide numbers."""
+    found = {"luthier": luthier.__version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def device_name(device: torch.device) -> str:
+    """`cpu, 2 threads, x86_64`, or the GPU's name."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} threads, {platform.machine()}"
+
+
+def method_words(config: RunConfig, built: Built) -> str:
+    """The adapter in words, or `full fine-tuning`."""
+    if built.adapter is None:
+        return "full fine-tuning"
+    a = built.adapter
+    layers = sum(name.endswith(".lora_A") for name, _ in built.trained)
+    return f"LoRA, rank {a.rank}, alpha {a.scale_alpha:g}, on {layers} layers"
+
+
+def facts_of(
+    config: RunConfig, built: Built, data: Data, result: FitResult, loaded: Memory, plan: Plan
+) -> Facts:
+    """The facts of a finished run that do not depend on what it generated."""
+    words = method_words(config, built)
+    facts = Facts(
+        title=f"{words.split(',')[0][:1].upper()}{words.split(',')[0][1:]} of {Path(built.base).name}",
+        status="finished",
+        created=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+        model=built.base,
+        data=data.train.source.name,
+        adapter=words,
+        device=device_name(built.device),
+        dtype=str(built.model.dtype).removeprefix("torch."),
+        trained_parameters=built.num_trained,
+        total_parameters=built.num_base,
+        steps=result.step,
+        tokens=result.num_tokens,
+        padding_share=data.train.ledger.packing.get("padding_share", 0.0),
+        seconds=result.seconds,
+        tokens_per_second=result.num_tokens / result.seconds if result.seconds else 0.0,
+        versions=versions(),
+        after=result.evaluation or {},
+        ledger={
+            d.split: {"read": d.ledger.num_rows, **d.ledger.rows}
+            for d in (data.train, data.dev)
+            if d is not None
+        },
+        remarks=[*built.remarks, *result.remarks],
+        more={"Final weights": f"step {result.final_step}", "Output": config.output},
+    )
+    if plan.steps is not None:
+        facts["total_steps"] = plan.steps
+    if loaded.now is not None:
+        facts["memory_loaded"] = loaded.now
+    if result.peak_memory is not None:
+        facts["memory_peak"] = result.peak_memory
+    return facts

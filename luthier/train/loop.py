@@ -1,0 +1,318 @@
+"""The only training loop: `Trainer.fit` runs a plan, one `Updater` step after the other.
+
+What is trained, how the model is written and read, and what an evaluation measures are handed in. A run
+stops only between steps: at its end, on a signal (after saving) or on an error (with the older checkpoints
+untouched). A checkpoint holds all that a resumed run needs to go on bit for bit; files and retention are
+`checkpoint.py`, one step is `step.py`.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from luthier.batch import Batch
+from luthier.errors import Failed, LuthierError, Stopped
+from luthier.files import damage
+from luthier.train.checkpoint import Checkpoints, Saved, non_finite
+from luthier.train.metrics import Metrics, StepReport, Window, memory, plain
+from luthier.train.plan import Every, FitResult, Pace, Plan
+from luthier.train.signals import Interrupted, Signals
+from luthier.train.step import Updater
+
+
+class Data(Protocol):
+    """`data.loader.Loader`: endless optimiser steps; `state()` is the position after the last one handed out."""
+
+    @property
+    def steps_per_epoch(self) -> int | None: ...
+    @property
+    def epoch(self) -> int: ...  # how many were handed out completely
+    def step_batches(self) -> Iterator[list[Batch]]: ...
+    def state(self) -> dict[str, Any]: ...
+    def load_state(self, state: dict[str, Any], /) -> None: ...
+
+
+@dataclass(kw_only=True)
+class Trainer:
+    """Runs `plan`: steps of `updater` on the batches of `data`.
+
+    `schedule(t)` is the learning rate of step t = 0, 1, ... `write_model(folder)` writes the model as others
+    read it; `read_model(folder)` puts such a folder's weights back into the live model, bit for bit.
+    `evaluate()` measures the model. `facts` are recorded with the start of the run; `remarks` are told.
+    """
+
+    updater: Updater
+    schedule: Callable[[int], float]
+    data: Data
+    plan: Plan
+    metrics: Metrics
+    checkpoints: Checkpoints
+    write_model: Callable[[Path], object]
+    read_model: Callable[[Path], object]
+    evaluate: Callable[[], Mapping[str, float]] | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.done = 0  # optimiser steps so far
+        self.num_tokens = 0  # real tokens so far
+        self.seconds = 0.0  # in steps, so far
+        self.best: dict[str, Any] | None = None  # metric, value, step, values
+        self.evaluation: dict[str, Any] | None = None  # step, values: the latest
+        self._loss: float | None = None  # of the last step
+        self._window = Window()
+        self._pace = Pace()
+        self._epoch_ended = False  # with the latest step
+        self._saved_at = 0  # the step of our latest checkpoint
+        self._unsupervised = False  # a step without supervised tokens was seen
+
+    def step(self, micro_batches: Sequence[Batch]) -> StepReport:
+        """The next optimiser step; see `Updater.update`."""
+        lr = self.schedule(self.done)
+        report = self.updater.update(micro_batches, step=self.done + 1, lr=lr)
+        self.done += 1
+        self.num_tokens += report.num_tokens
+        return report
+
+    def fit(self, path: Path | None = None) -> FitResult:
+        """Run to the end of the plan, from checkpoint `path` on if there is one.
+
+        The best weights, if the plan asks for them, are then in the model. Raises Refused when the checkpoint
+        does not fit the run; Stopped after a signal, with everything saved; Failed when the run cannot go
+        on. Closes `metrics`.
+        """
+        saved = self.checkpoints.start(path)
+        with Signals() as signals:
+            try:
+                with self.metrics:
+                    self._begin(saved)
+                    self._run(signals)
+                    result = self._finish()
+                    self._stop_if_asked(signals)
+                    return result
+            except LuthierError:
+                raise
+            except Exception as error:
+                raise self._failure(error) from error
+
+    def _begin(self, saved: Saved | None) -> None:
+        if saved is not None:
+            self._restore(saved)
+        self.metrics.start(self.done, evaluated=self._evaluated())
+        self.metrics.log("start", self.done, {**self.facts, "resumed": saved is not None})
+        for text in self.remarks:
+            self.metrics.remark(text, self.done)
+        self.updater.stage.model.train()
+
+    def _run(self, signals: Signals) -> None:
+        if self.done:  # a signal may have come before the evaluation of the step that was saved
+            self._after_step(signals)
+        batches = self.data.step_batches()
+        try:
+            while not self._over():
+                self._stop_if_asked(signals)
+                begin, epoch = time.perf_counter(), self.data.epoch
+                micro_batches = next(batches)
+                wait = time.perf_counter() - begin
+                report = self.step(micro_batches)
+                self._epoch_ended = self.data.epoch > epoch
+                seconds = time.perf_counter() - begin
+                self._record(replace(report, seconds=seconds, wait=wait))
+                self._after_step(signals)
+        finally:
+            if isinstance(batches, Generator):
+                batches.close()  # ends its reading ahead
+
+    def _after_step(self, signals: Signals) -> None:
+        """Evaluate and save, if due and not done yet. A new best is saved whenever anything is."""
+        due = self._due(self.plan.evaluate_every) and not self._evaluated()
+        improved = due and self._evaluate(signals)
+        save = self._due(self.plan.save_every) or (improved and self.plan.save_every != "never")
+        if save and self._saved_at != self.done:
+            self._save()
+
+    def _over(self) -> bool:
+        return self.plan.over(self.done, self.num_tokens)
+
+    def _due(self, every: Every) -> bool:
+        """Whether something that happens `every` so often happens after the current step."""
+        return self.plan.due(every, self.done, epoch_ended=self._epoch_ended, over=self._over())
+
+    def _epoch(self) -> float:
+        """Passes over the data so far; between the ends of lazy data's passes, the whole ones."""
+        per_epoch = None if self._epoch_ended else self.data.steps_per_epoch
+        return self.done / per_epoch if per_epoch else float(self.data.epoch)
+
+    def _record(self, report: StepReport) -> None:
+        """Log the steps since the last logging, if due."""
+        self._window.add(report)
+        self._pace.add(report.seconds, report.num_tokens)
+        self.seconds += report.seconds
+        self._loss = report.loss
+        if not report.num_supervised and not self._unsupervised:
+            self._unsupervised = True
+            self._remark(
+                f"step {report.step} has no supervised token and updates nothing; more such steps "
+                "are counted as skipped_steps"
+            )
+        if self.done % self.plan.log_every and not self._over():
+            return
+        values = {
+            **self._window.values(),
+            "lr": report.lr,
+            "grad_norm": report.grad_norm,
+            "epoch": self._epoch(),
+            "tokens": self.num_tokens,
+            "memory": memory(self.updater.device).peak,
+            "progress": self.plan.progress(self.done, self.num_tokens),
+            "total_steps": self.plan.steps,
+            "eta_seconds": self._pace.seconds_left(self.plan, self.done, self.num_tokens),
+        }
+        self.metrics.log("train", self.done, values)
+        self._window = Window()
+
+    def _remark(self, text: str) -> None:
+        self.remarks.append(text)
+        self.metrics.remark(text, self.done)
+
+    # ---- evaluation and the best
+
+    def _evaluated(self) -> bool:
+        return self.evaluation is not None and self.evaluation["step"] == self.done
+
+    def _evaluate(self, signals: Signals) -> bool:
+        """Evaluate; True if this is the best so far. A signal ends it: the resumed run does it again."""
+        if self.evaluate is None:
+            return False
+        self.metrics.activity("evaluating")
+        try:
+            with signals.interruptible():
+                values = dict(self.evaluate())
+        except Interrupted:
+            self._stop_if_asked(signals)
+            raise
+        finally:
+            self.metrics.activity("")
+        self.metrics.log("evaluate", self.done, {**values, "epoch": self._epoch()})
+        self.evaluation = {"step": self.done, "values": values}
+        metric, old = self.plan.best, self.best["value"] if self.best else None
+        if metric == "none" or not self.plan.better(values[metric], old):
+            return False
+        self.best = {"metric": metric, "value": values[metric], "step": self.done, "values": values}
+        return True
+
+    # ---- saving, going on, stopping
+
+    def _save(self) -> Path:
+        tensors = self.updater.tensors()
+        bad = non_finite({**tensors, **self.updater.weights()})
+        if bad:
+            raise Failed(
+                f"saving step {self.done}",
+                f"NaN or infinity in {', '.join(bad)}",
+                f"nothing was written; go on from {self.checkpoints.newest()} with a lower optim.lr",
+            )
+        state = {
+            "tokens": self.num_tokens,
+            "seconds": self.seconds,
+            "data": self.data.state(),
+            "updater": self.updater.state(),
+            "epoch_ended": self._epoch_ended,
+            "window": asdict(self._window),
+            "evaluation": self.evaluation,
+            "best": self.best,
+        }
+        best = self.best["step"] if self.best else None
+        self.metrics.activity("saving")
+        self.metrics.flush()  # metrics.jsonl must not be behind the checkpoint
+        path = self.checkpoints.save(self.done, self.write_model, tensors, plain(state), best=best)
+        self.metrics.activity("")
+        self._saved_at = self.done
+        values = {"path": str(path), "best": best == self.done, "epoch": self._epoch()}
+        self.metrics.log("checkpoint", self.done, values)
+        return path
+
+    def _restore(self, saved: Saved) -> None:
+        """Become what the run was when it saved this checkpoint."""
+        state = saved.state
+        self.read_model(saved.path)
+        self.updater.load(saved.tensors(), state["updater"])
+        self.data.load_state(state["data"])
+        self.done, self.num_tokens, self.seconds = saved.step, state["tokens"], state["seconds"]
+        self._window, self._epoch_ended = Window(**state["window"]), state["epoch_ended"]
+        self.evaluation, self.best = state["evaluation"], state["best"]
+        ours = self.checkpoints.path(saved.step)
+        self._saved_at = saved.step if saved.path.resolve() == ours.resolve() else 0
+        if self.best and self.best["metric"] != self.plan.best:
+            self.best = None  # another metric was asked for: the best is sought from here on
+        if self.best and damage(self.checkpoints.path(self.best["step"])) is not None:
+            self.remarks.append(
+                f"the best checkpoint so far, step-{self.best['step']}, is not there any more: "
+                "the best is sought from here on"
+            )
+            self.best = None
+
+    def _stop_if_asked(self, signals: Signals) -> None:
+        """After a signal: save, if that was not done, and raise Stopped."""
+        if signals.received is None:
+            return
+        asked = f"stopped by {signal.Signals(signals.received).name} after step {self.done}"
+        if not self.done:
+            raise Stopped(signals.received, asked, "nothing was trained yet", "start again")
+        path = self.checkpoints.path(self.done) if self._saved_at == self.done else self._save()
+        raise Stopped(
+            signals.received, asked, f"saved as {path}", "go on with checkpoint.resume=auto"
+        )
+
+    def _finish(self) -> FitResult:
+        """Put the best weights in place and say what the run came to."""
+        final, evaluation = self.done, self.evaluation if self._evaluated() else None
+        if self.best and self.best["step"] != self.done:
+            if self.plan.save_every == "never":
+                self._remark(
+                    f"step {self.best['step']} was best, but checkpoint.every=never kept no weights of it: "
+                    "the final model is the last one"
+                )
+            else:
+                self._read_best(self.checkpoints.path(self.best["step"]))
+                final, evaluation = self.best["step"], self.best
+        result = FitResult(
+            step=self.done,
+            epoch=self._epoch(),
+            num_tokens=self.num_tokens,
+            seconds=self.seconds,
+            loss=self._loss,
+            final_step=final,
+            evaluation=evaluation["values"] if evaluation else None,
+            peak_memory=memory(self.updater.device).peak,
+            remarks=tuple(self.remarks),
+        )
+        self.metrics.log("end", self.done, asdict(result))
+        return result
+
+    def _read_best(self, path: Path) -> None:
+        reason = damage(path)
+        if reason is not None:
+            raise Failed(
+                f"taking the best checkpoint, {path}, as the final model",
+                reason,
+                "give checkpoint.best=none with checkpoint.resume=auto to take the last one",
+            )
+        self.read_model(path)
+        self._remark(f"the final model is that of {path.name}, the best by {self.plan.best}")
+
+    def _failure(self, error: Exception) -> Failed:
+        """An unexpected error as a message; the error itself is its cause."""
+        text = f"{type(error).__name__}: {error}"
+        do = f"what was saved is untouched: go on from {self.checkpoints.newest()}"
+        full = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        if full or "can't allocate memory" in text:
+            do += ", with a smaller train.micro_batch or train.recompute=layer"
+        return Failed(f"training, after step {self.done}", text, do)

@@ -1,0 +1,161 @@
+"""One optimiser step: micro-batches in, updated weights and a report out.
+
+`Updater` joins model, loss, gradients, clipping, loss scaling and optimiser, the same way for full and
+adapter training in any dtype, and owns the state of them that a checkpoint holds. When steps happen, at
+which rate, and what else happens between them is `loop.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import Module, Parameter
+from torch.optim import Optimizer
+
+from luthier.batch import TENSORS, Batch
+from luthier.parallel.world import World
+from luthier.train.gates import check_finite
+from luthier.train.loss import token_loss
+from luthier.train.master import LossScaler, MasterWeights
+from luthier.train.metrics import StepReport
+from luthier.train.optim import (
+    clip_gradients,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    set_lr,
+)
+
+Gate = Callable[[Mapping[str, Tensor | None]], object]
+
+
+class Stage(Protocol):
+    """`models.stage.Stage`: hidden states [B, S, D] of a batch; logits [N, V] of rows [N, D]."""
+
+    @property
+    def model(self) -> Module: ...
+    def __call__(self, batch: Batch, /) -> Tensor: ...
+    def head(self, hidden: Tensor, /) -> Tensor: ...
+    def head_parameters(self) -> list[Parameter]: ...
+
+
+@dataclass(kw_only=True)
+class Updater:
+    """Trains the parameters of `master`, over which `optimizer` was made.
+
+    `clip`: largest norm of the gradient, 0 = off. `gate(gradients)`, name -> gradient, is called once,
+    before the first update, and raises to stop. The model's mode (train or eval) is the caller's.
+    """
+
+    stage: Stage
+    master: MasterWeights
+    optimizer: Optimizer
+    scaler: LossScaler = field(default_factory=lambda: LossScaler(False))
+    clip: float = 1.0
+    gate: Gate | None = None
+    device: torch.device | str = "cpu"
+    world: World = field(default_factory=World)
+
+    def update(self, micro_batches: Sequence[Batch], *, step: int, lr: float) -> StepReport:
+        """Do optimiser step number `step` (from 1) at rate `lr`; the report has no times yet.
+
+        The loss is the sum over all supervised tokens of the step divided by their count. A step without
+        supervised tokens, or one that overflows float16, updates nothing and says so. Raises Failed, with
+        no weight touched, when the loss or a gradient is not finite.
+        """
+        report = StepReport(
+            step=step,
+            lr=lr,
+            num_supervised=self._total(b.num_supervised for b in micro_batches),
+            num_tokens=self._total(b.num_real_tokens for b in micro_batches),
+            num_slots=self._total(b.input_ids.numel() for b in micro_batches),
+        )
+        if not report.num_supervised:
+            return replace(report, skipped="no supervised token")
+        try:
+            losses = [self._backward(batch, report.num_supervised) for batch in micro_batches]
+            # floats: the first wait for the device in the step
+            loss = self.world.sum(sum(float(part) for part in losses))
+            if not math.isfinite(loss):
+                self._raise_non_finite(loss, math.nan, step, micro_batches)
+            self.scaler.unscale(self.master.parameters)
+            norm = clip_gradients(self.master.parameters, self.clip)
+            if not self.scaler.update(math.isfinite(norm)):
+                return replace(report, loss=loss, skipped="float16 overflow")
+            if not math.isfinite(norm):
+                self._raise_non_finite(loss, norm, step, micro_batches)
+            if self.gate is not None:
+                self.gate(self.master.gradients())
+                self.gate = None
+            set_lr(self.optimizer, lr)
+            self.optimizer.step()
+            self.master.write_back()
+            return replace(report, loss=loss, grad_norm=norm)
+        finally:
+            self.master.zero_grad()
+
+    def _total(self, counts: Iterable[int]) -> int:
+        return int(self.world.sum(sum(counts)))
+
+    def _backward(self, batch: Batch, count: int) -> Tensor:
+        """Forward and backward of one micro-batch; gives its share of the step's mean loss."""
+        loss = self._loss_sum(batch.to(self.device)) / count
+        (loss * self.scaler.scale).backward()
+        self.master.collect()
+        return loss.detach()
+
+    def _loss_sum(self, batch: Batch) -> Tensor:
+        hidden = self.stage(batch)  # [B, S, D]
+        return token_loss(hidden, batch.labels, self.stage.head, self.stage.head_parameters())
+
+    def _raise_non_finite(
+        self, loss: float, norm: float, step: int, micro_batches: Sequence[Batch]
+    ) -> None:
+        """Raise Failed naming the rows whose own loss is not finite, or all rows when none is to blame."""
+        rows = [row for batch in micro_batches for row in _single_rows(batch.to(self.device))]
+        with torch.no_grad():
+            bad = [row for row in rows if not self._loss_sum(row).isfinite()]
+        check_finite(
+            loss,
+            norm,
+            step=step,
+            rows=[row.rows[0] for row in bad or rows],
+            model=self.stage.model,
+            gradients=self.master.gradients(),
+        )
+
+    # ---- what a checkpoint holds besides the model
+
+    def weights(self) -> dict[str, Tensor]:
+        """What is trained, by name, in the type in which it is updated."""
+        return dict(self.master.named)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Moments and master weights under `optimizer/` and `master/`; live ones, not copies."""
+        moments = optimizer_tensors(self.optimizer, self.master.named)
+        out = {f"optimizer/{name}": tensor for name, tensor in moments.items()}
+        return out | {f"master/{n}": t for n, t in self.master.tensors().items()}
+
+    def state(self) -> dict[str, Any]:
+        return {"scaler": self.scaler.state()}
+
+    def load(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Put back `tensors` and `state`, bit for bit. Raises Refused when they do not fit."""
+        parts: dict[str, dict[str, Tensor]] = {"master": {}, "optimizer": {}}
+        for name, tensor in tensors.items():
+            kind, _, rest = name.partition("/")
+            parts[kind][rest] = tensor
+        self.master.load_tensors(parts["master"])
+        load_optimizer_tensors(self.optimizer, self.master.named, parts["optimizer"])
+        self.scaler.load_state(state["scaler"])
+
+
+def _single_rows(batch: Batch) -> Iterator[Batch]:
+    """Each row of a batch as a batch of its own."""
+    for i, row in enumerate(batch.rows):
+        part = {name: getattr(batch, name)[i : i + 1] for name in TENSORS}
+        yield Batch(**part, rows=(row,))
