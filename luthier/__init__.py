@@ -1,3 +1,47 @@
-"""Luthier fine-tunes, compresses and serves large language models."""
+"""Luthier fine-tunes, compresses and serves large language models.
+
+`finetune, evaluate, predict, preview` take a config (a path, a mapping, a `RunConfig`), `merge` and
+`convert` take folders; each prints what the command prints and returns it. `load` gives a model for
+use in other programs. Names are imported on first use, so that `import luthier` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "finetune": "recipes",
+    "evaluate": "recipes",
+    "predict": "recipes",
+    "preview": "recipes",
+    "merge": "convert",
+    "convert": "convert",
+    "load": "api",
+    "RunConfig": "config",
+    "LuthierError": "errors",
+    "Refused": "errors",
+    "Failed": "errors",
+}
+__all__ = ["__version__", *sorted(_HOMES)]
+
+if TYPE_CHECKING:
+    from luthier.api import load as load
+    from luthier.config import RunConfig as RunConfig
+    from luthier.convert import convert as convert
+    from luthier.convert import merge as merge
+    from luthier.errors import Failed as Failed
+    from luthier.errors import LuthierError as LuthierError
+    from luthier.errors import Refused as Refused
+    from luthier.recipes import evaluate as evaluate
+    from luthier.recipes import finetune as finetune
+    from luthier.recipes import predict as predict
+    from luthier.recipes import preview as preview
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'luthier' has no attribute '{name}'")
+    return getattr(import_module(f"luthier.{_HOMES[name]}"), name)

@@ -22,14 +22,10 @@ from luthier.batch import Batch
 from luthier.config import MINIMISED, AdapterConfig, RunConfig
 from luthier.data.dataset import Dataset, LazyDataset, prepare
 from luthier.data.encode import Renderer
-from luthier.data.formats import FORMATS, BadRow, Message, detect, rename
 from luthier.data.loader import Loader, evaluation_batches
-from luthier.data.rowfiles import Unreadable
-from luthier.data.sources import open_evaluation, open_source
 from luthier.errors import Refused
 from luthier.models.dropout import seed_dropout
 from luthier.models.folder import find_folder, fingerprint
-from luthier.models.generate import GenerateOptions
 from luthier.models.load import (
     build_model,
     check_tokenizer,
@@ -40,7 +36,6 @@ from luthier.models.load import (
     save_model,
 )
 from luthier.models.stage import Stage, check_stage, compile_layers, set_recompute
-from luthier.train.evaluate import evaluate_generation, evaluate_loss, write_generated
 from luthier.train.gates import check_first_gradients
 from luthier.train.master import LossScaler, MasterWeights
 from luthier.train.optim import make_optimizer
@@ -121,6 +116,12 @@ class Built:
     remarks: list[str] = field(default_factory=list)
 
     @property
+    def kernel(self) -> str:
+        """The attention kernel that was installed."""
+        kernels = (getattr(module, "attention_kernel", None) for module in self.model.modules())
+        return next(kernel for kernel in kernels if kernel)
+
+    @property
     def trained(self) -> list[tuple[str, Parameter]]:
         return [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
 
@@ -197,7 +198,7 @@ def read_model(built: Built, config: RunConfig, folder: Path) -> None:
         load_tensors(built.model, folder)
         return
     again = config.model.model_copy(
-        update={"path": str(folder), "init": "pretrained", "dtype": _name(built.model.dtype)}
+        update={"path": str(folder), "init": "pretrained", "dtype": name_of(built.model.dtype)}
         | {"device": "cpu", "attention": "math", "num_layers": None}
     )
     saved = build_model(again, seed=config.train.seed).state_dict()
@@ -213,7 +214,8 @@ def keep_stops(model: PreTrainedModel, stop_ids: Sequence[int]) -> None:
         model.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
 
 
-def _name(dtype: torch.dtype) -> str:
+def name_of(dtype: torch.dtype) -> str:
+    """`bfloat16` of torch.bfloat16."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -324,7 +326,7 @@ def make_updater(config: RunConfig, built: Built) -> Updater:
     excused = {
         f"{layer}.adapter.{name}"
         for layer, adapter in adapters_of(built.model).items()
-        for name in adapter.zero_gradient_at_start()
+        for name in adapter.zero_at_start
     }
     return Updater(
         stage=built.stage,
@@ -361,95 +363,3 @@ def identity(config: RunConfig) -> dict[str, Any]:
         "train.batch": config.batch,
         "train.seed": config.train.seed,
     }
-
-
-# ---- evaluation
-
-
-@dataclass
-class Evaluator:
-    """Measures a model on the evaluation rows; `records` are the answers of the latest generation."""
-
-    config: RunConfig
-    text: Text
-    built: Built
-    dev: Dataset
-    output: Path | None = None
-    progress: Progress | None = None
-    records: list[dict[str, str]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.batches = evaluation_rows(self.config, self.text, self.dev)
-
-    def __call__(self) -> dict[str, float]:
-        """Loss, perplexity, accuracy, and the scores of generated answers where asked."""
-        tell = self.progress or (lambda what, done, total: None)
-        values = evaluate_loss(
-            self.built.stage,
-            self.batches,
-            self.built.device,
-            lambda done: tell("evaluating", done, len(self.batches)),
-        )
-        if self.config.evaluate.generate:
-            values |= self.generate()
-        return values
-
-    def generate(self) -> dict[str, float]:
-        """Answer the rows and score the answers."""
-        tell = self.progress or (lambda what, done, total: None)
-        rows: list[list[Message]] = list(self.dev.conversations())
-        answered = 0
-
-        def count(number: int) -> None:
-            nonlocal answered
-            answered += number
-            tell("generating", answered, len(rows))
-
-        scores, self.records = evaluate_generation(
-            self.built.model,
-            self.text.renderer,
-            rows,
-            generate_options(self.config),
-            pad_id=self.text.pad_id,
-            micro_batch=self.config.evaluate_micro_batch,
-            progress=count,
-        )
-        if self.config.evaluate.save and self.output is not None:
-            write_generated(self.output, self.records)
-        return scores
-
-
-def generate_options(config: RunConfig) -> GenerateOptions:
-    e = config.evaluate
-    return GenerateOptions(e.max_new_tokens, e.top_k, e.top_p, e.temperature, config.train.seed)
-
-
-# ---- rows to answer
-
-
-def rows_to_answer(config: RunConfig) -> list[list[Message]]:
-    """The conversations of `predict.input`, or of the data's test (else dev) part; answers may be absent."""
-    given = config.predict.input
-    if given is not None:
-        source = open_source(given, config.data.model_copy(update={"format": "auto"}), "train")
-    else:
-        source = open_evaluation(config.data, "test")
-    if source is None:
-        raise Refused(
-            f"rows to answer at {given or config.data.path}",
-            "there is no test or dev part",
-            "give predict.input=FILE",
-        )
-    rows = []
-    for index in range(len(source)):
-        place = source.name
-        try:
-            row, place = source.row(index)
-            row = rename(row, config.data.columns)
-            form = config.data.format if given is None else "auto"
-            name = detect(row) if form == "auto" else form
-            rows.append(FORMATS[name](row, predict=True))
-        except (BadRow, Unreadable) as bad:
-            where = bad.place if isinstance(bad, Unreadable) else place
-            raise Refused(f"answering {where}", bad.reason, "correct the row") from bad
-    return rows

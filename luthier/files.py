@@ -62,11 +62,10 @@ def publish(folder: Path, *, manifest: bool = True) -> Iterator[Path]:
 
     On any error the temporary folder is removed and `folder` is as it was.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(f"{PARTIAL}{folder.name}")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        partial.mkdir()
+        partial.mkdir(parents=True)
         yield partial
         files = sorted(p for p in partial.rglob("*") if p.is_file())
         for path in files:

@@ -14,22 +14,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from luthier.answers import Evaluator, generate_options, rows_to_answer
 from luthier.assemble import (
     Built,
     Data,
-    Evaluator,
     Progress,
     Text,
     build,
     expected_steps,
-    generate_options,
     identity,
     make_plan,
     make_updater,
+    name_of,
     open_data,
     open_text,
     read_model,
-    rows_to_answer,
     write_model,
 )
 from luthier.config import RunConfig
@@ -120,7 +119,7 @@ def _finetune(
         say(f"note: {remark}")
     share = built.num_trained / max(built.num_base, 1)
     say(
-        f"model: {built.base}, {_name(built.model.dtype)} on {built.device}; "
+        f"model: {built.base}, {name_of(built.model.dtype)} on {built.device}; "
         f"{built.num_trained:,} trained parameters ({share:.2%} of {built.num_base:,})"
     )
     isolation = check_isolation(built.stage, first[0].to(built.device), kernel=built.kernel)

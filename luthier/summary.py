@@ -64,19 +64,16 @@ def facts_of(
         total_parameters=built.num_base,
         steps=result.step,
         tokens=result.num_tokens,
-        padding_share=data.train.ledger.packing.get("padding_share", 0.0),
         seconds=result.seconds,
         tokens_per_second=result.num_tokens / result.seconds if result.seconds else 0.0,
         versions=versions(),
         after=result.evaluation or {},
-        ledger={
-            d.split: {"read": d.ledger.num_rows, **d.ledger.rows}
-            for d in (data.train, data.dev)
-            if d is not None
-        },
+        ledger={d.split: d.ledger.to_dict() for d in (data.train, data.dev) if d is not None},
         remarks=[*built.remarks, *result.remarks],
         more={"Final weights": f"step {result.final_step}", "Output": config.output},
     )
+    if "padding_share" in data.train.ledger.packing:
+        facts["padding_share"] = data.train.ledger.packing["padding_share"]
     if plan.steps is not None:
         facts["total_steps"] = plan.steps
     if loaded.now is not None:

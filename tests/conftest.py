@@ -212,6 +212,18 @@ def random_batch() -> Callable[..., Batch]:
     return random_batch_
 
 
+def relative_(ours: torch.Tensor, reference: torch.Tensor) -> float:
+    """||ours - reference|| / ||reference||: what "equal to 1e-x" means (rule 7 of the contract)."""
+    a, b = ours.detach().double(), reference.detach().double()
+    return float((a - b).norm() / b.norm())
+
+
+@pytest.fixture(scope="session")
+def relative() -> Callable[[torch.Tensor, torch.Tensor], float]:
+    """`relative(ours, reference)`."""
+    return relative_
+
+
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """`model_folder(family)`: a Hugging Face folder with weights and tokenizer; read only, made once."""

@@ -48,6 +48,9 @@ class Adapter(nn.Module):
     suffixes: ClassVar[tuple[str, ...]] = ()
     """What may follow a layer's path in the names of the adapter file's tensors."""
 
+    zero_at_start: ClassVar[frozenset[str]] = frozenset()
+    """Parameters whose gradient is zero at the first step (LoRA's A while B is zero)."""
+
     def __init__(self, layer: nn.Module, config: AdapterConfig, *, name: str, seed: int) -> None:
         """Make the parameters, on the layer's device, without values; `name` is the layer's path."""
         super().__init__()
@@ -108,7 +111,7 @@ class Adapter(nn.Module):
         """adapter_config.json -> options, options of each layer, remarks. Refused if one is not supported."""
         raise TypeError(f"{cls.__name__} is not loaded")
 
-    def parameter(self, layer: nn.Module, *shape: int) -> nn.Parameter:
+    def new_parameter(self, layer: nn.Module, *shape: int) -> nn.Parameter:
         """A new parameter of zeros that fits the layer: its device, float32 or the layer's float64."""
         weight = next(layer.parameters())
         return nn.Parameter(torch.zeros(shape, dtype=_wide(weight.dtype), device=weight.device))
@@ -119,10 +122,13 @@ class Adapter(nn.Module):
         Which units are dropped is a function of (seed, layer, row), so the cut into micro-batches does
         not matter. Outside a layout there are no rows, and the global generator decides.
         """
-        p = self.config.dropout
-        if not self.training or p == 0:
+        if not self.training or self.config.dropout == 0:
             return x
-        layout = current_layout()
+        return self._drop(x)
+
+    @torch.compiler.disable()
+    def _drop(self, x: Tensor) -> Tensor:
+        p, layout = self.config.dropout, current_layout()
         if layout is None:
             return F.dropout(x, p)
         batch, width = layout.document_ids.shape
@@ -233,21 +239,17 @@ def fold_into(model: nn.Module) -> None:
     no change of a weight and for weights that another layer shares.
     """
     adapters = adapters_of(model)
-    owners: dict[int, list[str]] = {}
-    for path, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(path)
     weights = {name: _weight(model, name) for name in adapters}
     for name, weight in weights.items():
-        paths = owners[id(weight)]
+        paths = names_of(model, weight)
         if len(paths) > 1:
             raise Refused(
                 f"folding the adapter of layer '{name}' into its weight",
                 f"the weight is shared: {' and '.join(paths)} are one tensor",
                 "use the base together with the adapter, or train without this target",
             )
-    for adapter in adapters.values():
-        if type(adapter).fold is Adapter.fold:
-            adapter.fold(torch.empty(0))  # refuses
+        if type(adapters[name]).fold is Adapter.fold:
+            adapters[name].fold(weight)  # refuses
     with torch.no_grad():
         for name, weight in weights.items():
             weight.copy_(adapters[name].fold(weight.to(_wide(weight.dtype))))
@@ -277,6 +279,12 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     """(trained, all) numbers in the model's parameters; what is shared counts once."""
     sizes = [(p.requires_grad, p.numel()) for p in model.parameters()]
     return sum(n for trained, n in sizes if trained), sum(n for _, n in sizes)
+
+
+def names_of(model: nn.Module, parameter: nn.Parameter) -> list[str]:
+    """All paths of one parameter; several where layers share it (tied embeddings)."""
+    every = model.named_parameters(remove_duplicate=False)
+    return [path for path, other in every if other is parameter]
 
 
 def _parameters(model: nn.Module) -> dict[str, tuple[Adapter, str, nn.Parameter]]:

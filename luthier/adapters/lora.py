@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -53,8 +53,9 @@ class LoRA(Additive):
     """A low-rank update of one linear layer."""
 
     uses = frozenset({"rank", "alpha", "dropout", "targets"})
-    follows = {"colwise": {"lora_B": 0}, "rowwise": {"lora_A": 1}}  # noqa: RUF012
+    follows: ClassVar = {"colwise": {"lora_B": 0}, "rowwise": {"lora_A": 1}}
     peft_type = "LORA"
+    zero_at_start = frozenset({"lora_A"})
     suffixes = ("lora_A.weight", "lora_B.weight")
 
     def __init__(self, layer: nn.Module, config: AdapterConfig, *, name: str, seed: int) -> None:
@@ -62,8 +63,8 @@ class LoRA(Additive):
         num_in, num_out = features(layer)
         self.transposed = isinstance(layer, Conv1D)
         self.scale = config.scale_alpha / config.rank
-        self.lora_A = self.parameter(layer, config.rank, num_in)  # [R, in]
-        self.lora_B = self.parameter(layer, num_out, config.rank)  # [out, R]
+        self.lora_A = self.new_parameter(layer, config.rank, num_in)  # [R, in]
+        self.lora_B = self.new_parameter(layer, num_out, config.rank)  # [out, R]
 
     @classmethod
     def plan(cls, model: nn.Module, config: AdapterConfig) -> dict[str, AdapterConfig]:
@@ -130,14 +131,11 @@ class LoRA(Additive):
         init = fields.get("init_lora_weights", True)
         if init not in _INITS:
             raise _unsupported("init_lora_weights", init)
+        rank, alpha = fields.get("r", 8), fields.get("lora_alpha", 8)
         ranks, alphas = fields.get("rank_pattern") or {}, fields.get("alpha_pattern") or {}
-        config = _options(fields, fields.get("r", 8), fields.get("lora_alpha", 8))
+        config = _options(fields, rank, alpha)
         plan = {
-            name: _options(
-                fields,
-                _pattern(ranks, name, fields.get("r", 8)),
-                _pattern(alphas, name, fields.get("lora_alpha", 8)),
-            )
+            name: _options(fields, _pattern(ranks, name, rank), _pattern(alphas, name, alpha))
             for name in layers
         }
         return config, plan, remarks
@@ -158,19 +156,17 @@ def _options(fields: Mapping[str, Any], rank: Any, alpha: Any) -> AdapterConfig:
         ) from error
 
 
-def _pattern(patterns: Mapping[str, Any], name: str, usual: Any) -> Any:
+def _pattern(patterns: Any, name: str, usual: Any) -> Any:
     """The value of the first pattern that matches the end of the path at a dot, as PEFT has it."""
-    for pattern, value in patterns.items():
-        try:
-            if re.fullmatch(rf"(.*\.)?({pattern})", name):
-                return value
-        except re.error as error:
-            raise Refused(
-                "reading adapter_config.json",
-                f"'{pattern}' is no regular expression ({error})",
-                "mend the file",
-            ) from error
-    return usual
+    try:
+        matches = (v for p, v in patterns.items() if re.fullmatch(rf"(.*\.)?({p})", name))
+        return next(matches, usual)
+    except (re.error, AttributeError) as error:
+        raise Refused(
+            "reading adapter_config.json",
+            f"{patterns} are no regular expressions with values ({error})",
+            "mend the file",
+        ) from error
 
 
 def _number(value: float) -> float | int:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from luthier.adapters.base import ADAPTERS, Adapter, adapters_of, build, install
+from luthier.adapters.base import ADAPTERS, Adapter, adapters_of, build, install, names_of
 from luthier.adapters.targets import shortest_targets
 from luthier.config import AdapterConfig
 from luthier.errors import Refused
@@ -113,6 +113,15 @@ def load_adapter(
     return LoadedAdapter(config.model_copy(update={"targets": targets}), (*remarks, *more))
 
 
+def load_tensors(model: nn.Module, folder: Path) -> None:
+    """Copy the tensors that `save_adapter` wrote into the adapters that `model` has, bit for bit."""
+    saved = _read_tensors(folder)
+    with torch.no_grad():
+        for layer, adapter in adapters_of(model).items():
+            for suffix, tensor in adapter.tensors().items():
+                tensor.copy_(saved[f"{PREFIX}{layer}.{suffix}"])
+
+
 def _read_config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise Refused(f"the adapter folder {folder}", "there is no such folder", "check the path")
@@ -144,7 +153,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _method(fields: Mapping[str, Any]) -> type[Adapter]:
     known = {method.peft_type: method for _, method in ADAPTERS.items()}
-    kind = fields["peft_type"]
+    kind = str(fields["peft_type"])
     if kind not in known:
         raise Refused(
             f"an adapter of PEFT's type {kind}",
@@ -253,6 +262,8 @@ def _compare(parts: Parts, adapters: Mapping[str, Adapter]) -> dict[str, str]:
 
 
 def _refuse_misfits(folder: Path, made_for: Any, misfits: Mapping[str, str], total: int) -> None:
+    if total == 0:
+        raise Refused(f"the adapter {folder}", "it holds no tensors", "copy the folder again")
     if misfits:
         first = next(iter(misfits))
         raise Refused(
@@ -264,11 +275,8 @@ def _refuse_misfits(folder: Path, made_for: Any, misfits: Mapping[str, str], tot
 
 def _refuse_whole(folder: Path, model: nn.Module, names: list[str], trainable: bool) -> None:
     """Whole parameters of the base (PEFT's modules_to_save, trained biases) can be used, not trained on."""
-    paths: dict[int, list[str]] = {}
-    for path, parameter in model.named_parameters(remove_duplicate=False):
-        paths.setdefault(id(parameter), []).append(path)
     for name in names:
-        shared = paths[id(model.get_parameter(name))]
+        shared = names_of(model, model.get_parameter(name))
         if trainable:
             raise Refused(
                 f"going on training the adapter {folder}",

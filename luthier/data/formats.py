@@ -27,6 +27,10 @@ class BadRow(Exception):
         self.reason = reason
 
 
+class EmptyRow(BadRow):
+    """A well-formed row without content: an empty question, answer or text."""
+
+
 @dataclass(frozen=True)
 class Message:
     """One turn. A list of messages is [system,] (user, assistant)..., or one `text` (a document that is
@@ -136,7 +140,7 @@ def alpaca(row: Row, *, predict: bool = False) -> list[Message]:
     parts = [_string(row, "instruction", needed=True), _string(row, "input")]
     question = "\n".join(part for part in parts if part)
     if not question.strip():
-        raise BadRow("fields 'instruction' and 'input' are empty")
+        raise EmptyRow("fields 'instruction' and 'input' are empty")
     history = _items(row, "history") if row.get("history") else []
     for i, pair in enumerate(history):
         pair_of_strings = isinstance(pair, (list, tuple)) and [type(t) for t in pair] == [str, str]
@@ -277,7 +281,7 @@ def _items(row: Row, name: str) -> list[Any]:
     if not isinstance(value, (list, tuple)):
         raise BadRow(f"field '{name}' is {_kind(value)}, not a list")
     if not value:
-        raise BadRow(f"field '{name}' is an empty list")
+        raise EmptyRow(f"field '{name}' is an empty list")
     return list(value)
 
 
@@ -294,7 +298,7 @@ def _strings(row: Row, name: str, *, optional: bool = False) -> list[str]:
                 f"field '{name}' is or holds {_kind(item)}, not a string or a list of strings"
             )
     if not values:
-        raise BadRow(f"field '{name}' is an empty list")
+        raise EmptyRow(f"field '{name}' is an empty list")
     return values
 
 
@@ -313,7 +317,7 @@ def _full(values: list[str], name: str) -> None:
     for i, value in enumerate(values):
         if not value.strip():
             where = name if len(values) == 1 else f"{name}[{i}]"
-            raise BadRow(f"field '{where}' is empty")
+            raise EmptyRow(f"field '{where}' is empty")
 
 
 def _names(row: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ import torch
 
 from luthier.errors import Failed, Refused, need
 from luthier.files import publish
-from luthier.models.load import quiet_transformers, save_model
+from luthier.models.load import quiet, save_model
 
 MAGIC = b"GGUF"
 
@@ -41,7 +41,7 @@ def convert_gguf(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     where = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
-    with quiet_transformers():
+    with quiet():
         try:
             model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(**where)

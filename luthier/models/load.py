@@ -104,18 +104,10 @@ def build_model(config: ModelConfig, *, seed: int, train: bool = False) -> PreTr
     """
     device = resolve_device(config.device)
     path = folder.find_folder(config.path, code=config.trust_remote_code)
-    folder.read_config(path, code=config.trust_remote_code)
+    made = load_config(path, trust_remote_code=config.trust_remote_code)
     files = folder.weight_files(path) if config.init == "pretrained" else []
     remote = {"trust_remote_code": config.trust_remote_code}
     with quiet():
-        try:
-            made = AutoConfig.from_pretrained(path, **remote)
-        except (ValueError, TypeError, KeyError, OSError) as error:
-            raise Refused(
-                f"model '{path}' was asked for",
-                f"its config.json is not valid for its family: {folder._first(error)}",
-                "mend the file",
-            ) from error
         classes = cast(Any, AutoModelForCausalLM._model_mapping)
         if type(made) in classes:
             attention.check_family(classes[type(made)], made)
@@ -130,6 +122,22 @@ def build_model(config: ModelConfig, *, seed: int, train: bool = False) -> PreTr
         model.to(device).eval()  # pyright: ignore[reportCallIssue, reportArgumentType]
         attention.install(model, config.attention, train=train)
     return model
+
+
+def load_config(path: str | Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
+    """config.json of a folder or hub name. Refused for a family that transformers does not know, or remote
+    code that is not allowed."""
+    where = folder.find_folder(path, code=trust_remote_code)
+    folder.read_config(where, code=trust_remote_code)
+    with quiet():
+        try:
+            return AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
+        except (ValueError, TypeError, KeyError, OSError) as error:
+            raise Refused(
+                f"model '{where}' was asked for",
+                f"its config.json is not valid for its family: {folder._first(error)}",
+                "mend the file",
+            ) from error
 
 
 def load_tokenizer(

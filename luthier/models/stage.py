@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from functools import cache, partial
 from typing import Any, Literal
 
 import torch
@@ -47,6 +47,8 @@ class Stage(nn.Module):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
+        self.recompute = "none"  # see `set_recompute`
+        self.autocast: torch.dtype | None = None  # type of matrix products over wider weights
         self._family = family_of(model.config.model_type)
         self._randomness_checked = False
 
@@ -56,7 +58,7 @@ class Stage(nn.Module):
         Failed when the first forward in training mode draws from torch's global generator: such randomness
         (dropout that `seed_dropout` does not reach) would depend on the order of the batches.
         """
-        with layout_scope(Layout.of(batch)):
+        with layout_scope(Layout.of(batch)), self._products(batch.input_ids.device):
             if not self.model.training or self._randomness_checked:
                 return self._base(batch)
             before = _generator_state(batch.input_ids.device)
@@ -83,7 +85,8 @@ class Stage(nn.Module):
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits [N, V] of hidden states [N, D], with all that the family does after its output layer."""
-        logits = _output_layer(self.model)(hidden)
+        with self._products(hidden.device):
+            logits = _output_layer(self.model)(hidden)
         config, family = self.model.config, self._family
         if family.multiply:
             logits = logits * getattr(config, family.multiply)
@@ -91,6 +94,10 @@ class Stage(nn.Module):
             logits = logits / getattr(config, family.divide)
         softcap = getattr(config, family.softcap) if family.softcap else None
         return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+    def _products(self, device: torch.device) -> AbstractContextManager[Any]:
+        """Autocast, when it is asked for: matrix products in half precision, the rest as it is."""
+        return torch.autocast(device.type, self.autocast, enabled=self.autocast is not None)
 
     def head_parameters(self) -> list[nn.Parameter]:
         """The parameters that `head` uses; with tied embeddings they are the input embedding's."""
@@ -130,6 +137,7 @@ def set_recompute(stage: Stage, mode: Literal["none", "layer", "selective"]) -> 
 
     The results are the same. It acts in training mode only.
     """
+    stage.recompute = mode
     if mode == "none":
         for module in stage.model.modules():
             if isinstance(module, GradientCheckpointingLayer):
@@ -146,9 +154,34 @@ def set_recompute(stage: Stage, mode: Literal["none", "layer", "selective"]) -> 
 
 
 def compile_layers(stage: Stage) -> None:
-    """Compile each decoder layer. Attention stays outside of the graphs, so that they know no documents."""
+    """Compile each decoder layer; call it after `set_recompute`.
+
+    Attention stays outside of the graphs, so that they know no documents. Recomputation goes around the
+    compiled layer. Refused together with `selective`, which has to see each product of a layer.
+    """
+    if stage.recompute == "selective":
+        raise Refused(
+            "train.compile=true was asked for",
+            "train.recompute=selective cannot see into compiled layers",
+            "use train.recompute=layer or none",
+        )
     for layer in decoder_layers(stage.model):
-        layer.compile()
+        if stage.recompute == "layer":
+            plain: Any = layer._gradient_checkpointing_func
+            run = partial(_run_compiled, plain)
+            layer._gradient_checkpointing_func = run  # pyright: ignore[reportArgumentType]
+        else:
+            layer.compile()
+
+
+def _run_compiled(run: Callable[..., Any], layer: partial[Any], *args: Any) -> Any:
+    """`run` on the compiled form of the partial that transformers makes of a layer's forward."""
+    return run(partial(_compiled(layer.func), *layer.args, **layer.keywords), *args)
+
+
+@cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function)
 
 
 def check_stage(stage: Stage) -> None:

@@ -50,7 +50,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def perplexity(loss: float) -> float:
     """e^loss for a loss in nats per token; above a loss of 700 it stays at 1e304 instead of overflowing."""
-    return math.exp(loss)
+    return math.exp(min(loss, LARGEST_EXPONENT))
 
 
 def evaluate_loss(

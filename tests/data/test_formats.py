@@ -6,7 +6,16 @@ from typing import Any
 
 import pytest
 
-from luthier.data.formats import FIELDS, FORMATS, SIGNS, BadRow, check_columns, detect, rename
+from luthier.data.formats import (
+    FIELDS,
+    FORMATS,
+    SIGNS,
+    BadRow,
+    EmptyRow,
+    check_columns,
+    detect,
+    rename,
+)
 from luthier.errors import Refused
 
 U, A, S = "user", "assistant", "system"
@@ -157,8 +166,9 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("name", "row", "reason"), BAD)
 def test_bad_rows(name: str, row: dict[str, Any], reason: str) -> None:
-    with pytest.raises(BadRow, match=reason):
+    with pytest.raises(BadRow, match=reason) as caught:
         FORMATS[name](row)
+    assert isinstance(caught.value, EmptyRow) == ("empty" in reason)
 
 
 @pytest.mark.parametrize(

@@ -81,11 +81,9 @@ def test_layer(case: dict[str, Any]) -> None:
 def _layer(hyper: dict[str, Any], tensors: dict[str, Tensor], paddle: bool) -> Any:
     num_in, num_out = hyper["in_features"], hyper["out_features"]
     bias = tensors.get("bias")
-    layer: Any
-    if paddle:
-        layer = Conv1D(num_out, num_in)
-    else:
-        layer = nn.Linear(num_in, num_out, bias=bias is not None)
+    layer: Any = (
+        Conv1D(num_out, num_in) if paddle else nn.Linear(num_in, num_out, bias=bias is not None)
+    )
     with torch.no_grad():
         layer.weight.copy_(tensors["weight"])
         if bias is not None:

@@ -50,10 +50,13 @@ class Rows:
         self.steps_per_epoch = -(-ROWS // BATCH)
         self.at = 0
 
+    def order(self, epoch: int) -> list[int]:
+        return torch.randperm(ROWS, generator=generator(3, "order", epoch)).tolist()
+
     def step_batches(self) -> Iterator[list[Batch]]:
         while True:
             epoch, index = divmod(self.at, self.steps_per_epoch)
-            order = torch.randperm(ROWS, generator=generator(3, "order", epoch)).tolist()
+            order = self.order(epoch)
             step = list(range(index * BATCH, min((index + 1) * BATCH, ROWS)))
             parts = [step[i : i + self.micro_batch] for i in range(0, len(step), self.micro_batch)]
             made = [

@@ -38,7 +38,9 @@ def problem(dtype: torch.dtype, *, bias: bool = False) -> tuple[Tensor, Tensor, 
 
 def plain(logits: Tensor, labels: Tensor) -> Tensor:
     wide = logits if logits.dtype == torch.float64 else logits.float()
-    return F.cross_entropy(wide.flatten(0, -2), labels.flatten(), ignore_index=IGNORE, reduction="sum")
+    return F.cross_entropy(
+        wide.flatten(0, -2), labels.flatten(), ignore_index=IGNORE, reduction="sum"
+    )
 
 
 def assert_close(
@@ -88,7 +90,9 @@ def test_equals_plain(dtype: torch.dtype, chunk_rows: int | None, name: str, bia
 
 @pytest.mark.parametrize("chunk_rows", [4, None])
 def test_gradcheck(chunk_rows: int | None) -> None:
-    hidden = problem(torch.float64)[0].detach()[0, :7].requires_grad_()  # [S, D]: few numbers, each is shaken
+    hidden = (
+        problem(torch.float64)[0].detach()[0, :7].requires_grad_()
+    )  # [S, D]: few numbers, each is shaken
     labels = torch.tensor([1, 0, IGNORE, 4, 2, IGNORE, 3])
     layer = nn.Linear(D, 5, dtype=torch.float64)
 
@@ -240,7 +244,9 @@ def test_tiny_models(family: str, tiny_model: Any, random_batch: Any) -> None:
     wanted.backward()
     for name, p in model.named_parameters():
         wanted_grads[name], p.grad = p.grad, None
-    found = token_loss(stage(batch), batch.labels, stage.head, stage.head_parameters(), chunk_rows=5)
+    found = token_loss(
+        stage(batch), batch.labels, stage.head, stage.head_parameters(), chunk_rows=5
+    )
     found.backward()
     assert_close(found, wanted, 1e-12)
     for name, p in model.named_parameters():

@@ -43,7 +43,9 @@ def test_equals_transformers(
     schedule = make_schedule(OptimConfig(warmup=warmup, **ours), lr, total)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr)
     training = {} if theirs == "constant_with_warmup" else {"num_training_steps": total}
-    reference = get_scheduler(theirs, optimizer, warmup, scheduler_specific_kwargs=options, **training)
+    reference = get_scheduler(
+        theirs, optimizer, warmup, scheduler_specific_kwargs=options, **training
+    )
     for step in range(total + 1):
         # both in float64, the operations in another order
         assert schedule(step) == pytest.approx(reference.get_last_lr()[0], rel=1e-12, abs=1e-18)
@@ -53,7 +55,9 @@ def test_equals_transformers(
 
 @pytest.mark.parametrize("name", get_args(SCHEDULES))
 def test_stays_between_its_ends(name: str) -> None:
-    config = OptimConfig(schedule=name, lr=1e-3, lr_end=None if name == "constant" else 1e-5, **NEEDED.get(name, {}))  # pyright: ignore[reportArgumentType]
+    config = OptimConfig(
+        schedule=name, lr=1e-3, lr_end=None if name == "constant" else 1e-5, **NEEDED.get(name, {})
+    )  # pyright: ignore[reportArgumentType]
     schedule = make_schedule(config, 1e-3, 20)
     rates = [schedule(step) for step in range(60)]
     assert max(rates) == rates[0] == pytest.approx(1e-3)

@@ -1,0 +1,37 @@
+"""`luthier.load`: a model for use in another program."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from luthier.adapters.store import load_adapter
+from luthier.config import ModelConfig
+from luthier.errors import Refused
+from luthier.models.load import build_model, load_tokenizer
+
+
+def load(
+    path: str | Path,
+    adapter: str | Path | None = None,
+    dtype: torch.dtype | str | None = None,
+    quantize: None = None,
+) -> tuple[PreTrainedModel, Any]:
+    """The model at `path` (folder or hub name) in eval mode, and its tokenizer (None where there is none).
+
+    `adapter` is a PEFT folder, applied by hooks; `dtype` a torch dtype or its name (`bf16` too), by default the
+    checkpoint's. The model is used as any of transformers': `model(input_ids, attention_mask=...)`,
+    `model.generate(...)`. Raises Refused for what cannot be read or does not fit.
+    """
+    if quantize is not None:
+        raise Refused(
+            f"load(quantize={quantize!r})", "quantised bases do not exist yet", "leave quantize out"
+        )
+    name = "auto" if dtype is None else str(dtype).removeprefix("torch.")
+    model = build_model(ModelConfig.model_validate({"path": str(path), "dtype": name}), seed=0)
+    if adapter is not None:
+        load_adapter(model, adapter, base_name=str(path))
+    return model, load_tokenizer(path)

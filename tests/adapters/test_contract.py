@@ -1,0 +1,325 @@
+"""What every adapter method promises, one test per promise, on every row of `adapter_table.METHODS`."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from adapter_table import FAMILIES, METHODS, error, fill, options, run
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from luthier.adapters import (
+    adapter_parameters,
+    adapters_of,
+    attach,
+    count_parameters,
+    detach,
+    fold_into,
+    load_adapter,
+    save_adapter,
+)
+from luthier.batch import Batch, Layout, layout_scope
+from luthier.models.stage import Stage, compile_layers, set_recompute
+
+each_method = pytest.mark.parametrize("row", METHODS)
+each_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+@each_method
+@each_family
+def test_the_output_is_unchanged_at_first(
+    tiny_model: Any, random_batch: Any, row: str, family: str
+) -> None:
+    for dtype in (torch.float32, torch.float64):
+        model, batch = tiny_model(family, dtype), random_batch()
+        before = run(model, batch)
+        attach(model, options(row), seed=1)
+        assert torch.equal(run(model, batch), before)
+
+
+@each_method
+def test_the_output_is_unchanged_at_first_in_half_precision(
+    tiny_model: Any, random_batch: Any, row: str
+) -> None:
+    for dtype in (torch.bfloat16, torch.float16):
+        model, batch = tiny_model("llama", dtype), random_batch()
+        before = run(model, batch)
+        attach(model, options(row), seed=1)
+        assert torch.equal(run(model, batch), before)
+
+
+@each_method
+def test_a_biased_layer_in_half_precision_changes_by_rounding_only(row: str) -> None:
+    x = torch.randn(1, 40, 32).bfloat16()
+    for layer in (nn.Linear(32, 48), Conv1D(48, 32)):
+        nn.init.normal_(layer.bias)
+        model = nn.ModuleDict({"layer": layer.bfloat16()})
+        before = layer(x)
+        attach(model, options(row), seed=1)
+        # product and sum are rounded apart: half a step (2^-9) of the product, and one of the sum
+        bound = 2**-8 * ((before - layer.bias).abs() + before.abs())
+        assert ((layer(x) - before).abs() <= bound).all()
+
+
+@each_method
+@each_family
+def test_only_adapters_get_gradients(
+    tiny_model: Any, random_batch: Any, row: str, family: str
+) -> None:
+    model = tiny_model(family)
+    plain = {name for name, _ in model.named_parameters()}
+    attach(model, options(row), seed=1)
+    fill(model)
+    mine = adapter_parameters(model)
+    run(model, random_batch()).square().mean().backward()
+    assert mine and all(
+        p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in mine.values()
+    )
+    others = {name: p for name, p in model.named_parameters() if name not in mine}
+    assert others.keys() == plain  # the base's names are what they were
+    assert not any(p.requires_grad or p.grad is not None for p in others.values())
+    trained, total = count_parameters(model)
+    assert trained == sum(p.numel() for p in mine.values())
+    assert total == trained + sum(p.numel() for p in others.values())
+
+
+@each_method
+@each_family
+def test_fold_equals_hooks(tiny_model: Any, random_batch: Any, row: str, family: str) -> None:
+    batch = random_batch()
+    for dtype, bound in ((torch.float32, 1e-6), (torch.float64, 1e-13)):
+        model = tiny_model(family, dtype)
+        base = run(model, batch)
+        attach(model, options(row), seed=1)
+        fill(model)
+        seen: dict[str, tuple[Tensor, Tensor]] = {}
+        for name in adapters_of(model):
+            model.get_submodule(name).register_forward_hook(
+                lambda layer, args, out, name=name: seen.update({name: (args[0], out)})
+            )
+        adapted = run(model, batch)
+        fold_into(model)
+        assert not adapters_of(model)
+        for name, (x, y) in list(seen.items()):
+            assert error(model.get_submodule(name)(x), y) < bound, name
+        # errors of the layers add up, and attention sharpens them
+        assert error(run(model, batch), adapted) < 50 * bound
+        assert error(adapted, base) > 1e-3  # the adapter did something
+
+
+@each_method
+@each_family
+def test_save_then_load_gives_the_same_output(
+    tiny_model: Any, random_batch: Any, tmp_path: Path, row: str, family: str
+) -> None:
+    model, batch = tiny_model(family), random_batch()
+    attach(model, options(row), seed=1)
+    fill(model)
+    save_adapter(model, tmp_path, options(row), "base", "0123")
+    for trainable in (False, True):
+        again = tiny_model(family)
+        loaded = load_adapter(again, tmp_path, trainable=trainable, base_hash="0123")
+        assert torch.equal(run(again, batch), run(model, batch))
+        wanted = options(row)
+        for key in wanted.model_fields_set - {"targets"}:
+            assert getattr(loaded.config, key) == getattr(wanted, key)
+        mine = adapter_parameters(again)
+        assert {n for n, p in again.named_parameters() if p.requires_grad} == (
+            set(mine) if trainable else set()
+        )
+
+
+@each_method
+@pytest.mark.parametrize("kind", ["linear", "biased", "conv1d"])
+def test_gradients_are_finite_differences(row: str, kind: str) -> None:
+    layer = {
+        "linear": lambda: nn.Linear(6, 5, bias=False),
+        "biased": lambda: nn.Linear(6, 5),
+        "conv1d": lambda: Conv1D(5, 6),
+    }[kind]().double()
+    model = nn.ModuleDict({"layer": layer})
+    attach(model, options(row), seed=1)
+    fill(model)
+    mine = list(adapter_parameters(model).values())
+    x = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda *_: layer(x), (x, *mine))
+
+
+@each_method
+@each_family
+def test_dropout_follows_the_row_not_the_micro_batch(
+    tiny_model: Any, random_batch: Any, row: str, family: str
+) -> None:
+    model, batch = tiny_model(family), random_batch(lengths_per_row=[[5, 3], [8], [2, 6]])
+    attach(model, options(row, dropout=0.5), seed=1)
+    fill(model)
+    plain = run(model, batch)
+    model.train()
+    whole = run(model, batch)
+    assert torch.equal(run(model, batch), whole)  # as when a layer is recomputed
+    assert not torch.allclose(whole, plain)
+    parts = [
+        run(model, Batch(*(getattr(batch, n)[i : i + 1] for n in _TENSORS), (i,))) for i in range(3)
+    ]
+    torch.testing.assert_close(torch.cat(parts), whole)
+    other = run(model, Batch(*(getattr(batch, n) for n in _TENSORS), (7, 8, 9)))
+    assert not torch.allclose(other, whole)
+    model.eval()
+    assert torch.equal(run(model, batch), plain)
+
+
+_TENSORS = ("input_ids", "labels", "position_ids", "document_ids")
+
+
+@each_method
+@each_family
+def test_recomputed_layers_give_the_same_gradients(
+    tiny_model: Any, random_batch: Any, row: str, family: str
+) -> None:
+    model, batch = tiny_model(family), random_batch()
+    attach(model, options(row, dropout=0.2), seed=1)
+    fill(model)
+    stage = Stage(model.train())
+    grads = {}
+    for mode in ("none", "layer", "selective"):
+        set_recompute(stage, mode)
+        stage(batch).square().mean().backward()
+        grads[mode] = [p.grad for p in adapter_parameters(model).values()]
+        model.zero_grad(set_to_none=True)
+    for mode in ("layer", "selective"):
+        assert all(map(torch.equal, grads[mode], grads["none"]))
+
+
+@each_method
+@each_family
+def test_adapters_of_a_half_precision_base_are_float32(
+    tiny_model: Any, random_batch: Any, row: str, family: str
+) -> None:
+    model, batch = tiny_model(family, torch.bfloat16), random_batch()
+    attach(model, options(row), seed=1)
+    fill(model)
+    reference = tiny_model(family, torch.bfloat16).float()
+    attach(reference, options(row), seed=1)
+    fill(reference)
+    for (name, ours), wide in zip(
+        adapter_parameters(model).items(), adapter_parameters(reference).values(), strict=True
+    ):
+        assert ours.dtype == torch.float32 and torch.equal(ours, wide), name
+    logits = run(model, batch)
+    assert logits.dtype == torch.bfloat16
+    logits.float().square().mean().backward()
+    assert all(p.grad.dtype == torch.float32 for p in adapter_parameters(model).values())
+    # as near to float32 as the base alone is
+    detach(model)
+    base = run(model, batch)
+    wide_adapted = run(reference, batch)
+    detach(reference)
+    assert error(logits, wide_adapted) < 2 * error(base, run(reference, batch))
+
+
+@each_method
+def test_detach_leaves_the_base_as_it_was(tiny_model: Any, random_batch: Any, row: str) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        model, batch = tiny_model("gpt2", dtype), random_batch()
+        before, names = run(model, batch), [n for n, _ in model.named_modules()]
+        attach(model, options(row), seed=1)
+        fill(model)
+        assert not torch.equal(run(model, batch), before)
+        detach(model)
+        assert torch.equal(run(model, batch), before)
+        assert [n for n, _ in model.named_modules()] == names
+        layers = [m for m in model.modules() if isinstance(m, Conv1D)]
+        assert not any("forward" in vars(m) or m._forward_hooks for m in layers)
+        assert not any(m._forward_pre_hooks for m in layers)
+
+
+@each_method
+def test_first_values_depend_on_seed_and_name_alone(tiny_model: Any, row: str) -> None:
+    def values(dtype: torch.dtype = torch.float32, seed: int = 1, **changes: Any) -> dict[str, Any]:
+        model = tiny_model("llama", dtype)
+        torch.manual_seed(0 if dtype == torch.float32 else 1)
+        attach(model, options(row, **changes), seed=seed)
+        return {n: p.detach().float() for n, p in adapter_parameters(model).items()}
+
+    first = values()
+    for same in (values(torch.bfloat16), values(torch.float64), values(targets="down_proj")):
+        assert all(torch.equal(first[name], value) for name, value in same.items())
+    other = values(seed=2)
+    assert all(torch.equal(first[n], v) == (not v.any()) for n, v in other.items())
+
+
+@each_method
+def test_a_copied_model_is_on_its_own(tiny_model: Any, random_batch: Any, row: str) -> None:
+    model, batch = tiny_model("llama", torch.bfloat16), random_batch()
+    attach(model, options(row), seed=1)
+    fill(model)
+    before = run(model, batch)
+    twin = copy.deepcopy(model)
+    assert torch.equal(run(twin, batch), before)
+    fill(twin, seed=3, size=1.0)
+    assert not torch.equal(run(twin, batch), before)
+    detach(twin)
+    assert torch.equal(run(model, batch), before)
+
+
+@each_method
+def test_tensor_parallel_pieces_make_the_whole(row: str) -> None:
+    """`follows`: each rank's layer with its part of the adapter, put together as the style says."""
+    x = torch.randn(3, 8, dtype=torch.float64)
+    whole = nn.ModuleDict({"layer": nn.Linear(8, 6, bias=False).double()})
+    (adapter,) = attach(whole, options(row), seed=1).values()
+    fill(whole)
+    y = whole["layer"](x)
+    assert adapter.follows.keys() == {"colwise", "rowwise"}
+    for style, axis in (("colwise", 0), ("rowwise", 1)):
+        outputs = []
+        for rank in range(2):
+            weight = whole["layer"].weight.chunk(2, axis)[rank]
+            part = nn.ModuleDict({"layer": nn.Linear(*weight.T.shape, bias=False).double()})
+            (piece,) = attach(part, options(row, rank=3, alpha=4.5), seed=1).values()
+            for name, parameter in adapter.named_parameters():
+                cut = adapter.follows[style].get(name)
+                value = parameter if cut is None else parameter.chunk(2, cut)[rank]
+                setattr(piece, name, nn.Parameter(value.detach()))
+            part["layer"].weight = nn.Parameter(weight.detach())
+            outputs.append(part["layer"](x if style == "colwise" else x.chunk(2, 1)[rank]))
+        joined = torch.cat(outputs, 1) if style == "colwise" else outputs[0] + outputs[1]
+        torch.testing.assert_close(joined, y)
+
+
+@each_method
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_compiled_layers_give_the_same(tiny_model: Any, random_batch: Any, row: str) -> None:
+    model, batch = tiny_model("llama"), random_batch()
+    attach(model, options(row, dropout=0.2), seed=1)
+    fill(model)
+    stage = Stage(model.train())
+    before = stage(batch)
+    compile_layers(stage)
+    assert error(stage(batch), before) < 1e-6
+
+
+@each_method
+def test_a_small_update_survives_half_precision(row: str) -> None:
+    """Updates far below a step of the rounded output still act, on average over its elements."""
+    torch.manual_seed(0)
+    x = torch.randn(1, 64, 128).bfloat16()
+    for layer in (nn.Linear(128, 96, bias=False), nn.Linear(128, 96), Conv1D(96, 128)):
+        nn.init.normal_(layer.weight)
+        model = nn.ModuleDict({"layer": layer.bfloat16()})
+        base = layer(x)
+        (adapter,) = attach(model, options(row), seed=1).values()
+        fill(model, size=3e-4)
+        wide = copy.deepcopy(model).float()["layer"]
+        with layout_scope(Layout(torch.zeros(1, 64), torch.zeros(1, 64), (0,))):
+            wanted = (wide(x.float()) - wide.forward.__self__.__class__.forward(wide, x.float()))
+            found = (layer(x) - base).float()
+        step = base.float().abs() * 2**-8
+        assert wanted.abs().median() < step.median() / 8
+        share = float((found * wanted).sum() / wanted.square().sum())
+        assert 0.8 < share < 1.2
