@@ -8,9 +8,10 @@ converting, which need no config, are `convert.py`.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from luthier.assemble import (
     Text,
     build,
     expected_steps,
+    first_step,
     identity,
     make_plan,
     make_updater,
@@ -31,11 +33,12 @@ from luthier.assemble import (
     read_model,
     write_model,
 )
+from luthier.batch import TENSORS, Batch
 from luthier.config import RunConfig
 from luthier.configfile import Resolved, from_mapping, to_yaml
 from luthier.data.dataset import Dataset, prepare
 from luthier.data.encode import reference
-from luthier.data.preview import preview as render_preview
+from luthier.data.preview import as_rich, as_text
 from luthier.errors import Refused
 from luthier.files import PARTIAL, damage, publish, write_json, write_text
 from luthier.interop.read import read_config
@@ -93,6 +96,12 @@ def finetune(source: Source, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
     text = open_text(config)
     data = open_data(config, text)
+    if config.evaluate.before and data.dev is None:
+        raise Refused(
+            "evaluate.before=true",
+            "there are no evaluation rows",
+            "give data.validation_path, or a dev part beside the training rows",
+        )
     try:
         return _finetune(config, output, found.path, text, data)
     finally:
@@ -109,7 +118,7 @@ def _finetune(
         say(
             "note: there are no evaluation rows: no evaluation, and the last model is the final one"
         )
-    first = next(data.loader.step_batches())
+    first = first_step(data)
     for batch in first:
         check_batch(batch)
 
@@ -140,12 +149,12 @@ def _finetune(
 
     output.mkdir(parents=True, exist_ok=True)
     write_text(output / "config.yaml", to_yaml(config))
-    start = 0 if resume is None else int(resume.name.removeprefix("step-"))
-    metrics = Metrics(output, config.log.sinks, config.log.progress, start, config.model_dump())
+    metrics = Metrics(output, config.log.sinks, config.log.progress, config.model_dump())
     evaluator = None
     if data.dev is not None:
         evaluator = Evaluator(config, text, built, data.dev, output, metrics.activity)
-    before = _evaluate_before(config, output, evaluator, metrics, resume)
+    if resume is None:
+        (output / BEFORE).unlink(missing_ok=True)
 
     trainer = Trainer(
         updater=updater,
@@ -157,6 +166,9 @@ def _finetune(
         write_model=lambda folder: write_model(built, text, folder),
         read_model=lambda folder: read_model(built, config, folder),
         evaluate=evaluator if plan.evaluate_every != "never" else None,
+        before=(lambda: _evaluate_before(output, evaluator))
+        if evaluator and config.evaluate.before
+        else None,
         facts={"trained_parameters": built.num_trained, "total_steps": plan.steps},
     )
     result = trainer.fit(resume)
@@ -173,6 +185,9 @@ def _finetune(
         evaluator.generate()
         after_records = evaluator.records
     facts = facts_of(config, built, data, result, loaded, plan)
+    before = {}
+    if (output / BEFORE).is_file():
+        before = json.loads((output / BEFORE).read_text("utf-8"))
     facts["before"] = before.get("values", {})
     facts["samples"] = pair_samples(before.get("records", []), after_records)
     facts["checks"] = checks
@@ -182,32 +197,11 @@ def _finetune(
     return dict(facts)
 
 
-def _evaluate_before(
-    config: RunConfig,
-    output: Path,
-    evaluator: Evaluator | None,
-    metrics: Metrics,
-    resume: Path | None,
-) -> dict[str, Any]:
-    """The evaluation before the first step; a resumed run reads that of its start."""
-    kept = output / BEFORE
-    if resume is not None:
-        return json.loads(kept.read_text("utf-8")) if kept.is_file() else {}
-    kept.unlink(missing_ok=True)
-    if not config.evaluate.before:
-        return {}
-    if evaluator is None:
-        raise Refused(
-            "evaluate.before=true",
-            "there are no evaluation rows",
-            "give data.validation_path, or a dev part beside the training rows",
-        )
+def _evaluate_before(output: Path, evaluator: Evaluator) -> dict[str, float]:
+    """The evaluation before the first step, kept for the report of a run that is resumed."""
     values = evaluator()
-    metrics.activity("")
-    metrics.log("evaluate", 0, values)
-    found = {"values": values, "records": evaluator.records}
-    write_json(kept, found)
-    return found
+    write_json(output / BEFORE, {"values": values, "records": evaluator.records})
+    return values
 
 
 def _publish_final(output: Path, write: Any) -> None:
@@ -361,9 +355,27 @@ def preview(source: Source, overrides: Sequence[str] = (), *, rows: int = 3) -> 
     data = open_data(config, text)
     try:
         say(data.train.ledger.summary())
-        batches = next(data.loader.step_batches())
+        batches = first_step(data)
     finally:
         data.loader.close()
-    shown = render_preview(batches, text.tokenizer, rows=rows)
-    say(shown)
-    return shown
+    shown, left = [], rows
+    for batch in batches:
+        if left > 0:
+            shown.append(_first_rows(batch, left))
+            left -= len(batch.rows)
+    stops = text.renderer.stop_ids
+    if sys.stdout.isatty():
+        from rich.console import Console
+
+        console = Console()
+        for part in as_rich(shown, text.tokenizer, stops):
+            console.print(part)
+    plain = as_text(shown, text.tokenizer, stops)
+    if not sys.stdout.isatty():
+        say(plain)
+    return plain
+
+
+def _first_rows(batch: Batch, number: int) -> Batch:
+    cut = {name: getattr(batch, name)[:number] for name in TENSORS}
+    return replace(batch, **cut, rows=batch.rows[:number])

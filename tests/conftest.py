@@ -18,6 +18,8 @@ import torch
 from luthier.batch import IGNORE, PADDING, Batch
 from luthier.seeding import generator
 
+torch.set_num_threads(1)  # on tensors this small more threads only cost
+
 VOCAB = 320  # above the tokenizer's 286: a padded vocabulary is the normal case
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gpt2", "opt")
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from luthier.config import RunConfig
-from luthier.configfile import from_mapping, json_schema, read, resolve, show, split_overrides, to_yaml
+from luthier.configfile import from_mapping, json_schema, read, show, split_overrides, to_yaml
 from luthier.configkeys import KEYS, SECTIONS, nearest_key
 from luthier.configtext import dump_value, parse_file, parse_value
 from luthier.errors import Refused
@@ -81,8 +82,24 @@ def test_values_of_overrides(text: str, value: Any) -> None:
 
 @pytest.mark.parametrize(
     "value",
-    ["1e-4", "null", "yes", "010", "", " x", "#a", "a: b", "a\nb", "ü 😀\u2028", "...", "~", "[x"]
-    + [1e-05, 3e20, 0.1, True, None, 7, ["a", 1, None], {"b": "x", "a": [1e-4]}],
+    [
+        *(
+            "1e-4",
+            "null",
+            "yes",
+            "010",
+            "",
+            " x",
+            "#a",
+            "a: b",
+            "a\nb",
+            "ü 😀\u2028",
+            "...",
+            "~",
+            "[x",
+        ),
+        *(1e-05, 3e20, 0.1, True, None, 7, ["a", 1, None], {"b": "x", "a": [1e-4]}),
+    ],
 )
 def test_dumped_values_read_back(value: Any) -> None:
     text = dump_value(value)
@@ -142,7 +159,11 @@ def test_broken_files(tmp_path: Path, name: str, text: str | bytes, message: str
 
 def test_a_missing_file_names_its_neighbours(run: Path) -> None:
     found = refusal(run.parent / "rum.yaml")
-    assert "no such file" in found and "holds run.yaml" in found and "did you mean 'run.yaml'?" in found
+    assert (
+        "no such file" in found
+        and "holds run.yaml" in found
+        and "did you mean 'run.yaml'?" in found
+    )
 
 
 def test_a_folder_is_no_file(run: Path) -> None:
@@ -150,7 +171,10 @@ def test_a_folder_is_no_file(run: Path) -> None:
 
 
 def test_a_byte_order_mark_is_skipped(tmp_path: Path) -> None:
-    assert read([write(tmp_path, "b.yaml", b"\xef\xbb\xbf" + BASE.encode())]).config.output == "out"
+    text = json.dumps({"model": {"path": "m"}, "data": {"path": "d"}, "output": "out"})
+    for name in ("b.yaml", "b.json"):
+        path = write(tmp_path, name, b"\xef\xbb\xbf" + text.encode())
+        assert read([path]).config.output == "out"
 
 
 def test_an_empty_section_is_no_section(run: Path) -> None:
@@ -170,10 +194,28 @@ def test_anchors_and_merge_keys(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "words",
     [
-        ["data.length=64", "adapter.method=lora", "adapter.targets=[q_proj, v_proj]", "data.lazy=true"],
-        ["--data.length", "64", "--adapter.method=lora", "--adapter.targets", "q_proj", "v_proj"]
-        + ["--data.lazy"],
-        ["--data.lazy", "data.length=64", "--adapter.method", "lora", "adapter.targets=[q_proj,v_proj]"],
+        [
+            "data.length=64",
+            "adapter.method=lora",
+            "adapter.targets=[q_proj, v_proj]",
+            "data.lazy=true",
+        ],
+        [
+            "--data.length",
+            "64",
+            "--adapter.method=lora",
+            "--adapter.targets",
+            "q_proj",
+            "v_proj",
+            "--data.lazy",
+        ],
+        [
+            "--data.lazy",
+            "data.length=64",
+            "--adapter.method",
+            "lora",
+            "adapter.targets=[q_proj,v_proj]",
+        ],
     ],
 )
 def test_forms_of_overrides(run: Path, words: list[str]) -> None:
@@ -246,7 +288,12 @@ def test_all_errors_at_once(run: Path) -> None:
     run.write_text(BASE + "train: {batch: x}\nfoo: {bar: 1}\n")
     found = refusal(run, "data.lenght=3", "optim.lr=-1")
     assert "has 4 errors" in found
-    for part in ("train.batch=x (run.yaml:8)", "foo={bar: 1} (run.yaml:9)", "data.lenght", "optim.lr=-1"):
+    for part in (
+        "train.batch=x (run.yaml:8)",
+        "foo={bar: 1} (run.yaml:9)",
+        "data.lenght",
+        "optim.lr=-1",
+    ):
         assert part in found
 
 
@@ -275,7 +322,9 @@ RICH = {
 }
 
 
-@pytest.mark.parametrize("values", [RICH, {"model": {"path": "m"}, "data": {"path": "d"}, "output": "1"}])
+@pytest.mark.parametrize(
+    "values", [RICH, {"model": {"path": "m"}, "data": {"path": "d"}, "output": "1"}]
+)
 def test_written_configs_read_back_equal(tmp_path: Path, values: dict[str, Any]) -> None:
     config = from_mapping(values).config
     text = to_yaml(config)
@@ -293,7 +342,7 @@ def test_mappings_of_a_program() -> None:
 
 def test_show_names_every_key_and_origin(run: Path) -> None:
     resolved = read([run], ["adapter.method=lora", "train.micro_batch=4", "train.accumulation=2"])
-    text = show(resolve([], ["look here"])) if False else show(resolved)
+    text = show(replace(resolved, remarks=["look here"]))
     rows = {line.split()[0]: line for line in text.splitlines() if line}
     assert set(rows) >= {key.rpartition(".")[2] for key in KEYS} | set(SECTIONS)
     assert rows["length"].split()[1:] == ["1024", "run.yaml:5"]
@@ -301,6 +350,7 @@ def test_show_names_every_key_and_origin(run: Path) -> None:
     assert rows["batch"].split()[1:3] == ["8", "computed:"]
     assert rows["method"].split()[1:] == ["lora", "override"]
     assert rows["clip"].split()[1:] == ["1.0", "default"]
+    assert text.endswith("\n\nnote: look here\n")
 
 
 def test_the_schema_takes_what_the_reader_takes() -> None:

@@ -57,7 +57,7 @@ def _is_file(name: str) -> bool:
 def violation(source: tuple[str, ...], target: tuple[str, ...]) -> str | None:
     """Why `source` may not import `target`, or None. Both are paths within the package."""
     here, there = source[0], target[0]
-    layer, other = LAYERS[here], LAYERS[there]
+    layer, other = LAYERS.get(here, 9), LAYERS.get(there, 9)
     # files beside the folders of their layer put these together (assemble: train); folders stay apart
     if here == there or other < layer or (other == layer and len(source) == 1):
         return None

@@ -219,7 +219,8 @@ def _sort(
 ) -> tuple[Parts, dict[str, Tensor], dict[str, str]]:
     """The file's tensors: those of adapters by layer and suffix, whole parameters of the base, and misfits
     (name -> why)."""
-    modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
+    modules = dict(model.named_modules())
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     parts: Parts = {}
     whole: dict[str, Tensor] = {}
     misfits: dict[str, str] = {}
@@ -239,7 +240,7 @@ def _sort(
             misfits[name] = "neither base nor adapter has such a tensor"
         elif parameter.shape != tensor.shape:
             misfits[name] = f"its shape is {_shape(tensor)}, the base's is {_shape(parameter)}"
-        else:
+        elif not torch.equal(parameter.cpu(), tensor.to(parameter.dtype)):  # PEFT saves heads too
             whole[path.replace(".base_layer.", ".")] = tensor
     return parts, whole, misfits
 

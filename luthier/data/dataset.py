@@ -7,7 +7,6 @@ trained before any work is done on a model. Rows of the training batch are made 
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ import numpy as np
 from luthier.batch import IGNORE
 from luthier.config import DataConfig, RunConfig
 from luthier.data.encode import Dropped, Example, Renderer, check_supervision
-from luthier.data.formats import FORMATS, BadRow, Message, check_columns, detect, rename
+from luthier.data.formats import FORMATS, BadRow, EmptyRow, Message, check_columns, detect, rename
 from luthier.data.ledger import Ledger, Record
 from luthier.data.rowfiles import Unreadable
 from luthier.data.sources import Order, Source, Split, open_evaluation, open_source
@@ -30,9 +29,6 @@ SAMPLE_ROWS = 256  # rows of lazy data that are tried before the run starts
 WORTH_SECONDS = 8.0  # tokenising that lasts longer in this process alone is spread over workers
 
 PROVEN_ROWS = 8  # rows whose supervision is compared with the prompts of prediction
-EMPTY = re.compile(
-    r"\b(is|are)( an)? empty"
-)  # a row without content is sound: dropped, not refused
 
 Progress = Callable[[int, int], object]  # rows done, rows in all
 
@@ -64,8 +60,8 @@ class Encoder:
         except Unreadable as bad:
             return Outcome(Record(index, bad.place, "invalid", bad.reason))
         except BadRow as bad:
-            sound = isinstance(bad, Dropped) or EMPTY.search(bad.reason)
-            return Outcome(Record(index, place, "dropped" if sound else "invalid", bad.reason))
+            status = "dropped" if isinstance(bad, (Dropped, EmptyRow)) else "invalid"
+            return Outcome(Record(index, place, status, bad.reason))
         cut = sum(example.cut for example in examples)
         record = Record(
             index,

@@ -21,6 +21,7 @@ from luthier.data.turns import Conversation, Rendered, Round, check_lost, system
 from luthier.errors import Refused
 
 CLOCK = datetime.date(2024, 7, 26)  # what `strftime_now` of a template shows, so that runs repeat
+ANSWER = "7Zq3"  # a text that no template prints by itself
 LAST_ONLY = "only the last answer is trained: the chat template rewrites earlier turns"
 
 
@@ -43,13 +44,13 @@ class Jinja:
         try:
             question = [{"role": "user", "content": "Q"}]
             prompt = self._text(question, True)
-            full = self._text([*question, {"role": "assistant", "content": "A"}], False)
+            full = self._text([*question, {"role": "assistant", "content": ANSWER}], False)
         except jinja2.TemplateSyntaxError as error:
             raise Refused("reading the chat template", f"line {error.lineno}: {error}") from error
         except BadRow as error:
             raise Refused("rendering one question and answer", error.reason) from error
         self.tail, self.end_id = "", None
-        ending = full.rpartition("A")[2]
+        ending = full.rpartition(ANSWER)[2]
         if match := tokens.first_control(ending):
             self.tail = ending[match.end() :]
             self.end_id = tokens.tokenizer.convert_tokens_to_ids(match[0])

@@ -58,6 +58,8 @@ class Loader:
             dataset, batch=batch, length=length, packing=packing, seed=seed, shuffle=shuffle
         )
         self._position = self._feed.start
+        self._ready: Generator[tuple[Step, list[Batch]]] | None = None
+        self._next: list[tuple[Step, list[Batch]]] = []  # a step that was looked at
         self._padding = {"rows": 0, "tokens": 0, "slots": 0}  # of the first epoch
         self._ledger_before = dataset.ledger.snapshot()  # as it was before the current buffer
         self._about = {"method": packing, "length": length}
@@ -88,15 +90,25 @@ class Loader:
         steps = [math.ceil(len(self._feed.rows(e)) / self.batch) for e in range(math.ceil(epochs))]
         return sum(steps[: int(whole)]) + (math.ceil(part * steps[-1]) if part else 0)
 
-    def step_batches(self) -> Iterator[list[Batch]]:
+    def step_batches(self) -> Generator[list[Batch]]:
         """Steps from the current position on, each a list of micro-batches padded to their longest row."""
-        ready = _ahead((step, self._batches(step)) for step in self._feed.steps(self._position))
         try:
-            for step, batches in ready:
+            while True:
+                self.peek()
+                step, batches = self._next.pop()
                 self._book(step, batches)
                 yield batches
         finally:
-            ready.close()
+            self._stop()
+
+    def peek(self) -> list[Batch]:
+        """The step that comes next, without moving."""
+        if self._ready is None:
+            steps = self._feed.steps(self._position)
+            self._ready = _ahead((step, self._batches(step)) for step in steps)
+        if not self._next:
+            self._next.append(next(self._ready))
+        return self._next[0][1]
 
     def state(self) -> dict[str, Any]:
         """The position behind the last step handed out, as plain values for JSON."""
@@ -115,6 +127,7 @@ class Loader:
                 f"the data has changed since: {state['data']} then, {self._feed.fingerprint} now",
                 "give the same data and tokenizer, or start a new run in another output",
             )
+        self._stop()
         self._position = dict(state["position"])
         if isinstance(self.dataset, LazyDataset):
             self._padding = dict(state["padding"])
@@ -122,9 +135,17 @@ class Loader:
             self.dataset.ledger.restore(state["ledger"])
 
     def close(self) -> None:
-        """End the processes that tokenise lazy data."""
+        """End the reading ahead, and the processes that tokenise lazy data."""
+        self._stop()
         if isinstance(self.dataset, LazyDataset):
             self.dataset.workers.close()
+
+    def _stop(self) -> None:
+        """Forget what was read ahead."""
+        if self._ready is not None:
+            self._ready.close()
+        self._ready = None
+        self._next.clear()
 
     def _batches(self, step: Step) -> list[Batch]:
         return [

@@ -9,7 +9,7 @@ example that fits exactly once and leaves out those longer than a row. `pack` se
 | none | one example per row |
 | sequential | in order; a row is closed by the first example that does not fit |
 | greedy | PaddleNLP's: worst fit inside buffers of 500 kept examples |
-| best | rows filled exactly by the longest example and others that complete it: the least padding |
+| best | rows filled exactly where the lengths allow it: the least padding |
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ Method = Literal["none", "sequential", "greedy", "best"]
 
 GREEDY_BUFFER = 500  # fixed by the method; other sizes give other rows
 TRIES = 40  # lengths tried as the longest of three
+REPAIRS = 8  # times at most that loose rows are undone
 WASTE = 0.002  # share of padding that is not worth a second look
 STREAM_BUFFER = 4096  # examples held while streaming; larger packs tighter and starts later
 
@@ -113,19 +114,32 @@ def _worst_fit(sizes: list[int], chunk: list[int], length: int) -> list[list[int
 
 
 def _best_fit(sizes: list[int], kept: list[int], length: int) -> list[list[int]]:
-    """Rows filled exactly where possible; then, where even that wastes much, rows of equal fill.
+    """Rows filled exactly where possible, then mended, then made even.
 
-    Batches are padded to their longest row only. When the number of rows cannot fall (a last row that is
-    half empty, say), rows that end at about the same length waste nothing.
+    Even: batches are padded to their longest row only. Where the one last row that cannot be filled counts
+    (there are few rows), rows that all end at about the same length waste nothing.
     """
-    rows = _exact_fit(sizes, kept, length)
-    total = sum(sizes[i] for i in kept)
-    if total < (1 - WASTE) * len(rows) * length:
-        low = max(-(-total // len(rows)), *(sizes[i] for i in kept)) - 1  # too short
+    rows = _tightest(sizes, kept, length)
+    for turn in range(REPAIRS):
+        if not _wasteful(sizes, rows, length):
+            break
+        loose, full = [], []
+        for row in rows:
+            (full if sum(sizes[i] for i in row) > 0.99 * length else loose).append(row)
+        # loose rows are the left-overs, too much alike: as many full ones are undone with them
+        step = max(len(full) // max(len(loose), 1), 1)
+        undone = full[turn % step :: step][: len(loose)]
+        again = _tightest(sizes, sorted(i for row in loose + undone for i in row), length)
+        if len(again) >= len(loose) + len(undone):
+            break
+        gone = {row[0] for row in loose + undone}
+        rows = [row for row in rows if row[0] not in gone] + again
+    if _wasteful(sizes, rows, length) and len(rows) * WASTE < 1:
+        low = max(-(-sum(sizes[i] for i in kept) // len(rows)), *(sizes[i] for i in kept)) - 1
         high = length
         while high - low > 1 + length // 512:
             middle = (low + high) // 2
-            evener = _exact_fit(sizes, kept, middle)
+            evener = _tightest(sizes, kept, middle)
             if len(evener) > len(rows):
                 low = middle
             else:
@@ -135,17 +149,30 @@ def _best_fit(sizes: list[int], kept: list[int], length: int) -> list[list[int]]
     return sorted(rows)
 
 
-def _exact_fit(sizes: list[int], kept: list[int], length: int) -> list[list[int]]:
-    """Each row: the longest example left, then one, two or three that fill it exactly, or if there are
-    none the longest that fits, and so on.
+def _tightest(sizes: list[int], kept: list[int], length: int) -> list[list[int]]:
+    """The better of two orders: longest first, or data order. Which one wins depends on how the lengths
+    are spread."""
+    rows = _exact_fit(sizes, sorted(kept, key=lambda i: -sizes[i]), length)
+    if _wasteful(sizes, rows, length):
+        rows = min(rows, _exact_fit(sizes, kept, length), key=len)
+    return rows
+
+
+def _wasteful(sizes: list[int], rows: list[list[int]], length: int) -> bool:
+    return sum(sizes[i] for row in rows for i in row) < (1 - WASTE) * len(rows) * length
+
+
+def _exact_fit(sizes: list[int], order: list[int], length: int) -> list[list[int]]:
+    """Each row: the first example left in `order`, then one, two or three that fill it exactly, or if
+    there are none the longest that fits, and so on.
 
     Among exact fills the one of most equal lengths is taken: it leaves short examples, which fill gaps,
-    for the end. Best fit decreasing, the usual method, uses them up early and wastes five times as much
+    for the end. Best fit decreasing, the usual method, uses them up early and wastes many times as much
     where lengths are alike. Sets of lengths are integers with one bit per length, so that all pairs of a
     sum are found by one shift: O(n length / 64).
     """
-    stock: dict[int, list[int]] = {}  # length -> examples, the first in data order on top
-    for i in reversed(kept):
+    stock: dict[int, list[int]] = {}  # length -> examples, the first in `order` on top
+    for i in reversed(order):
         stock.setdefault(sizes[i], []).append(i)
     present = sum(1 << n for n in stock)
     mirror = sum(1 << (length - n) for n in stock)
@@ -174,11 +201,14 @@ def _exact_fit(sizes: list[int], kept: list[int], length: int) -> list[list[int]
         return 0
 
     rows: list[list[int]] = []
-    while present:
-        room, row = length, []
-        n = present.bit_length() - 1
+    used = bytearray(len(sizes))
+    for first in order:
+        if used[first]:
+            continue
+        room, row, n = length, [], sizes[first]
         while n:
             row.append(stock[n].pop())
+            used[row[-1]] = True
             room -= n
             if not stock[n]:
                 present ^= 1 << n

@@ -65,7 +65,7 @@ class JsonRows:
             handle.seek(start)
             data = handle.read(stop - start)
         line = index + 1 if self.lines is None else int(self.lines[index])
-        text = _decode(self.path, data, line, start)
+        text = _decode(self.path, data, line, start).rstrip()  # an error stays on its line
         value, end = _parse(self.path, text, _skip(text, 0), line)
         if not self.array and text[end:].strip():
             column = end + len(text[end:]) - len(text[end:].lstrip()) + 1

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 import re
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -148,6 +150,8 @@ def weight_files(folder: Path) -> list[Path]:
             absent = [t for t in tensors.get(file.name, []) if t not in header]
             if absent:
                 raise _broken(file, f"it lacks {len(absent)} tensors of the index: {absent[0]} ...")
+        else:
+            _load_bin(file)
     return files
 
 
@@ -182,7 +186,7 @@ def read_tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
             for name in sorted(handle.keys()):
                 yield name, handle.get_tensor(name)
         return
-    state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    state = _load_bin(file)
     for name in sorted(state):
         yield name, state[name]
 
@@ -200,6 +204,21 @@ def fingerprint(path: str | Path) -> str:
         except (SafetensorError, RuntimeError, ValueError) as error:
             raise _broken(file, _first(error)) from error
     return hashlib.sha256(b"".join(parts[name] for name in sorted(parts))).hexdigest()
+
+
+def _load_bin(file: Path) -> dict[str, Tensor]:
+    """The tensors of a .bin file, mapped from disk where its format allows; refused when it holds more."""
+    try:
+        return torch.load(
+            file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)
+        )
+    except pickle.UnpicklingError as error:
+        # torch's own text advises to load it all the same
+        if "GLOBAL" in str(error):
+            raise _broken(file, "it holds Python objects, which are not loaded") from error
+        raise _broken(file, "it cannot be read as tensors: it is damaged") from error
+    except (RuntimeError, EOFError, ValueError, OSError) as error:
+        raise _broken(file, f"it cannot be read: {_first(error)}") from error
 
 
 def has_tokenizer(folder: Path) -> bool:

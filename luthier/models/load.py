@@ -8,7 +8,6 @@ by `adapters/store.py`; what is saved here is the base.
 from __future__ import annotations
 
 import logging
-import pickle
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
@@ -237,7 +237,7 @@ def _pretrained(
             **remote,
         )
         model, info = made
-    except (RuntimeError, ValueError, OSError, pickle.UnpicklingError, SafetensorError) as error:
+    except (RuntimeError, ValueError, OSError, SafetensorError) as error:
         raise Refused(
             f"the weights of '{path}' were asked for",
             f"they cannot be read: {folder._first(error)}",

@@ -45,7 +45,8 @@ class Trainer:
 
     `schedule(t)` is the learning rate of step t = 0, 1, ... `write_model(folder)` writes the model as others
     read it; `read_model(folder)` puts such a folder's weights back into the live model, bit for bit.
-    `evaluate()` measures the model. `facts` are recorded with the start of the run; `remarks` are told.
+    `evaluate()` measures the model; `before()` does so once, before the first step. `facts` are recorded
+    with the start of the run; `remarks` are told.
     """
 
     updater: Updater
@@ -57,6 +58,7 @@ class Trainer:
     write_model: Callable[[Path], object]
     read_model: Callable[[Path], object]
     evaluate: Callable[[], Mapping[str, float]] | None = None
+    before: Callable[[], Mapping[str, float]] | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
 
@@ -114,6 +116,8 @@ class Trainer:
     def _run(self, signals: Signals) -> None:
         if self.done:  # a signal may have come before the evaluation of the step that was saved
             self._after_step(signals)
+        elif self.before is not None:
+            self.metrics.log("evaluate", 0, self._measure(self.before, signals))
         batches = self.data.step_batches()
         try:
             while not self._over():
@@ -187,19 +191,25 @@ class Trainer:
     def _evaluated(self) -> bool:
         return self.evaluation is not None and self.evaluation["step"] == self.done
 
-    def _evaluate(self, signals: Signals) -> bool:
-        """Evaluate; True if this is the best so far. A signal ends it: the resumed run does it again."""
-        if self.evaluate is None:
-            return False
+    def _measure(
+        self, how: Callable[[], Mapping[str, float]], signals: Signals
+    ) -> dict[str, float]:
+        """What an evaluation gives. A signal ends it at once: the resumed run does it again."""
         self.metrics.activity("evaluating")
         try:
             with signals.interruptible():
-                values = dict(self.evaluate())
+                return dict(how())
         except Interrupted:
             self._stop_if_asked(signals)
             raise
         finally:
             self.metrics.activity("")
+
+    def _evaluate(self, signals: Signals) -> bool:
+        """Evaluate; True if this is the best so far."""
+        if self.evaluate is None:
+            return False
+        values = self._measure(self.evaluate, signals)
         self.metrics.log("evaluate", self.done, {**values, "epoch": self._epoch()})
         self.evaluation = {"step": self.done, "values": values}
         metric, old = self.plan.best, self.best["value"] if self.best else None

@@ -42,4 +42,5 @@ def run(model: Any, batch: Batch) -> Tensor:
 
 def error(ours: Tensor, reference: Tensor) -> float:
     """||ours - reference|| / ||reference||."""
-    return float((ours.double() - reference.double()).norm() / reference.double().norm())
+    ours, reference = ours.detach().double(), reference.detach().double()
+    return float((ours - reference).norm() / reference.norm())

@@ -22,8 +22,8 @@ from luthier.adapters import (
     load_adapter,
     save_adapter,
 )
-from luthier.batch import Batch, Layout, layout_scope
-from luthier.models.stage import Stage, compile_layers, set_recompute
+from luthier.batch import Batch
+from luthier.models.stage import Stage, decoder_layers, set_recompute
 
 each_method = pytest.mark.parametrize("row", METHODS)
 each_family = pytest.mark.parametrize("family", FAMILIES)
@@ -60,9 +60,10 @@ def test_a_biased_layer_in_half_precision_changes_by_rounding_only(row: str) -> 
         model = nn.ModuleDict({"layer": layer.bfloat16()})
         before = layer(x)
         attach(model, options(row), seed=1)
-        # product and sum are rounded apart: half a step (2^-9) of the product, and one of the sum
-        bound = 2**-8 * ((before - layer.bias).abs() + before.abs())
-        assert ((layer(x) - before).abs() <= bound).all()
+        # the product is rounded before the bias is added: u = 2^-8 of it, and of either sum
+        before = before.float()
+        bound = 1.01 * 2**-8 * ((before - layer.bias.float()).abs() + 2 * before.abs())
+        assert ((layer(x).float() - before).abs() <= bound).all()
 
 
 @each_method
@@ -91,24 +92,33 @@ def test_only_adapters_get_gradients(
 @each_family
 def test_fold_equals_hooks(tiny_model: Any, random_batch: Any, row: str, family: str) -> None:
     batch = random_batch()
-    for dtype, bound in ((torch.float32, 1e-6), (torch.float64, 1e-13)):
+    for dtype, bound in ((torch.float32, 1e-6), (torch.float64, 1e-14)):
         model = tiny_model(family, dtype)
         base = run(model, batch)
         attach(model, options(row), seed=1)
         fill(model)
         seen: dict[str, tuple[Tensor, Tensor]] = {}
-        for name in adapters_of(model):
-            model.get_submodule(name).register_forward_hook(
-                lambda layer, args, out, name=name: seen.update({name: (args[0], out)})
-            )
+        handles = [
+            model.get_submodule(name).register_forward_hook(_watch(seen, name))
+            for name in adapters_of(model)
+        ]
         adapted = run(model, batch)
+        for handle in handles:
+            handle.remove()
         fold_into(model)
         assert not adapters_of(model)
-        for name, (x, y) in list(seen.items()):
+        for name, (x, y) in seen.items():
             assert error(model.get_submodule(name)(x), y) < bound, name
-        # errors of the layers add up, and attention sharpens them
-        assert error(run(model, batch), adapted) < 50 * bound
+        # through two layers of sharp attention and norms, rounding grows
+        assert error(run(model, batch), adapted) < 10 * bound
         assert error(adapted, base) > 1e-3  # the adapter did something
+
+
+def _watch(seen: dict[str, tuple[Tensor, Tensor]], name: str) -> Any:
+    def hook(layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        seen[name] = (args[0], output)
+
+    return hook
 
 
 @each_method
@@ -292,34 +302,40 @@ def test_tensor_parallel_pieces_make_the_whole(row: str) -> None:
 
 
 @each_method
-@pytest.mark.long
-@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch's own
 def test_compiled_layers_give_the_same(tiny_model: Any, random_batch: Any, row: str) -> None:
-    model, batch = tiny_model("llama"), random_batch()
-    attach(model, options(row, dropout=0.2), seed=1)
-    fill(model)
-    stage = Stage(model.train())
-    before = stage(batch)
-    compile_layers(stage)
-    assert error(stage(batch), before) < 1e-6
+    batch = random_batch()
+    for dtype in (torch.float32, torch.bfloat16):
+        model = tiny_model("llama", dtype)
+        attach(model, options(row, dropout=0.2), seed=1)
+        fill(model)
+        stage = Stage(model.train())
+        before = stage(batch)
+        for layer in decoder_layers(model):
+            layer.compile(
+                backend="eager"
+            )  # what tracing changes; not what the code generator rounds
+        assert torch.equal(stage(batch), before)
 
 
 @each_method
 def test_a_small_update_survives_half_precision(row: str) -> None:
     """Updates far below a step of the rounded output still act, on average over its elements."""
     torch.manual_seed(0)
-    x = torch.randn(1, 64, 128).bfloat16()
-    for layer in (nn.Linear(128, 96, bias=False), nn.Linear(128, 96), Conv1D(96, 128)):
+    x = torch.randn(1, 256, 128).bfloat16()
+    for layer in (nn.Linear(128, 512, bias=False), nn.Linear(128, 512), Conv1D(512, 128)):
         nn.init.normal_(layer.weight)
         model = nn.ModuleDict({"layer": layer.bfloat16()})
         base = layer(x)
-        (adapter,) = attach(model, options(row), seed=1).values()
-        fill(model, size=3e-4)
-        wide = copy.deepcopy(model).float()["layer"]
-        with layout_scope(Layout(torch.zeros(1, 64), torch.zeros(1, 64), (0,))):
-            wanted = (wide(x.float()) - wide.forward.__self__.__class__.forward(wide, x.float()))
+        attach(model, options(row), seed=1)
+        fill(model, size=3e-3)
+        wide = copy.deepcopy(model).float()
+        with torch.no_grad():
             found = (layer(x) - base).float()
-        step = base.float().abs() * 2**-8
+            wanted = wide["layer"](x.float())
+            detach(wide)
+            wanted = wanted - wide["layer"](x.float())
+        step = base.float().abs() * 2**-7
         assert wanted.abs().median() < step.median() / 8
-        share = float((found * wanted).sum() / wanted.square().sum())
-        assert 0.8 < share < 1.2
+        # by chance alone the share is within 0.05 of 1; adding to the rounded output gives 0.3
+        assert 0.9 < float((found * wanted).sum() / wanted.square().sum()) < 1.1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from luthier.data.encode import (
 )
 from luthier.data.formats import FORMATS, BadRow, Message
 from luthier.errors import Failed, Refused
+
+SAMPLES = Path(os.environ.get("LUTHIER_CONFIGS", "absent"), "paddlenlp", "_sample-data")
 
 
 def talk(*texts: str, system: str = "", context: dict[str, Any] | None = None) -> list[Message]:
@@ -123,8 +126,9 @@ class TestChat:
             (tiny.byte_level(False, tiny.MARKED), ["say<|im_end|>", "end<|im_end|>"]),
             (tiny.byte_level(False, tiny.PHI3), ["say<|im_end|>", "end<|im_end|>"]),
             (tiny.sentencepiece(tiny.LLAMA2), [" say </s>", " end </s>"]),
+            (tiny.sentencepiece("<s>" + tiny.CHATML), ["say<|im_end|>", "end<|im_end|>"]),
         ],
-        ids=["chatml", "marked", "phi3", "llama2"],
+        ids=["chatml", "marked", "phi3", "llama2", "blank in front"],
     )
     def test_equals_the_template_and_trains_answers(
         self, tokenizer: Any, trained: list[str]
@@ -273,6 +277,10 @@ class TestTooLong:
         example = one(renderer, talk("012", "qwer"))
         assert shown(renderer, example) == "<s>012[qwer]" and example.cut == 1
 
+    def test_source_length_of_the_special_tokens_alone(self) -> None:
+        renderer = Renderer(tiny.byte_level(), "none", length=8, source_length=1)
+        assert shown(renderer, one(renderer, talk("012", "qwe"))) == "<s>[qwe</s>]"
+
     def test_no_room_for_an_answer(self) -> None:
         for source_length in (None, 9):
             renderer = Renderer(tiny.byte_level(), "none", 8, source_length)
@@ -375,6 +383,14 @@ class TestTooLong:
         with pytest.raises(Dropped, match="no trained round of it fits"):
             renderer.encode(talk("0123456789" * 3, "say", "0123456789" * 3, "say"))
 
+    def test_split_leaves_out_what_is_not_trained(self) -> None:
+        renderer = Renderer(tiny.byte_level(), "none", length=8, overlong="split")
+        messages = talk("ask", "say", "more", "end")
+        messages[1] = Message("assistant", "say", False)
+        assert [shown(renderer, e) for e in renderer.encode(messages[:2] + talk("as", "end"))] == [
+            "<s>as[end</s>]"
+        ]
+
 
 PADDLE = {
     "system": "good {{mood}}\n",
@@ -453,6 +469,20 @@ class TestPaddle:
         with pytest.raises(Refused, match=found):
             Renderer(tiny.byte_level(), self.write(tmp_path, value))
 
+    @pytest.mark.skipif(not SAMPLES.is_dir(), reason="LUTHIER_CONFIGS holds no PaddleNLP samples")
+    def test_the_suites_own_files(self) -> None:
+        renderer = Renderer(tiny.byte_level(), str(SAMPLES / "chat_template.json"))
+        text = shown(renderer, one(renderer, talk("ask", "say", "more", "end")))
+        assert text == (
+            "你是一个人工智能助手\nHuman: ask<sep> Bot:[say\n]Human: more<sep> Bot:[end\n]"
+        )
+        renderer = Renderer(tiny.byte_level(), str(SAMPLES / "chat_template_with_context.json"))
+        context = {"system": "one", "instruction": "two"}
+        prompt = renderer.prompt(
+            FORMATS["src_tgt"]({"src": "ask", "tgt": "say", "context": context})
+        )
+        assert renderer.decode(prompt) == "你是一个人工智能助手one-two\nHuman: ask<sep> Bot:"
+
     def test_other_files(self, tmp_path: Path) -> None:
         file = tmp_path / "t.jinja"
         file.write_text(tiny.CHATML, "utf-8")
@@ -468,9 +498,9 @@ class TestPaddle:
 
 
 class TestChecks:
-    ids = np.array([[5, 6, 7, 8, 9, 0]])
-    documents = np.array([[0, 0, 0, 1, 1, PADDING]])
-    labels = np.array([[IGNORE, 7, IGNORE, 9, IGNORE, IGNORE]])
+    ids = np.array([[5, 6, 7, 8, 9, 0, 0]])
+    documents = np.array([[0, 0, 0, 1, 1, PADDING, PADDING]])
+    labels = np.array([[IGNORE, 7, IGNORE, 9, IGNORE, IGNORE, IGNORE]])
 
     def test_good(self) -> None:
         check_labels(self.ids, self.labels, self.documents)

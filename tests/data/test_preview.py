@@ -61,6 +61,13 @@ def test_wrong_labels_show(batch: Batch) -> None:
     assert "4 labels amiss" in first.counts
 
 
+def test_label_on_the_last_token_shows(batch: Batch) -> None:
+    labels = batch.labels.clone()
+    labels[0, 7] = 1
+    text = as_text([replace(batch, labels=labels)], tiny.byte_level(), RENDERER.stop_ids)
+    assert "document 0: 8 tokens, 4 trained, ends in a trained stop token, 1 labels amiss" in text
+
+
 def test_untrained_end_shows(batch: Batch) -> None:
     labels = batch.labels.clone()
     labels[0, 6] = IGNORE

@@ -5,19 +5,26 @@ Importable by child processes, which the kill tests stop in the middle.
 
 from __future__ import annotations
 
+import json
+import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import VOCAB, random_batch_, tiny_model_
+from conftest import VOCAB, random_batch_, tiny_model_, tiny_tokenizer_
 from safetensors.torch import load_file
 
-from luthier.adapters.base import adapters_of, attach
+from luthier.adapters.base import attach
 from luthier.adapters.store import save_adapter
 from luthier.batch import TENSORS, Batch
-from luthier.config import AdapterConfig, OptimConfig
+from luthier.config import AdapterConfig, OptimConfig, RunConfig
+from luthier.data.dataset import prepare
+from luthier.data.encode import Renderer
+from luthier.data.loader import Loader
+from luthier.errors import LuthierError
 from luthier.models.load import save_model
 from luthier.models.stage import Stage
 from luthier.seeding import generator
@@ -31,6 +38,7 @@ from luthier.train.plan import FitResult, Plan
 from luthier.train.schedules import make_schedule
 from luthier.train.step import Updater
 
+STDERR = "stderr.txt"  # what a child process says
 ROWS, BATCH = 10, 4  # three steps an epoch, the last one of two rows
 LORA = AdapterConfig(method="lora", rank=2, dropout=0.1)
 
@@ -178,9 +186,52 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
 
 
+def write_rows(folder: Path) -> Path:
+    """A folder with 24 rows of training data."""
+    folder.mkdir()
+    rows = [
+        {"src": f"what is {i}?", "tgt": "the answer " * (i % 5 + 1) + str(i)} for i in range(24)
+    ]
+    (folder / "train.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def real_loader(folder: Path | str, kind: str) -> Loader:
+    """The real loader on such a folder: `packed` in memory, or `lazy`."""
+    config = RunConfig.model_validate(
+        {
+            "model": {"path": "tiny"},
+            "data": {"path": str(folder), "length": 64, "lazy": kind == "lazy", "workers": 0},
+            "train": {"steps": 6, "batch": 4},
+            "output": "unused",
+        }
+    )
+    dataset = prepare(config, Renderer(tiny_tokenizer_(), length=64), "train")
+    assert dataset is not None
+    return Loader(
+        dataset, batch=4, micro_batch=2, pad_id=0, seed=5, length=64, packing=config.data.packing
+    )
+
+
+def hangs(step: int) -> float:
+    print("in the step", file=sys.stderr, flush=True)
+    time.sleep(600)
+    return 0.0
+
+
 def child(output: str, options: dict[str, Any]) -> None:
-    """A run in a process of its own."""
-    fit(Path(output), **options)
-
-
-__all__ = ["adapters_of", "child", "everything", "fit", "same", "small_run"]
+    """A run in a process of its own, which ends as the command line does."""
+    Path(output).mkdir(exist_ok=True)
+    with (Path(output) / STDERR).open("a") as log:
+        os.dup2(log.fileno(), 2)
+    if "data" in options:
+        options["data"] = real_loader(*options["data"])
+    hang = options.pop("hang", False)
+    trainer = small_run(Path(output), **options)
+    if hang:
+        trainer.schedule = hangs
+    try:
+        trainer.fit(trainer.start_from)  # pyright: ignore[reportAttributeAccessIssue]
+    except LuthierError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)

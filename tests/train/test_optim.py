@@ -219,7 +219,7 @@ def test_a_foreign_state_is_refused_and_nothing_changed() -> None:
     tensors = optimizer_tensors(adamw, named)
     assert set(tensors) == {f"{k}/{n}" for k in ("step", "exp_avg", "exp_avg_sq") for n in SHAPES}
     sgd = make_optimizer(named, config("sgd"), 0.01)
-    with pytest.raises(Refused, match="step/embed_tokens.*which this run has not"):
+    with pytest.raises(Refused, match=r"step/embed_tokens.*which this run has not"):
         load_optimizer_tensors(sgd, named, tensors)
     with pytest.raises(Refused, match="which this run has not"):
         load_optimizer_tensors(adamw, named, {"exp_avg/other.weight": torch.zeros(1)})
