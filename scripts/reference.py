@@ -1,4 +1,4 @@
-"""Make docs/reference/config.md and config.schema.json from luthier/config.py.
+"""Make docs/reference: config.md and config.schema.json from luthier/config.py, paddlenlp.md from its table.
 
 `--check` writes nothing and fails when a file is not what the code says; CI runs that.
 """
@@ -6,11 +6,13 @@
 import argparse
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from luthier.configfile import json_schema
 from luthier.configkeys import KEYS, SECTIONS, expected
 from luthier.configtext import dump_value
+from luthier.interop.paddlenlp_keys import ALIASES, CODE_DEFAULTS, INERT, JOBS, OFF, PARALLEL, READ
 
 FOLDER = Path(__file__).resolve().parents[1] / "docs" / "reference"
 HEAD = """\
@@ -48,12 +50,51 @@ def _row(key: str) -> str:
     return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
 
 
+PADDLENLP = """\
+# PaddleNLP's arguments
+
+Made by `scripts/reference.py` from `luthier/interop/paddlenlp_keys.py`; do not edit. Argument files of
+PaddleNLP's fine-tuning scripts (2.6.1 to 3.0.0b4) run as they are, and `luthier show FILE` prints what
+each argument becomes. Where PaddleNLP's published document and its code have different defaults, the
+document's holds.
+
+## Translated
+
+| argument | default | the code's default, where it differs |
+|---|---|---|
+"""
+
+
+def arguments() -> str:
+    """The page of PaddleNLP's arguments: translated, inert, off in one process, refused."""
+    rows = [
+        f"| `{name}` | {'' if default is None else f'`{dump_value(default)}`'} | {CODE_DEFAULTS.get(name, '')} |"
+        for name, (_, default) in READ.items()
+    ]
+    parts = [PADDLENLP + "\n".join(rows)]
+    parts += ["## Other spellings", ", ".join(f"`{a}` = `{b}`" for a, b in sorted(ALIASES.items()))]
+    parts += ["## Accepted: they cannot change a result here", _listed(INERT)]
+    parts += ["## Off in one process", _listed(PARALLEL)]
+    parts += ["## Refused when switched on"]
+    refused = [f"| `{name}` | {s.why} | {s.do} |" for name, s in sorted(OFF.items())]
+    parts += ["\n".join(["| argument | why | instead |", "|---|---|---|", *refused])]
+    parts += ["## Refused: other jobs"]
+    jobs = [f"| {job} | {_listed(names)} |" for job, names in JOBS]
+    parts += ["\n".join(["| job | arguments |", "|---|---|", *jobs])]
+    return "\n\n".join(parts) + "\n"
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in sorted(names))
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Make the reference of the configuration.")
+    parser = argparse.ArgumentParser(description="Make the reference pages.")
     parser.add_argument("--check", action="store_true", help="fail if a file is out of date")
     check = parser.parse_args().check
     files = {
         FOLDER / "config.md": reference(),
+        FOLDER / "paddlenlp.md": arguments(),
         FOLDER / "config.schema.json": json.dumps(json_schema(), indent=2) + "\n",
     }
     stale = [p for p, text in files.items() if not p.is_file() or p.read_text("utf-8") != text]

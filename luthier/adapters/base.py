@@ -248,8 +248,6 @@ def fold_into(model: nn.Module) -> None:
                 f"the weight is shared: {' and '.join(paths)} are one tensor",
                 "use the base together with the adapter, or train without this target",
             )
-        if type(adapters[name]).fold is Adapter.fold:
-            adapters[name].fold(weight)  # refuses
     with torch.no_grad():
         for name, weight in weights.items():
             weight.copy_(adapters[name].fold(weight.to(_wide(weight.dtype))))

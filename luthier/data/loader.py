@@ -104,6 +104,8 @@ class Loader:
     def peek(self) -> list[Batch]:
         """The step that comes next, without moving."""
         if self._ready is None:
+            if self._inside_buffer:  # which is read, and booked, from its beginning again
+                self.dataset.ledger.restore(self._ledger_before)
             steps = self._feed.steps(self._position)
             self._ready = _ahead((step, self._batches(step)) for step in steps)
         if not self._next:
@@ -114,8 +116,8 @@ class Loader:
         """The position behind the last step handed out, as plain values for JSON."""
         state = {"data": self._feed.fingerprint, "position": dict(self._position)}
         if isinstance(self.dataset, LazyDataset):
-            inside = self._position["emitted"] and self._position["epoch"] == 0
-            ledger = self._ledger_before if inside else self.dataset.ledger.snapshot()
+            now = self.dataset.ledger.snapshot()
+            ledger = self._ledger_before if self._inside_buffer else now
             state |= {"padding": dict(self._padding), "ledger": ledger}
         return state
 
@@ -139,6 +141,12 @@ class Loader:
         self._stop()
         if isinstance(self.dataset, LazyDataset):
             self.dataset.workers.close()
+
+    @property
+    def _inside_buffer(self) -> bool:
+        """Whether the ledger holds rows of a buffer that is not handed out yet."""
+        at = self._position
+        return isinstance(self._feed, Stream) and at["epoch"] == 0 and at["emitted"] > 0
 
     def _stop(self) -> None:
         """Forget what was read ahead."""

@@ -107,7 +107,7 @@ def _refuse_job(given: Mapping[str, Any]) -> None:
 def _typed(name: str, raw: Any, asked: str) -> Any:
     """The value in the type of its argument; raises for unknown names and for switches that are on."""
     if name not in NAMES:
-        near = suggest(name, NAMES) or "see the list of arguments in the docs"
+        near = suggest(name, NAMES) or "all arguments stand in docs/reference/paddlenlp.md"
         raise Refused(asked, "PaddleNLP's fine-tuning has no such argument", near)
     if name in READ:
         return _convert(READ[name][0], raw, asked)

@@ -71,7 +71,7 @@ def _download(name: str, code: bool) -> Path:
     except Exception as error:  # the hub's client raises errors of several libraries
         raise Refused(
             f"model '{name}' was asked for",
-            f"there is no such folder, and the hub gave {type(error).__name__}: {_first(error)}",
+            f"there is no such folder, and the hub gave {type(error).__name__}: {first_line(error)}",
             "check model.path, or the network and your access to the model",
         ) from error
     return folder
@@ -82,7 +82,7 @@ def read_config(folder: Path, *, code: bool = False) -> dict[str, Any]:
     from transformers import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    config = _json(folder / "config.json", folder)
+    config = read_json(folder / "config.json", folder)
     model_type = config.get("model_type")
     asked = f"model '{folder}' was asked for"
     if not isinstance(model_type, str):
@@ -126,7 +126,7 @@ def weight_files(folder: Path) -> list[Path]:
         if (folder / single).is_file():
             files = [folder / single]
         elif (folder / index).is_file():
-            for tensor, name in _json(folder / index, folder).get("weight_map", {}).items():
+            for tensor, name in read_json(folder / index, folder).get("weight_map", {}).items():
                 tensors.setdefault(name, []).append(tensor)
             files = [folder / name for name in sorted(tensors)]
         if files:
@@ -202,7 +202,7 @@ def fingerprint(path: str | Path) -> str:
                 digest.update(flat.numpy())  # pyright: ignore[reportArgumentType]
                 parts[name] = digest.digest()
         except (SafetensorError, RuntimeError, ValueError) as error:
-            raise _broken(file, _first(error)) from error
+            raise _broken(file, first_line(error)) from error
     return hashlib.sha256(b"".join(parts[name] for name in sorted(parts))).hexdigest()
 
 
@@ -218,7 +218,7 @@ def _load_bin(file: Path) -> dict[str, Tensor]:
             raise _broken(file, "it holds Python objects, which are not loaded") from error
         raise _broken(file, "it cannot be read as tensors: it is damaged") from error
     except (RuntimeError, EOFError, ValueError, OSError) as error:
-        raise _broken(file, f"it cannot be read: {_first(error)}") from error
+        raise _broken(file, f"it cannot be read: {first_line(error)}") from error
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -234,7 +234,7 @@ def _fits(entry: dict[str, Any]) -> bool:
     return bits is None or end - begin == count * bits // 8
 
 
-def _json(file: Path, folder: Path) -> dict[str, Any]:
+def read_json(file: Path, folder: Path) -> dict[str, Any]:
     asked = f"model '{folder}' was asked for"
     try:
         value = json.loads(file.read_text("utf-8"))
@@ -244,7 +244,7 @@ def _json(file: Path, folder: Path) -> dict[str, Any]:
         ) from error
     except (OSError, ValueError) as error:
         raise Refused(
-            asked, f"{file.name} cannot be read: {_first(error)}", "mend the file"
+            asked, f"{file.name} cannot be read: {first_line(error)}", "mend the file"
         ) from error
     if not isinstance(value, dict):
         raise Refused(asked, f"{file.name} holds no JSON object", "mend the file")
@@ -255,6 +255,6 @@ def _broken(file: Path, found: str) -> Refused:
     return Refused(f"weight file '{file}' was asked for", found, "copy or download the file again")
 
 
-def _first(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     """The first line of an error's text."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -132,10 +132,10 @@ def load_config(path: str | Path, *, trust_remote_code: bool = False) -> Pretrai
     with quiet():
         try:
             return AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
-        except (ValueError, TypeError, KeyError, OSError) as error:
+        except (ValueError, TypeError, KeyError, OSError, StrictDataclassError) as error:
             raise Refused(
                 f"model '{where}' was asked for",
-                f"its config.json is not valid for its family: {folder._first(error)}",
+                f"its config.json is not valid for its family: {folder.first_line(error)}",
                 "mend the file",
             ) from error
 
@@ -158,7 +158,7 @@ def load_tokenizer(
                 raise need("sentencepiece", "tokenizers", f"the tokenizer of '{where}'") from error
             raise Refused(
                 f"the tokenizer of '{where}' was asked for",
-                f"it cannot be read: {folder._first(error)}",
+                f"it cannot be read: {folder.first_line(error)}",
                 "copy or download its files again",
             ) from error
 
@@ -216,7 +216,7 @@ def save_model(
         model.save_pretrained(target, state_dict=state)
         model.config.dtype = kept
         if dtype is not None:
-            stored = folder._json(target / "config.json", target)
+            stored = folder.read_json(target / "config.json", target)
             write_json(target / "config.json", stored | {"dtype": str(dtype).split(".")[1]})
         if tokenizer is not None:
             tokenizer.save_pretrained(target)
@@ -240,7 +240,7 @@ def _pretrained(
     except (RuntimeError, ValueError, OSError, SafetensorError) as error:
         raise Refused(
             f"the weights of '{path}' were asked for",
-            f"they cannot be read: {folder._first(error)}",
+            f"they cannot be read: {folder.first_line(error)}",
             "copy or download the folder again",
         ) from error
     unexpected = set(info["unexpected_keys"])

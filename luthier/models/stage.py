@@ -210,23 +210,22 @@ def check_stage(stage: Stage) -> None:
             packed = stage(batch)[0].split(cuts)
             for part, hidden in zip(ids.split(cuts), packed, strict=True):
                 seen.clear()
-                whole = torch.ones_like(part[None])
-                logits = model(input_ids=part[None], attention_mask=whole, use_cache=False).logits[
-                    0
-                ]
-                _same(model, "hidden states in a packed row", hidden, seen[0][0])
-                _same(model, "logits", stage.head(seen[0][0]), logits)
+                row, whole = part[None], torch.ones_like(part[None])
+                with stage._products(device):
+                    out = model(input_ids=row, attention_mask=whole, use_cache=False)
+                _same(stage, "hidden states in a packed row", hidden, seen[0][0])
+                _same(stage, "logits", stage.head(seen[0][0]), out.logits[0])
     finally:
         hook.remove()
         model.train(training)
 
 
-def _same(model: PreTrainedModel, what: str, ours: Tensor, plain: Tensor) -> None:
+def _same(stage: Stage, what: str, ours: Tensor, plain: Tensor) -> None:
     """Refused unless ||ours - plain|| / ||plain|| is what rounding explains."""
     error = float((ours.double() - plain.double()).norm() / plain.double().norm())
-    if not error <= _ROUNDING.get(model.dtype, 1e-1):
+    if not error <= _ROUNDING.get(stage.autocast or stage.model.dtype, 1e-1):
         raise Refused(
-            f"model family '{model.config.model_type}' was asked for",
+            f"model family '{stage.model.config.model_type}' was asked for",
             f"its {what} differ from its plain forward's by {error:.2g} (relative)",
             "this family needs a row in luthier/models/families.py, or its layers mix documents; use another model",
         )

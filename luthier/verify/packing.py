@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from luthier.assemble import Built, Data, Text, build, name_of, open_data, open_text
-from luthier.batch import Batch, Layout, Segment
+from luthier.batch import IGNORE, Batch, Layout, Segment
 from luthier.config import RunConfig
 from luthier.configfile import Resolved
 from luthier.data.dataset import Dataset
@@ -28,7 +28,7 @@ from luthier.train.gates import check_batch, check_isolation
 
 Document = tuple[np.ndarray, np.ndarray]  # ids and labels, [n] each
 
-ROWS, TOKENS = 4, 4096  # rows that go through the model, and tokens of all of them together
+ROWS, TOKENS = 4, 4096  # rows that go through the model, and the most tokens of all of them
 LAZY_STEPS = 20  # of lazy data, whose passes have no known end
 # Largest ||packed - alone|| / ||alone||. Sums run in another order, no more; what saw other tokens is off
 # by about 1. Half precision rounds every layer's result: 2^-8 (2^-11) in each of some dozens.
@@ -112,21 +112,18 @@ def documents_of(batch: Batch) -> list[list[Document]]:
 
 def _first_pass(config: RunConfig, data: Data, pad_id: int) -> tuple[Counted, Batch]:
     """Count the first pass over the data, check its labels, and take rows for the model."""
-    counted, taken, room = Counted(), [], TOKENS
-    lone: list[list[Document]] = []
+    counted = Counted()
+    taken: list[list[Document]] = []
+    lone: list[list[Document]] = []  # a row of one document, where no row has two
     steps = data.loader.step_batches()
     for _ in range(data.loader.steps_per_epoch or LAZY_STEPS):
         for batch in next(steps):
             check_batch(batch)
             _count(counted, batch)
             for row in documents_of(batch) if len(taken) < ROWS else ():
-                cut = _cut(row, min(room, TOKENS // 2))
-                size = sum(len(ids) for ids, _ in cut)
-                if len(row) > 1 and len(taken) < ROWS and size <= room:
-                    taken.append(cut)
-                    room -= size
-                elif not lone:
-                    lone = [cut]
+                if len(row) > 1 and len(taken) < ROWS:
+                    taken.append(_cut(row, TOKENS // ROWS))
+                lone = lone or [_cut(row, TOKENS // ROWS)]
         counted.steps += 1
     steps.close()
     if counted.longest > config.data.length:
@@ -148,17 +145,23 @@ def _count(counted: Counted, batch: Batch) -> None:
 
 
 def _cut(row: list[Document], room: int) -> list[Document]:
-    """The first documents of a row that fit `room` tokens; at least two if it has them, then cut."""
+    """The first documents of a row that fit into `room` tokens, but two if it has them, cut to half of it."""
     kept: list[Document] = []
+    used = 0
     for number, (ids, labels) in enumerate(row):
-        left = room - sum(len(ids) for ids, _ in kept)
-        if len(ids) > left and number > 1:
+        size = min(len(ids), room // 2) if number < 2 else len(ids)
+        if used + size > room:
             break
-        size = min(len(ids), max(left, 2), room // 2 if number < 2 and len(row) > 1 else room)
-        labels = labels[:size].copy()
-        labels[-1] = -100  # its next token is cut off
-        kept.append((ids[:size], labels))
+        used += size
+        kept.append(shortened(ids[:size], labels[:size]))
     return kept
+
+
+def shortened(ids: np.ndarray, labels: np.ndarray) -> Document:
+    """A part of a document as one of its own: its last token has no next one."""
+    labels = labels.copy()
+    labels[-1] = IGNORE
+    return ids, labels
 
 
 def _accounted(counted: Counted, data: Data) -> str:
@@ -185,7 +188,7 @@ def _accounted(counted: Counted, data: Data) -> str:
 def _check_bits(built: Built, batch: Batch) -> int:
     """Change documents and look at all others; gives how many were changed. Raises Failed."""
     check_isolation(built.stage, batch, kernel=built.kernel)
-    segments = [s for s in Layout.of(batch).segments]
+    segments = list(Layout.of(batch).segments)
     changed = 0
     with evaluating(built.stage):
         reference = built.stage(batch)  # [B, S, D]

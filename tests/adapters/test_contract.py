@@ -114,6 +114,20 @@ def test_fold_equals_hooks(tiny_model: Any, random_batch: Any, row: str, family:
         assert error(adapted, base) > 1e-3  # the adapter did something
 
 
+@each_method
+@pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
+def test_fold_rounds_once(row: str, kind: Any) -> None:
+    """The update of a half-precision weight is computed in float32."""
+    model = nn.ModuleDict({"layer": kind(24, 32).bfloat16()})
+    attach(model, options(row), seed=1)
+    fill(model)
+    wide = copy.deepcopy(model).float()
+    for each in (model, wide):
+        fold_into(each)
+    assert model["layer"].weight.dtype == torch.bfloat16
+    assert torch.equal(model["layer"].weight, wide["layer"].weight.bfloat16())
+
+
 def _watch(seen: dict[str, tuple[Tensor, Tensor]], name: str) -> Any:
     def hook(layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         seen[name] = (args[0], output)
@@ -258,6 +272,8 @@ def test_first_values_depend_on_seed_and_name_alone(tiny_model: Any, row: str) -
     first = values()
     for same in (values(torch.bfloat16), values(torch.float64), values(targets="down_proj")):
         assert all(torch.equal(first[name], value) for name, value in same.items())
+    drawn = [value for value in first.values() if value.any()]
+    assert len({value.flatten()[0].item() for value in drawn}) == len(drawn)  # no two alike
     other = values(seed=2)
     assert all(torch.equal(first[n], v) == (not v.any()) for n, v in other.items())
 
@@ -319,23 +335,29 @@ def test_compiled_layers_give_the_same(tiny_model: Any, random_batch: Any, row: 
 
 
 @each_method
-def test_a_small_update_survives_half_precision(row: str) -> None:
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_small_update_survives_half_precision(row: str, autocast: bool) -> None:
     """Updates far below a step of the rounded output still act, on average over its elements."""
     torch.manual_seed(0)
     x = torch.randn(1, 256, 128).bfloat16()
     for layer in (nn.Linear(128, 512, bias=False), nn.Linear(128, 512), Conv1D(512, 128)):
         nn.init.normal_(layer.weight)
         model = nn.ModuleDict({"layer": layer.bfloat16()})
-        base = layer(x)
-        attach(model, options(row), seed=1)
-        fill(model, size=3e-3)
         wide = copy.deepcopy(model).float()
+        for each in (model, wide):
+            attach(each, options(row), seed=1)
+            fill(each, size=3e-3)
+        half, given = (wide, x.float()) if autocast else (model, x)
         with torch.no_grad():
-            found = (layer(x) - base).float()
             wanted = wide["layer"](x.float())
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                found = half["layer"](given)
+                detach(half)
+                base = half["layer"](given)
             detach(wide)
             wanted = wanted - wide["layer"](x.float())
-        step = base.float().abs() * 2**-7
-        assert wanted.abs().median() < step.median() / 8
+        assert found.dtype == torch.bfloat16
+        found = (found - base).float()
+        assert wanted.abs().median() < base.float().abs().median() * 2**-7 / 8
         # by chance alone the share is within 0.05 of 1; adding to the rounded output gives 0.3
         assert 0.9 < float((found * wanted).sum() / wanted.square().sum()) < 1.1

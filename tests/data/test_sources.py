@@ -67,7 +67,7 @@ def test_lines_are_found_across_read_chunks(
     ("content", "place", "said"),
     [
         (b'{"n": 1}\n{"n": 2,}\n', ":2:9", "malformed JSON"),
-        (b'{"n": 1}\n{"n": \n', ":2:7", "malformed JSON"),
+        (b'{"n": 1}\n{"n": \n', ":2:6", "malformed JSON"),
         (b'{"n": 1} {"n": 2}\n', ":1:10", "more text after the row"),
         (b'{\n  "n": 1\n}\n', ":1:2", "each line must hold one whole object"),
         (b'{"n": 1}\n[1]\n', ":2", "the row is list, not an object"),
@@ -212,7 +212,7 @@ def test_a_hub_that_cannot_be_reached_is_refused(
 
     monkeypatch.setattr(hub, "names", fail)
     monkeypatch.setattr(sys.modules["datasets"], "get_dataset_split_names", fail)
-    with pytest.raises(Refused, match="no such local file or folder.*Couldn't reach"):
+    with pytest.raises(Refused, match=r"no such local file or folder.*Couldn't reach"):
         source("owner/name")
 
 

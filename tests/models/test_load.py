@@ -91,7 +91,8 @@ def test_save_gives_a_folder_for_plain_transformers(
     assert torch.equal(plain(input_ids=ids).logits, reference(input_ids=ids).logits)
     assert plain.config._attn_implementation in ("sdpa", "eager")  # ours is not written
     tokenizer = load_tokenizer(tmp_path)
-    assert tokenizer.get_vocab() == tiny_tokenizer().get_vocab()
+    # a family's tokenizer class may add a token of its own
+    assert tiny_tokenizer().get_vocab().items() <= tokenizer.get_vocab().items()
     assert tokenizer.chat_template == tiny_tokenizer().chat_template
 
 

@@ -294,6 +294,27 @@ def test_head_of_scaled_families(relative):
         check_stage(Stage(model))
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2", "opt"])
+def test_autocast(family, tiny_model, random_batch, relative):
+    """Products in bfloat16 over float32 weights: near float32, recomputed alike, and no false alarm."""
+    batch = random_batch(lengths_per_row=DOCUMENTS)
+    exact, _ = _loss(Stage(tiny_model(family)), batch)
+    found = []
+    for mode in ("none", "layer", "selective"):
+        stage = Stage(tiny_model(family)).train()
+        stage.autocast = torch.bfloat16
+        check_stage(stage)
+        set_recompute(stage, mode)
+        hidden, loss = _loss(stage, batch)
+        loss.backward()
+        real = batch.document_ids != PADDING
+        assert 1e-4 < relative(hidden[real], exact[real]) < 3e-2  # bfloat16 has 8 bits
+        found.append(_gradients(stage.model))
+        assert {g.dtype for g in found[-1].values()} == {torch.float32}
+    for name, gradient in found[0].items():
+        assert torch.equal(gradient, found[1][name]) and torch.equal(gradient, found[2][name])
+
+
 @pytest.mark.long
 @pytest.mark.parametrize(("family", "mode"), [("llama", "none"), ("gpt2", "layer")])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute")

@@ -88,6 +88,19 @@ def test_equals_plain(dtype: torch.dtype, chunk_rows: int | None, name: str, bia
         assert_close(token_loss(hidden, labels, head, chunk_rows=chunk_rows), found.detach(), 1e-6)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_blocks_of_a_chunk_change_nothing(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hidden, labels, layer = problem(dtype)
+    results = []
+    for rows in (1000, 2):  # rows of logits that are worked on at a time
+        monkeypatch.setattr(loss_module, "BLOCK_BYTES", 4 * V * rows)
+        loss = token_loss(hidden, labels, layer, [layer.weight], chunk_rows=5)
+        results.append((loss, *torch.autograd.grad(loss / 7, [hidden, layer.weight])))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize("chunk_rows", [4, None])
 def test_gradcheck(chunk_rows: int | None) -> None:
     hidden = (

@@ -64,7 +64,7 @@ def test_gradients_are_gathered_in_float32_and_leave_the_model() -> None:
 
 def test_masters_are_restored_with_the_weights() -> None:
     masters = MasterWeights(named(torch.bfloat16), "float32")
-    kept = {"half.weight": torch.full((3, 2), 1.003)}
+    kept = {"half.weight": torch.full((3, 2), 1.503)}
     model = named(torch.bfloat16)
     other = MasterWeights(model, "float32")
     other.load_tensors(kept)
