@@ -14,9 +14,9 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "finetune": "recipes",
-    "evaluate": "recipes",
-    "predict": "recipes",
-    "preview": "recipes",
+    "evaluate": "use",
+    "predict": "use",
+    "preview": "use",
     "merge": "convert",
     "convert": "convert",
     "load": "api",
@@ -35,10 +35,10 @@ if TYPE_CHECKING:
     from luthier.errors import Failed as Failed
     from luthier.errors import LuthierError as LuthierError
     from luthier.errors import Refused as Refused
-    from luthier.recipes import evaluate as evaluate
     from luthier.recipes import finetune as finetune
-    from luthier.recipes import predict as predict
-    from luthier.recipes import preview as preview
+    from luthier.use import evaluate as evaluate
+    from luthier.use import predict as predict
+    from luthier.use import preview as preview
 
 
 def __getattr__(name: str) -> Any:

@@ -78,7 +78,7 @@ def rows_to_answer(config: RunConfig) -> list[list[Message]]:
     """The conversations of `predict.input`, or of the data's test (else dev) part; answers may be absent."""
     given = config.predict.input
     if given is not None:
-        source = open_source(given, config.data.model_copy(update={"format": "auto"}), "train")
+        source = open_source(given, config.data, "train")
     else:
         source = open_evaluation(config.data, "test")
     if source is None:
@@ -93,7 +93,7 @@ def rows_to_answer(config: RunConfig) -> list[list[Message]]:
         try:
             row, place = source.row(index)
             row = rename(row, config.data.columns)
-            form = config.data.format if given is None else "auto"
+            form = config.data.format
             name = detect(row) if form == "auto" else form
             rows.append(FORMATS[name](row, predict=True))
         except (BadRow, Unreadable) as bad:

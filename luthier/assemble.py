@@ -235,7 +235,9 @@ def open_data(config: RunConfig, text: Text, progress: Progress | None = None) -
     """Encode and pack the rows of a run; refuses data that cannot teach anything."""
 
     def tell(what: str) -> Callable[[int, int], None] | None:
-        return None if progress is None else lambda done, total: progress(what, done, total)
+        if progress is None:
+            return None
+        return lambda done, total: progress(what, done, total)
 
     train = prepare(config, text.renderer, "train", tell("reading training rows"))
     if train is None:

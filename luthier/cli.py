@@ -12,7 +12,6 @@ import json
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from luthier import __version__
@@ -91,23 +90,14 @@ def _run(words: list[str]) -> int:
     return 0
 
 
-def _split(name: str, words: list[str]) -> tuple[list[Path], list[str]]:
-    """The files that stand first, and the overrides behind them."""
-    files: list[Path] = []
-    while words and "=" not in words[0] and not words[0].startswith("--"):
-        files.append(Path(words[0]))
-        words = words[1:]
-    if not files:
+def _config(name: str, words: list[str]) -> Any:
+    from luthier.interop.read import read_config, split_words
+
+    files, overrides = split_words(words)
+    if not files and not overrides:
         raise Refused(
             f"luthier {name}", "no FILE was given", f"luthier {name} run.yaml; see luthier example"
         )
-    return files, words
-
-
-def _config(name: str, words: list[str]) -> Any:
-    from luthier.interop.read import read_config
-
-    files, overrides = _split(name, words)
     return read_config(files, overrides)
 
 
@@ -127,23 +117,23 @@ def _take_option(words: list[str], option: str, default: int) -> tuple[int, list
 
 def finetune(words: list[str]) -> None:
     resolved = _config("finetune", words)
-    from luthier import recipes
+    from luthier.recipes import finetune as run
 
-    recipes.finetune(resolved)
+    run(resolved)
 
 
 def evaluate(words: list[str]) -> None:
     resolved = _config("evaluate", words)
-    from luthier import recipes
+    from luthier.use import evaluate as run
 
-    recipes.evaluate(resolved)
+    run(resolved)
 
 
 def predict(words: list[str]) -> None:
     resolved = _config("predict", words)
-    from luthier import recipes
+    from luthier.use import predict as run
 
-    recipes.predict(resolved)
+    run(resolved)
 
 
 def show(words: list[str]) -> None:
@@ -155,9 +145,9 @@ def show(words: list[str]) -> None:
 def preview(words: list[str]) -> None:
     rows, words = _take_option(words, "--rows", 3)
     resolved = _config("preview", words)
-    from luthier import recipes
+    from luthier.use import preview as run
 
-    recipes.preview(resolved, rows=rows)
+    run(resolved, rows=rows)
 
 
 def verify(words: list[str]) -> None:
@@ -227,7 +217,7 @@ def merge(words: list[str]) -> None:
         )
     from luthier.convert import merge as run
 
-    device = {"gpu": "cuda"}.get(args.device, args.device)
+    device = "cuda" if args.device == "gpu" else str(args.device)
     run(found.get("base"), found["adapter"], found["out"], device=device)
 
 

@@ -101,6 +101,13 @@ class OptimConfig(Section):
     )
 
     @model_validator(mode="after")
+    def _optimiser_keys(self) -> OptimConfig:
+        for key, name in (("eps", "sgd"), ("betas", "adafactor")):
+            if self.name == name and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"optim.{key} has no meaning for optim.name={name}")
+        return self
+
+    @model_validator(mode="after")
     def _schedule_keys(self) -> OptimConfig:
         allowed = SCHEDULE_KEYS[self.schedule]
         for key in sorted(
@@ -113,6 +120,10 @@ class OptimConfig(Section):
         if self.warmup > 1 and self.warmup != int(self.warmup):
             raise ValueError(
                 f"optim.warmup={self.warmup}: give a whole number of steps, or a share below 1"
+            )
+        if (self.decay_start or 0) > 1 and self.decay_start != int(self.decay_start or 0):
+            raise ValueError(
+                f"optim.decay_start={self.decay_start}: give a whole step, or a share below 1"
             )
         if self.schedule == "wsd" and self.decay_start is None:
             raise ValueError(

@@ -70,7 +70,7 @@ def merge(
     resolve_device(device)
     stored = load_config(base).dtype or torch.float32
     dtype = getattr(torch, stored) if isinstance(stored, str) else stored
-    config = ModelConfig(path=base, dtype="float32", device=device)
+    config = ModelConfig.model_validate({"path": base, "dtype": "float32", "device": device})
     model = build_model(config, seed=0)
     loaded = load_adapter(model, folder, base_name=base, base_hash=fingerprint(base))
     for remark in loaded.remarks:
@@ -95,7 +95,7 @@ def merge(
         save_model(model, partial, tokenizer, dtype=dtype)
         with quiet():
             plain = AutoModelForCausalLM.from_pretrained(partial, dtype=dtype)
-        check = _compare(plain.to(torch.float32), adapted.cpu(), probe.cpu(), error)
+        check = _compare(plain.float(), adapted.cpu(), probe.cpu(), error)
         limit = ROUNDING_KL.get(dtype, 0.02)
         if not check.kl < limit:
             raise Failed(

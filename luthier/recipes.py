@@ -1,4 +1,4 @@
-"""What each command does, as prose: finetune, evaluate, predict, preview.
+"""What `luthier finetune` does, as prose; evaluate, predict and preview are `use.py`.
 
 Every recipe takes a config (a path, a mapping, a `RunConfig` or what `read_config` gave), prints what a
 user should see and returns it. The parts come from `assemble.py`; nothing is computed here. Merging and
@@ -8,18 +8,13 @@ converting, which need no config, are `convert.py`.
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from luthier.answers import Evaluator, generate_options, rows_to_answer
+from luthier.answers import Evaluator
 from luthier.assemble import (
-    Built,
     Data,
-    Progress,
     Text,
     build,
     expected_steps,
@@ -33,24 +28,18 @@ from luthier.assemble import (
     read_model,
     write_model,
 )
-from luthier.batch import TENSORS, Batch
 from luthier.config import RunConfig
 from luthier.configfile import Resolved, from_mapping, to_yaml
-from luthier.data.dataset import Dataset, prepare
-from luthier.data.encode import reference
-from luthier.data.preview import as_rich, as_text
 from luthier.errors import Refused
-from luthier.files import PARTIAL, damage, publish, write_json, write_text
+from luthier.files import PARTIAL, publish, write_json, write_text
 from luthier.interop.read import read_config
-from luthier.models.generate import generate
 from luthier.models.load import resolve_device
 from luthier.parallel.world import World
 from luthier.summary import facts_of
-from luthier.train.checkpoint import Checkpoints, find, steps_in
+from luthier.train.checkpoint import Checkpoints, find
 from luthier.train.gates import check_batch, check_isolation
 from luthier.train.loop import Trainer
 from luthier.train.metrics import Metrics, memory
-from luthier.train.progress import open_progress
 from luthier.train.report import pair_samples, write_report
 from luthier.train.schedules import make_schedule
 from luthier.train.sinks import check_sinks
@@ -229,153 +218,3 @@ def _say_result(output: Path, facts: Mapping[str, Any], step: int, report: Path)
             say(f"before     {sample['before']}")
         say(f"after      {sample.get('after', '')}")
     say(f"\nfinal model (step {step}): {output}\nreport: {report}")
-
-
-# ---- evaluate, predict
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """Which model a command uses: a folder, maybe with an adapter, and the words for it."""
-
-    path: str
-    adapter: str | None
-    words: str
-
-
-def choose_model(config: RunConfig) -> Chosen:
-    """adapter.path if given; else the run's final model in `output`; else its newest whole checkpoint; else
-    the base."""
-    base, output = config.model.path, Path(config.output)
-    if config.adapter.path is not None:
-        return Chosen(base, config.adapter.path, f"{base} with the adapter {config.adapter.path}")
-    folders = [(output, "final model")]
-    folders += [(path, path.name) for _, path in reversed(steps_in(output)) if damage(path) is None]
-    for folder, what in folders:
-        if (folder / "adapter_config.json").is_file():
-            return Chosen(base, str(folder), f"{base} with the adapter {folder} ({what})")
-        if (folder / "config.json").is_file():
-            return Chosen(str(folder), None, f"{folder} ({what})")
-    return Chosen(base, None, f"{base} (nothing was trained in {output})")
-
-
-def _open(config: RunConfig) -> tuple[Text, Chosen]:
-    resolve_device(config.model.device)
-    chosen = choose_model(config)
-    say(f"model: {chosen.words}")
-    return open_text(config, chosen.path), chosen
-
-
-def _build(config: RunConfig, chosen: Chosen) -> Built:
-    built = build(config, train=False, path=chosen.path, adapter=chosen.adapter)
-    for remark in built.remarks:
-        say(f"note: {remark}")
-    return built
-
-
-def evaluate(source: Source, overrides: Sequence[str] = ()) -> dict[str, float]:
-    """Loss, perplexity and accuracy on the evaluation rows; BLEU-4 and ROUGE with evaluate.generate."""
-    config = resolve(source, overrides).config
-    text, chosen = _open(config)
-    dev = prepare(config, text.renderer, "dev")
-    if not isinstance(dev, Dataset):
-        raise Refused(
-            f"evaluation rows at data.path={config.data.path}",
-            "there is no dev, validation or test part",
-            "give data.validation_path",
-        )
-    say(dev.ledger.summary())
-    built = _build(config, chosen)
-    output = Path(config.output)
-    if config.evaluate.save:
-        output.mkdir(parents=True, exist_ok=True)
-    with _activity(config) as progress:
-        values = Evaluator(config, text, built, dev, output, progress)()
-    for name, value in values.items():
-        say(f"  {name:<12}{value:>12.6g}")
-    return values
-
-
-def predict(source: Source, overrides: Sequence[str] = ()) -> list[dict[str, str]]:
-    """Answer the rows of `predict.input` and write one JSON line per row, in order, to `predict.output`."""
-    config = resolve(source, overrides).config
-    text, chosen = _open(config)
-    rows = rows_to_answer(config)
-    built = _build(config, chosen)
-    prompts = [text.renderer.prompt(messages) for messages in rows]
-    answered = 0
-    with _activity(config) as progress:
-
-        def count(number: int) -> None:
-            nonlocal answered
-            answered += number
-            progress("generating", answered, len(prompts))
-
-        ids = generate(
-            built.model,
-            prompts,
-            generate_options(config),
-            pad_id=text.pad_id,
-            stop_ids=text.renderer.stop_ids,
-            micro_batch=config.evaluate_micro_batch,
-            progress=count,
-        )
-    records = []
-    for messages, answer in zip(rows, ids, strict=True):
-        asked = [m.text for m in messages if m.role in ("user", "text")]
-        record = {"prompt": asked[-1] if asked else "", "output": text.renderer.decode(answer)}
-        target = reference(messages)
-        records.append({**record, "tgt": target} if target else record)
-    path = Path(config.predict.output or Path(config.output) / "predictions.jsonl")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
-    for record in records[:3]:
-        say(f"  {record['prompt'][-100:]!r} -> {record['output'][:200]!r}")
-    say(f"{len(records)} answers: {path}")
-    return records
-
-
-@contextmanager
-def _activity(config: RunConfig) -> Iterator[Progress]:
-    """The live display of a command that does not train."""
-    progress = open_progress(config.log.progress)
-    try:
-        yield progress.activity
-    finally:
-        progress.close()
-
-
-# ---- preview
-
-
-def preview(source: Source, overrides: Sequence[str] = (), *, rows: int = 3) -> str:
-    """Show the first `rows` packed rows of the first step, token by token, and the ledger's totals."""
-    config = resolve(source, overrides).config
-    text = open_text(config)
-    data = open_data(config, text)
-    try:
-        say(data.train.ledger.summary())
-        batches = first_step(data)
-    finally:
-        data.loader.close()
-    shown, left = [], rows
-    for batch in batches:
-        if left > 0:
-            shown.append(_first_rows(batch, left))
-            left -= len(batch.rows)
-    stops = text.renderer.stop_ids
-    if sys.stdout.isatty():
-        from rich.console import Console
-
-        console = Console()
-        for part in as_rich(shown, text.tokenizer, stops):
-            console.print(part)
-    plain = as_text(shown, text.tokenizer, stops)
-    if not sys.stdout.isatty():
-        say(plain)
-    return plain
-
-
-def _first_rows(batch: Batch, number: int) -> Batch:
-    cut = {name: getattr(batch, name)[:number] for name in TENSORS}
-    return replace(batch, **cut, rows=batch.rows[:number])

@@ -33,16 +33,9 @@ _INERT = {
     *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),
 }
 _UNSUPPORTED = {
-    *(
-        "use_dora",
-        "lora_bias",
-        "use_qalora",
-        "use_bdlora",
-        "layer_replication",
-        "target_parameters",
-    ),
+    *("use_dora", "lora_bias", "use_qalora", "use_bdlora", "layer_replication", "kasa_config"),
     *("trainable_token_indices", "alora_invocation_tokens", "arrow_config", "megatron_config"),
-    *("velora_config", "kasa_config", "monteclora_config"),
+    *("velora_config", "monteclora_config", "target_parameters"),
 }
 # initialisations that leave the base as it is; the others (pissa, olora, ...) subtract from it
 _INITS = (True, False, "gaussian", "eva", "orthogonal")

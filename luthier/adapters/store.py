@@ -48,12 +48,12 @@ def save_adapter(
     """Write the model's adapters into `folder`, which exists or is made; PEFT loads it.
 
     `config` holds the options of most layers; those of others become patterns. Call it inside
-    `files.publish`. Tensors are float32.
+    `files.publish`. Tensors are in the adapters' own type.
     """
     adapters = adapters_of(model)
     method = ADAPTERS[config.method]
     tensors = {
-        f"{PREFIX}{layer}.{suffix}": tensor.detach().to("cpu", torch.float32).contiguous()
+        f"{PREFIX}{layer}.{suffix}": tensor.detach().cpu().contiguous()
         for layer, adapter in adapters.items()
         for suffix, tensor in adapter.tensors().items()
     }

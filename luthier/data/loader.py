@@ -8,17 +8,16 @@ come from `dataset.py`, which of them share a row from `packing.py`, lazy data f
 from __future__ import annotations
 
 import math
-import queue
-import threading
 import zlib
 from collections.abc import Generator, Iterator, Sequence
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 
 from luthier.batch import IGNORE, PADDING, Batch
+from luthier.data.ahead import ahead
 from luthier.data.dataset import Dataset, LazyDataset
 from luthier.data.encode import check_labels
 from luthier.data.packing import Method, pack
@@ -26,9 +25,7 @@ from luthier.data.sources import Order, permutation
 from luthier.data.streaming import Row, Step, Stream
 from luthier.errors import Refused
 
-T = TypeVar("T")
-
-AHEAD = 2  # steps that are made ready in the background
+STEPS_AHEAD = 2  # made ready in the background
 
 
 class Loader:
@@ -107,7 +104,7 @@ class Loader:
             if self._inside_buffer:  # which is read, and booked, from its beginning again
                 self.dataset.ledger.restore(self._ledger_before)
             steps = self._feed.steps(self._position)
-            self._ready = _ahead((step, self._batches(step)) for step in steps)
+            self._ready = ahead(((step, self._batches(step)) for step in steps), STEPS_AHEAD)
         if not self._next:
             self._next.append(next(self._ready))
         return self._next[0][1]
@@ -293,38 +290,3 @@ class _Memory:
     def _pack(self, examples: Order) -> list[list[int]]:
         rows = pack(self.dataset.lengths[examples], self.length, self.packing)
         return [examples[row].tolist() for row in rows]
-
-
-def _ahead(items: Generator[T]) -> Generator[T]:
-    """`items`, computed in a background thread a little ahead. Its exceptions are raised here."""
-    ready: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(AHEAD)
-    stop = threading.Event()
-
-    def put(item: T | None, error: BaseException | None) -> None:
-        while not stop.is_set():
-            try:
-                return ready.put((item, error), timeout=0.1)
-            except queue.Full:
-                continue
-
-    def work() -> None:
-        try:
-            for item in items:
-                put(item, None)
-                if stop.is_set():
-                    break
-            items.close()
-        except BaseException as error:  # whatever it is, the consumer must see it
-            put(None, error)
-
-    thread = threading.Thread(target=work, name="luthier-data", daemon=True)
-    thread.start()
-    try:
-        while True:
-            item, error = ready.get()
-            if error is not None:
-                raise error
-            yield item  # pyright: ignore[reportReturnType]
-    finally:
-        stop.set()
-        thread.join()

@@ -25,7 +25,7 @@ GREEDY_BUFFER = 500  # fixed by the method; other sizes give other rows
 TRIES = 40  # lengths tried as the longest of three
 REPAIRS = 8  # times at most that loose rows are undone
 WASTE = 0.002  # share of padding that is not worth a second look
-STREAM_BUFFER = 4096  # examples held while streaming; larger packs tighter and starts later
+STREAM_BUFFER = 2048  # examples held while streaming; larger packs tighter and starts later
 
 
 def pack(lengths: Sequence[int] | Any, length: int, method: Method) -> list[list[int]]:

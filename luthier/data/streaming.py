@@ -1,4 +1,4 @@
-"""Rows of lazy data, in the order of the run, from any position on, holding one buffer of examples.
+"""Rows of lazy data, in the order of the run, from any position on, holding a few buffers of examples.
 
 Source rows are drawn by a permutation of their indices (each is read from the disk by its offset), encoded
 by the data set's workers and packed in buffers that do not mix; inside a buffer packed rows are permuted
@@ -9,12 +9,13 @@ Where batches are cut, and what is remembered, is `loader.py`.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from luthier.data.ahead import ahead
 from luthier.data.dataset import LazyDataset
 from luthier.data.encode import Example
 from luthier.data.ledger import Ledger, Record
@@ -25,6 +26,10 @@ from luthier.errors import Failed
 
 Document = tuple[np.ndarray, np.ndarray]  # ids and labels, [n] each
 Row = list[Document]  # documents that share a row
+Place = tuple[int, int]  # a draw of the epoch, a document of the row drawn
+Buffer = tuple[list[list[Example]], Place | None, Ledger | None]
+
+BUFFERS_AHEAD = 1  # waiting, beside the one in use and the one being read
 
 
 @dataclass(frozen=True)
@@ -92,14 +97,8 @@ class Stream:
         row of a buffer in the first epoch, the ledger of the source rows that made the buffer."""
         epoch, serial = position["epoch"], position["serial"]
         begin, number, emitted = _begin(position), position["buffer"], position["emitted"]
-        records: deque[tuple[int, Record]] = deque()
-        begins: deque[tuple[int, int]] = deque()  # where the examples not yet in a row begin
-        examples = self._examples(epoch, begin, records, begins)
-        for buffer in stream(examples, self.length, self.packing, lambda e: len(e.input_ids)):
-            for _ in range(sum(map(len, buffer))):
-                begins.popleft()
-            follows = begins[0] if begins else None
-            ledger = self._booked(records, follows) if epoch == 0 else None
+        # the next buffer is read while the rows of this one are used
+        for buffer, follows, ledger in ahead(self._buffers(epoch, begin), BUFFERS_AHEAD):
             names = (self.seed, "buffer", epoch, number)
             order = permutation(len(buffer), *names, shuffle=self.shuffle)
             for r in range(emitted, len(buffer)):
@@ -110,17 +109,29 @@ class Stream:
                     after = _position(epoch, serial, follows, number + 1)
                 else:
                     after = _position(epoch + 1, serial)
-                yield [(e.input_ids, e.labels) for e in buffer[order[r]]], after, ledger
-                ledger = None
+                row = [(e.input_ids, e.labels) for e in buffer[order[r]]]
+                yield row, after, ledger if r == emitted else None
             if follows:
                 begin, number, emitted = follows, number + 1, 0
+
+    def _buffers(self, epoch: int, begin: Place) -> Generator[Buffer]:
+        """Packed buffers of the epoch from `begin` on; with each the place where the next one begins (None
+        at the end of the epoch) and, in the first epoch, the ledger of the rows read until there."""
+        records: deque[tuple[int, Record]] = deque()
+        begins: deque[Place] = deque()  # of the examples that are in no buffer yet
+        examples = self._examples(epoch, begin, records, begins)
+        for rows in stream(examples, self.length, self.packing, lambda e: len(e.input_ids)):
+            for _ in range(sum(map(len, rows))):
+                begins.popleft()
+            follows = begins[0] if begins else None
+            yield rows, follows, self._booked(records, follows) if epoch == 0 else None
 
     def _examples(
         self,
         epoch: int,
-        begin: tuple[int, int],
+        begin: Place,
         records: deque[tuple[int, Record]],
-        begins: deque[tuple[int, int]],
+        begins: deque[Place],
     ) -> Iterator[Example]:
         """Examples of the epoch from (draw, document) `begin` on; notes what it reads in the two queues."""
         order = self.dataset.source.order(self.seed, epoch, self.shuffle)
@@ -141,9 +152,7 @@ class Stream:
                     yield example
                 draw, first = draw + 1, 0
 
-    def _booked(
-        self, records: deque[tuple[int, Record]], follows: tuple[int, int] | None
-    ) -> Ledger:
+    def _booked(self, records: deque[tuple[int, Record]], follows: Place | None) -> Ledger:
         """The ledger of the rows read before the place where the next buffer begins."""
         ledger = Ledger(self.dataset.split, self.dataset.source.name)
         while records and (follows is None or (records[0][0], 0) < follows):
@@ -152,7 +161,7 @@ class Stream:
 
 
 def _position(
-    epoch: int, serial: int, begin: tuple[int, int] = (0, 0), buffer: int = 0, emitted: int = 0
+    epoch: int, serial: int, begin: Place = (0, 0), buffer: int = 0, emitted: int = 0
 ) -> dict[str, Any]:
     return {
         "epoch": epoch,
@@ -164,5 +173,5 @@ def _position(
     }
 
 
-def _begin(position: dict[str, Any]) -> tuple[int, int]:
+def _begin(position: dict[str, Any]) -> Place:
     return position["draw"], position["document"]

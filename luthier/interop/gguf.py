@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -53,7 +54,7 @@ def convert_gguf(
             ) from error
         model.eval()
         _forget_quantisation(model)
-        model.to(dtype)
+        model.to(dtype)  # pyright: ignore[reportArgumentType]
         probe = torch.arange(32).remainder(model.config.vocab_size)[None]  # [1, 32]
         with torch.no_grad():
             expected = model(input_ids=probe, use_cache=False).logits
@@ -78,7 +79,7 @@ def convert_gguf(
     }
 
 
-def _forget_quantisation(model: torch.nn.Module) -> None:
+def _forget_quantisation(model: Any) -> None:
     """Make transformers treat the dequantised weights as ordinary ones when it saves them."""
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config

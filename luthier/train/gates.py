@@ -87,6 +87,12 @@ def check_isolation(stage: nn.Module, batch: Batch, *, kernel: str) -> Isolation
         return Isolation(0, 0, 0.0)
     with evaluating(stage):
         reference = stage(small)  # [2, s, D]
+        if not torch.isfinite(reference).all():
+            raise Failed(
+                "running the model on the first batch",
+                f"its hidden states are not finite; {_culprit(dict(stage.named_parameters()), {})}",
+                "check the weights of the model, or use model.dtype=float32",
+            )
         for changed in (segments[0], [s for s in segments if s.row == 0][-1]):
             hidden = stage(_with_other_tokens(small, changed))
             same = torch.eq(hidden, reference).all(-1)  # [2, s]
@@ -166,19 +172,22 @@ def check_finite(
     """
     if math.isfinite(loss) and math.isfinite(norm):
         return
-    where = "every weight and gradient is finite, so it arose in the forward"
     named = dict(model.named_parameters())
     grads = {n: p.grad for n, p in named.items()} | dict(gradients or {})
-    for kind, tensors in (("weight", named), ("gradient of", grads)):
-        bad = [n for n, t in tensors.items() if t is not None and not torch.isfinite(t).all()]
-        if bad:
-            where = f"the first that is not finite is the {kind} {bad[0]} ({len(bad)} in all)"
-            break
     raise Failed(
         f"step {step} over rows {_listed([str(r) for r in rows])}",
-        f"loss {loss}, gradient norm {norm}; {where}",
+        f"loss {loss}, gradient norm {norm}; {_culprit(named, grads)}",
         "nothing was updated or saved; try a smaller optim.lr, model.dtype=float32, or look at these rows",
     )
+
+
+def _culprit(weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor | None]) -> str:
+    """The first weight, else the first gradient, that is not finite, in words."""
+    for kind, tensors in (("weight", weights), ("gradient of", gradients)):
+        bad = [n for n, t in tensors.items() if t is not None and not torch.isfinite(t).all()]
+        if bad:
+            return f"the first that is not finite is the {kind} {bad[0]} ({len(bad)} in all)"
+    return "every weight and gradient is finite, so it arose in the forward"
 
 
 def _report(

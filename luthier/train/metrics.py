@@ -174,7 +174,6 @@ class Metrics:
     def flush(self) -> None:
         """Bring metrics.jsonl to disk; called before each checkpoint, which must not be ahead of it."""
         if self._file is not None:
-            self._file.flush()
             os.fsync(self._file.fileno())
 
     def close(self) -> None:

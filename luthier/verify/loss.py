@@ -25,6 +25,7 @@ from luthier.configfile import Resolved
 from luthier.data.loader import collate
 from luthier.errors import Failed
 from luthier.models import attention
+from luthier.models.load import quiet
 from luthier.seeding import generator
 from luthier.train.optim import make_optimizer
 from luthier.train.step import Updater
@@ -184,7 +185,7 @@ def _plain(built: Built, documents: list[Document], pad_id: int) -> Measured:
         for group in _groups(documents, model.config.get_text_config().vocab_size):
             ids, mask, labels = (t.to(built.device) for t in _padded(group, pad_id))
             count = int((labels != IGNORE).sum())
-            with _autocast(built):
+            with _autocast(built), quiet():
                 out = model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False)
             part = out.loss * (count / total)
             (part * scale).backward()

@@ -213,8 +213,10 @@ def _rounds(segments: list[Segment]) -> Iterator[list[Segment]]:
     for s in segments:
         rows.setdefault(s.row, []).append(s)
     several = [row for row in rows.values() if len(row) > 1]
-    for place in (0.0, 0.5, 1.0):
-        part = [row[round(place * (len(row) - 1))] for row in several]
+    places = [sorted({0, len(row) // 2, len(row) - 1}) for row in several]
+    for turn in range(3):
+        chosen = zip(several, places, strict=True)
+        part = [row[place[turn]] for row, place in chosen if turn < len(place)]
         if part:
             yield part
 

@@ -22,6 +22,7 @@ from luthier.adapters import (
     load_adapter,
     save_adapter,
 )
+from luthier.adapters.store import load_tensors
 from luthier.batch import Batch
 from luthier.models.stage import Stage, decoder_layers, set_recompute
 
@@ -86,6 +87,18 @@ def test_only_adapters_get_gradients(
     trained, total = count_parameters(model)
     assert trained == sum(p.numel() for p in mine.values())
     assert total == trained + sum(p.numel() for p in others.values())
+
+
+@each_method
+def test_gradients_of_the_first_step(tiny_model: Any, random_batch: Any, row: str) -> None:
+    """Those that the method says are zero at the start are, and no others."""
+    model = tiny_model("llama")
+    adapters = attach(model, options(row), seed=1)
+    run(model, random_batch()).square().mean().backward()
+    for adapter in adapters.values():
+        gradients = {n: p.grad for n, p in adapter.named_parameters() if p.grad is not None}
+        assert gradients.keys() == {n for n, _ in adapter.named_parameters()}
+        assert {n for n, grad in gradients.items() if not grad.any()} == adapter.zero_at_start
 
 
 @each_method
@@ -155,6 +168,19 @@ def test_save_then_load_gives_the_same_output(
         assert {n for n, p in again.named_parameters() if p.requires_grad} == (
             set(mine) if trainable else set()
         )
+
+
+@each_method
+def test_tensors_are_read_back_bit_for_bit(tiny_model: Any, tmp_path: Path, row: str) -> None:
+    for dtype in (torch.float32, torch.float64):
+        model = tiny_model("llama", dtype)
+        attach(model, options(row), seed=1)
+        fill(model)
+        wanted = {n: p.detach().clone() for n, p in adapter_parameters(model).items()}
+        save_adapter(model, tmp_path, options(row), "base", None)
+        fill(model, seed=5)
+        load_tensors(model, tmp_path)
+        assert all(torch.equal(p, wanted[n]) for n, p in adapter_parameters(model).items())
 
 
 @each_method

@@ -201,7 +201,7 @@ def test_lazy_order_does_not_depend_on_how_rows_are_fetched(
 ) -> None:
     plain = rows_in(epochs(opened(lazy=True), 2))
     monkeypatch.setattr("luthier.data.streaming.CHUNK_ROWS", 7)
-    monkeypatch.setattr("luthier.data.loader.AHEAD", 1)
+    monkeypatch.setattr("luthier.data.loader.STEPS_AHEAD", 1)
     assert rows_in(epochs(opened(lazy=True), 2)) == plain
 
 

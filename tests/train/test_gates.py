@@ -153,6 +153,16 @@ def test_a_model_blind_to_its_input_proves_nothing(batch: Batch) -> None:
         check_isolation(Toy("constant"), batch, kernel="x")
 
 
+def test_a_broken_weight_is_named_and_no_leak_is_claimed(batch: Batch, tiny_model: Any) -> None:
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = math.nan
+    with pytest.raises(
+        Failed, match=r"not finite; .* weight model\.model\.layers\.1\.mlp\.up_proj"
+    ):
+        check_isolation(Stage(model), batch, kernel="x")
+
+
 def test_nothing_to_compare(random_batch: Any) -> None:
     assert check_isolation(Toy(), random_batch(lengths_per_row=[[1]]), kernel="x").documents == 0
 

@@ -137,11 +137,12 @@ def test_a_step_without_supervised_tokens_updates_nothing_and_is_reported(tmp_pa
     assert any("step 2 has no supervised token" in text for text in remarks)
 
 
-def test_nan_stops_before_any_update_and_names_the_row_and_the_weight(tmp_path):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_nan_stops_before_any_update_and_names_the_row_and_the_weight(tmp_path, dtype):
     """A token that only row 3 of the run holds, whose embedding is NaN."""
     data = Rows()
     data.all.input_ids[data.order(0)[3], 0] = 319
-    trainer = small_run(tmp_path, data=data, evaluate_every="never")
+    trainer = small_run(tmp_path, data=data, evaluate_every="never", dtype=dtype)
     with torch.no_grad():
         trainer.updater.stage.model.get_parameter("model.embed_tokens.weight")[319] = torch.nan
     before = everything(trainer)

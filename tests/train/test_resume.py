@@ -65,7 +65,7 @@ def test_a_run_resumed_at_any_step_equals_the_uninterrupted_one(tmp_path, refere
 VARIANTS = {
     "lora with dropout": {"method": "lora"},
     "bfloat16 with masters": {"dtype": torch.bfloat16},
-    "float16": {"dtype": torch.float16},
+    "float16 while it overflows": {"dtype": torch.float16, "scale": 2.0**18},
     "float64": {"dtype": torch.float64},
     "sgd": {"optimizer": "sgd"},
     "adamw_mini": {"optimizer": "adamw_mini"},
@@ -146,6 +146,40 @@ def test_resuming_from_a_checkpoint_of_another_folder(tmp_path, reference):
     assert damage(tmp_path / "a/checkpoints/step-4") is None
 
 
+def test_a_signal_right_after_resuming_from_another_folder_saves_in_this_one(tmp_path):
+    fit(tmp_path / "a", steps=2)
+    trainer = small_run(tmp_path / "b", resume=str(tmp_path / "a/checkpoints/step-2"))
+    read = trainer.read_model
+
+    def interrupted(folder: Path) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        read(folder)
+
+    trainer.read_model = interrupted
+    with pytest.raises(Stopped, match="after step 2"):
+        trainer.fit(trainer.start_from)  # pyright: ignore[reportAttributeAccessIssue]
+    assert damage(tmp_path / "b/checkpoints/step-2") is None
+
+
+def test_the_best_of_the_first_part_is_the_best_of_the_whole(tmp_path):
+    losses = {1: 3.0, 2: 1.0, 3: 2.0, 4: 2.5}
+    trainer = small_run(tmp_path, steps=3, evaluate_every=1, keep=1)
+    trainer.evaluate = lambda: {"loss": losses[trainer.done]}
+    trainer.fit()
+    again = small_run(tmp_path, steps=4, evaluate_every=1, keep=1)
+    again.evaluate = lambda: {"loss": losses[again.done]}
+    result = again.fit(again.start_from)  # pyright: ignore[reportAttributeAccessIssue]
+    assert result.final_step == 2 and result.evaluation == {"loss": 1.0}
+
+
+def test_another_metric_for_the_best_is_sought_from_there_on(tmp_path):
+    fit(tmp_path, steps=2, evaluate_every=1)
+    trainer = small_run(tmp_path, steps=4, evaluate_every=1, best="accuracy", minimise=False)
+    trainer.evaluate = lambda: {"loss": 0.0, "accuracy": {3: 0.5, 4: 0.4}[trainer.done]}
+    result = trainer.fit(trainer.start_from)  # pyright: ignore[reportAttributeAccessIssue]
+    assert result.final_step == 3
+
+
 def test_another_config_is_refused_and_nothing_is_lost(tmp_path):
     fit(tmp_path, steps=2)
     before = (tmp_path / "metrics.jsonl").read_bytes()
@@ -165,15 +199,20 @@ def start():
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["small_run"])
 
+    started = []
+
     def run(output: Path, **options: Any):
         process = context.Process(target=child, args=(str(output), options))
         with pytest.MonkeyPatch.context() as environment:
             # the server that imports for all is started by the first process
             environment.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
             process.start()
+        started.append(process)
         return process
 
-    return run
+    yield run
+    for process in started:
+        process.kill()  # does nothing to those that have ended
 
 
 def wait_for(path: Path, text: str, process) -> None:
