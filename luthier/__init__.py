@@ -25,7 +25,20 @@ _HOMES = {
     "Refused": "errors",
     "Failed": "errors",
 }
-__all__ = ["__version__", *sorted(_HOMES)]
+__all__ = [  # noqa: RUF022 - as a user meets them
+    "finetune",
+    "evaluate",
+    "predict",
+    "preview",
+    "merge",
+    "convert",
+    "load",
+    "RunConfig",
+    "LuthierError",
+    "Refused",
+    "Failed",
+    "__version__",
+]
 
 if TYPE_CHECKING:
     from luthier.api import load as load

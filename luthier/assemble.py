@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -235,9 +236,7 @@ def open_data(config: RunConfig, text: Text, progress: Progress | None = None) -
     """Encode and pack the rows of a run; refuses data that cannot teach anything."""
 
     def tell(what: str) -> Callable[[int, int], None] | None:
-        if progress is None:
-            return None
-        return lambda done, total: progress(what, done, total)
+        return None if progress is None else partial(progress, what)
 
     train = prepare(config, text.renderer, "train", tell("reading training rows"))
     if train is None:

@@ -36,7 +36,7 @@ from luthier.interop.read import read_config
 from luthier.models.load import resolve_device
 from luthier.parallel.world import World
 from luthier.summary import facts_of
-from luthier.train.checkpoint import Checkpoints, find
+from luthier.train.checkpoint import Checkpoints, check_identity, find, read
 from luthier.train.gates import check_batch, check_isolation
 from luthier.train.loop import Trainer
 from luthier.train.metrics import Metrics, memory
@@ -82,6 +82,8 @@ def finetune(source: Source, overrides: Sequence[str] = ()) -> dict[str, Any]:
     found = find(output, config.checkpoint.resume)
     for remark in found.remarks:
         say(f"note: {remark}")
+    if found.path is not None:
+        check_identity(read(found.path).identity, identity(config))
 
     text = open_text(config)
     data = open_data(config, text)
@@ -213,8 +215,9 @@ def _say_result(output: Path, facts: Mapping[str, Any], step: int, report: Path)
         was = f"   (before: {before[name]:.4g})" if name in before else ""
         say(f"  {name:<12}{value:>12.4g}{was}")
     for sample in facts.get("samples", ()):
-        say(f"\nquestion   {sample['prompt']}\nreference  {sample['reference']}")
-        if "before" in sample:
-            say(f"before     {sample['before']}")
-        say(f"after      {sample.get('after', '')}")
+        say()
+        for name in ("prompt", "reference", "before", "after"):
+            if name in sample:
+                text = " ".join(sample[name].split())
+                say(f"  {name:<11}{text if len(text) <= 300 else text[:297] + '...'}")
     say(f"\nfinal model (step {step}): {output}\nreport: {report}")

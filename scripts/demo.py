@@ -113,7 +113,7 @@ def steps_that_fit(config: Path, output: Path, minutes: float) -> int:
              "checkpoint.every=never", "log.sinks=[]", f"output={output}"]  # fmt: skip
     luthier("finetune", config, *quick)
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    seconds = sorted(row["seconds"] for row in lines if "seconds" in row)
+    seconds = sorted(row["step_seconds"] for row in lines if row["kind"] == "train")
     pace = seconds[len(seconds) // 2]
     steps = max(8, int(minutes * 60 / pace))
     print(f"\n{pace:.1f} s a step: {steps} steps fit {minutes:g} minutes")
@@ -122,7 +122,7 @@ def steps_that_fit(config: Path, output: Path, minutes: float) -> int:
 
 def summary(output: Path, begin: float) -> None:
     facts = json.loads((output / "report.json").read_text())
-    before, after = facts["evaluation_before"], facts["evaluation"]
+    before, after = facts["before"], facts["after"]
     headline("Done")
     for name in ("perplexity", "accuracy", "bleu4", "rougel"):
         print(f"{name:<12}{before[name]:>10.4g}  ->{after[name]:>10.4g}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Generator
+from contextlib import suppress
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -54,4 +55,7 @@ def ahead(items: Generator[T], number: int) -> Generator[T]:
             yield item  # pyright: ignore[reportReturnType]
     finally:
         stop.set()
-        thread.join()
+        while thread.is_alive():
+            with suppress(queue.Empty):
+                ready.get_nowait()  # room for an item that it waits to put
+            thread.join(0.002)

@@ -181,8 +181,6 @@ def _exact_fit(sizes: list[int], order: list[int], length: int) -> list[list[int
         """The longer one of two lengths that add up to `room`, the most equal ones; else 0."""
         half = (room + 1) // 2
         sums = (present & (mirror >> (length - room))) >> half
-        if sums & 1 and 2 * half == room and len(stock[half]) == 1:
-            sums ^= 1
         return half + (sums & -sums).bit_length() - 1 if sums else 0
 
     def triple(room: int) -> int:
@@ -194,9 +192,7 @@ def _exact_fit(sizes: list[int], order: list[int], length: int) -> list[list[int
                 break
             n = third + (longer & -longer).bit_length() - 1
             longer &= longer - 1
-            second = pair(room - n) if n < room else 0
-            taken = [second, room - n - second, n]
-            if second and all(len(stock[m]) >= taken.count(m) for m in taken):
+            if n < room and pair(room - n):
                 return n
         return 0
 

@@ -159,8 +159,16 @@ class Metrics:
             ) from error
         if kind in ("train", "evaluate"):
             numbers = {f"{kind}/{k}": v for k, v in clean.items() if k != "step" and _is_number(v)}
-            for sink in self._sinks:
-                sink.log(step, numbers)
+            for sink in list(self._sinks):
+                try:
+                    sink.log(step, numbers)
+                except Exception as error:  # whatever a service throws, the run is worth more
+                    self._sinks.remove(sink)
+                    self.remark(
+                        f"{type(sink).__name__} gets no more metrics ({type(error).__name__}: {error}); "
+                        f"{FILE} has them all",
+                        step,
+                    )
         self._progress.show(kind, step, clean)
 
     def remark(self, text: str, step: int) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from luthier.errors import need
+from luthier.errors import Failed, need
 
 PROJECT = "luthier"
 Values = Mapping[str, float]
@@ -126,6 +126,19 @@ def check_sinks(names: Sequence[str]) -> None:
 def open_sinks(
     names: Sequence[str], output: Path, step: int, config: Mapping[str, Any]
 ) -> list[Sink]:
-    """Open sinks by name; `step` is where the run goes on from, 0 for a new one."""
+    """Open sinks by name; `step` is where the run goes on from, 0 for a new one.
+
+    Raises Refused when a package is missing, Failed when a service cannot be opened.
+    """
     check_sinks(names)
-    return [SINKS[name](output, step, config) for name in names]
+    opened = []
+    for name in names:
+        try:
+            opened.append(SINKS[name](output, step, config))
+        except Exception as error:
+            raise Failed(
+                f"opening log.sinks={name}",
+                f"{type(error).__name__}: {error}",
+                "set that service up, or leave it out",
+            ) from error
+    return opened

@@ -28,7 +28,7 @@ from luthier.train.gates import check_batch, check_isolation
 
 Document = tuple[np.ndarray, np.ndarray]  # ids and labels, [n] each
 
-ROWS, TOKENS = 4, 4096  # rows that go through the model, and the most tokens of all of them
+ROWS, TOKENS = 4, 2048  # rows that go through the model, and the most tokens of all of them
 LAZY_STEPS = 20  # of lazy data, whose passes have no known end
 # Largest ||packed - alone|| / ||alone||. Sums run in another order, no more; what saw other tokens is off
 # by about 1. Half precision rounds every layer's result: 2^-8 (2^-11) in each of some dozens.

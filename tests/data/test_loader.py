@@ -313,6 +313,17 @@ def test_the_state_is_that_of_the_step_handed_out_not_of_what_was_read_ahead(ope
         assert loader.state()["position"]["serial"] == 4
 
 
+def test_a_loaded_state_forgets_what_was_read_ahead(opened: Open) -> None:
+    for lazy in (False, True):
+        whole = take(opened(lazy=lazy), 4)
+        loader = opened(lazy=lazy)
+        start = loader.state()
+        take(loader, 2)
+        loader.peek()
+        loader.load_state(start)
+        assert same(take(loader, 4), whole)
+
+
 def test_iterating_again_goes_on(opened: Open) -> None:
     for lazy in (False, True):
         whole = take(opened(lazy=lazy), 6)
@@ -418,7 +429,7 @@ def test_mixtures_reproduce_their_weights(
     opened: Open, tmp_path: Path, packing: Method, lazy: bool
 ) -> None:
     parts = []
-    for seed, (size, weight) in enumerate([(60, 1), (30, 3), (90, 2)]):
+    for seed, (size, weight) in enumerate([(60, 1), (30, 3), (90, 1)]):
         path = write_lines(tmp_path / f"{seed}.jsonl", random_rows(size, seed=seed))
         parts.append({"path": str(path), "weight": weight})
     loader = opened(parts, packing=packing, lazy=lazy)
@@ -426,8 +437,8 @@ def test_mixtures_reproduce_their_weights(
         told = documents(epochs(loader))
         assert len(told) == 180
         first = Counter(tokens[0] for tokens in told)  # the digit that names the part
-        assert sorted(first.values()) == [30, 60, 90]
-    assert any("90 rows per epoch from the 30" in note for note in loader.dataset.ledger.notes)
+        assert sorted(first.values()) == [36, 36, 108]
+    assert any("108 rows per epoch from the 30" in note for note in loader.dataset.ledger.notes)
 
 
 def test_held_out_rows_are_a_function_of_seed_and_index(prepared: Callable[..., Any]) -> None:

@@ -129,8 +129,9 @@ def test_an_array_with_a_row_that_is_no_object_is_named_by_line(tmp_path: Path) 
 # ---- tables of the package datasets
 
 
-def test_parquet_arrow_and_saved_folders(tmp_path: Path) -> None:
+def test_parquet_arrow_and_saved_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     import pyarrow as pa
     import pyarrow.parquet as parquet
 
@@ -227,7 +228,10 @@ def test_single_files_win_over_folders(tmp_path: Path) -> None:
     assert [values(source(tmp_path, s)) for s in ("train", "dev", "test")] == [[1], [3], [4]]
 
 
-def test_folders_are_read_in_sorted_order(tmp_path: Path) -> None:
+def test_folders_are_read_in_sorted_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # the order in which a file system lists names is its own affair
+    glob = Path.glob
+    monkeypatch.setattr(Path, "glob", lambda self, p: sorted(glob(self, p), reverse=True))
     for name, n in (
         ("b.json", 2),
         ("a.jsonl", 1),

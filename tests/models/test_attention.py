@@ -196,6 +196,26 @@ def test_plain_call_with_sinks(random_batch, relative):
     assert relative(out, expected) < 1e-12
 
 
+def test_dropout_of_attention_differs_by_row_document_layer_and_seed(random_batch):
+    """Values of 1 make the output the sum of the kept weights: 1 without dropout, 1 on average with it."""
+    batch = random_batch(lengths_per_row=[[40, 40], [40, 40]])
+    q, k, v = (torch.ones(2, 4, 80, 16) for _ in range(3))
+
+    def run(seed=0, name="layer", rows=(5, 6)):
+        layout = Layout(batch.document_ids, batch.position_ids, rows)
+        scores = Scores(0.3, dropout=0.25, dropout_key=(seed, name))
+        return kernels.math(q, k, v, layout, scores)[..., 0]  # [B, S, H]
+
+    kept = run()
+    assert abs(float(kept[:, 20:40].mean()) - 1) < 0.05
+    assert torch.equal(kept, run())
+    assert torch.equal(kept.flip(0), run(rows=(6, 5)))
+    documents = [kept[0, :40], kept[0, 40:], kept[1, :40], kept[1, 40:]]
+    documents += [run(seed=1)[0, :40], run(name="other")[0, :40]]
+    for i, one in enumerate(documents):
+        assert all(not torch.equal(one, two) for two in documents[:i])
+
+
 @pytest.mark.parametrize("kernel", ["varlen", "flash"])
 def test_gpu_kernels_are_refused_on_cpu(kernel, tiny_model):
     with pytest.raises(Refused, match="needs a GPU and the model is on cpu"):

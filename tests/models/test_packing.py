@@ -222,7 +222,7 @@ def test_dropout_is_a_function_of_the_row(family, tiny_model, random_batch):
 @pytest.mark.parametrize("family", ["gpt2", "opt"])
 def test_every_dropout_of_a_family_is_seeded(family, tiny_model, random_batch, monkeypatch):
     """In one document of one row, ours is called where plain transformers calls torch's, with its rate."""
-    torch_calls, our_calls = [], []
+    torch_calls, our_calls, names = [], [], []
     torchs, ours = F.dropout, seeding.dropout
 
     def count_torchs(x, p=0.5, training=True, inplace=False):
@@ -231,6 +231,7 @@ def test_every_dropout_of_a_family_is_seeded(family, tiny_model, random_batch, m
 
     def count_ours(x, p, **kwargs):
         our_calls.append((p, x.numel()))
+        names.append(kwargs["name"])
         return ours(x, p, **kwargs)
 
     monkeypatch.setattr(F, "dropout", count_torchs)
@@ -244,6 +245,7 @@ def test_every_dropout_of_a_family_is_seeded(family, tiny_model, random_batch, m
     Stage(model).train()(batch)
     assert our_calls == expected
     assert torch_calls == expected  # no call of torch's was left
+    assert len(set(names)) == len(names)  # no two places drop the same units
 
 
 def test_dropout_of_an_unknown_family_is_refused(tiny_model, random_batch):

@@ -85,6 +85,18 @@ class Rows:
         self.at = state["at"]
 
 
+class Changed(Rows):
+    """The same batches, changed by `change(index of the step, batch)`."""
+
+    def __init__(self, change) -> None:
+        super().__init__()
+        self.change = change
+
+    def step_batches(self):
+        for batches in super().step_batches():
+            yield [self.change(self.at - 1, b) for b in batches]
+
+
 def read_weights(model: torch.nn.Module, folder: Path) -> None:
     """Put the weights of a checkpoint's model or adapter folder back into the live model."""
     live = dict(model.state_dict())

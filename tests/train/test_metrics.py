@@ -199,6 +199,44 @@ def test_services_get_numbers_by_step(tmp_path, monkeypatch, name, opened, logge
     assert any({"a": 1} in [*a, *k.values()] for _, a, k in recorder.calls)
 
 
+class Breaking:
+    """A service that is down from the second record on, or from the start."""
+
+    def __init__(self, output, step, config) -> None:
+        self.steps: list[int] = []
+        if config:
+            raise ConnectionError("no server")
+
+    def log(self, step, values) -> None:
+        self.steps.append(step)
+        if step == 2:
+            raise ConnectionError("no server")
+
+    def close(self) -> None:
+        pass
+
+
+def test_a_service_that_fails_is_left_out_and_the_run_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setitem(sinks.SINKS, "json", Breaking)
+    with Metrics(tmp_path, sinks=["json"], progress="none") as metrics:
+        metrics.start()
+        (sink,) = metrics._sinks
+        for step in (1, 2, 3):
+            metrics.log("train", step, {"loss": 1.0})
+    assert sink.steps == [1, 2]  # pyright: ignore[reportAttributeAccessIssue]
+    records = lines(tmp_path)
+    assert [r["step"] for r in records if r["kind"] == "train"] == [1, 2, 3]
+    (remark,) = (r["text"] for r in records if r["kind"] == "remark")
+    assert "Breaking gets no more metrics (ConnectionError: no server)" in remark
+
+
+def test_a_service_that_cannot_be_opened_stops_the_run(tmp_path, monkeypatch):
+    monkeypatch.setitem(sinks.SINKS, "json", Breaking)
+    metrics = Metrics(tmp_path, sinks=["json"], progress="none", config={"a": 1})
+    with metrics, pytest.raises(Failed, match=r"log.sinks=json. ConnectionError: no server"):
+        metrics.start()
+
+
 def test_a_sink_without_its_package_is_refused(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(Refused, match=r"log.sinks=wandb.*pip install 'luthier\[wandb\]'"):
