@@ -36,7 +36,7 @@ from luthier.interop.read import read_config
 from luthier.models.load import resolve_device
 from luthier.parallel.world import World
 from luthier.summary import facts_of
-from luthier.train.checkpoint import Checkpoints, check_identity, find, read
+from luthier.train.checkpoint import Checkpoints, Found, check_identity, find, read
 from luthier.train.gates import check_batch, check_isolation
 from luthier.train.loop import Trainer
 from luthier.train.metrics import Metrics, memory
@@ -80,8 +80,6 @@ def finetune(source: Source, overrides: Sequence[str] = ()) -> dict[str, Any]:
     check_sinks(config.log.sinks)
     output = Path(config.output)
     found = find(output, config.checkpoint.resume)
-    for remark in found.remarks:
-        say(f"note: {remark}")
     if found.path is not None:
         check_identity(read(found.path).identity, identity(config))
 
@@ -94,20 +92,21 @@ def finetune(source: Source, overrides: Sequence[str] = ()) -> dict[str, Any]:
             "give data.validation_path, or a dev part beside the training rows",
         )
     try:
-        return _finetune(config, output, found.path, text, data)
+        return _finetune(config, output, found, text, data)
     finally:
         data.loader.close()
 
 
 def _finetune(
-    config: RunConfig, output: Path, resume: Path | None, text: Text, data: Data
+    config: RunConfig, output: Path, found: Found, text: Text, data: Data
 ) -> dict[str, Any]:
+    remarks = list(found.remarks)
     for dataset in (data.train, data.dev):
         if dataset is not None:
             say(dataset.ledger.summary())
     if data.dev is None and config.evaluate.every != "never":
-        say(
-            "note: there are no evaluation rows: no evaluation, and the last model is the final one"
+        remarks.append(
+            "there are no evaluation rows: no evaluation, the last model is the final one"
         )
     first = first_step(data)
     for batch in first:
@@ -115,8 +114,7 @@ def _finetune(
 
     built = build(config, train=True)
     loaded = memory(built.device)
-    for remark in built.remarks:
-        say(f"note: {remark}")
+    remarks += built.remarks
     share = built.num_trained / max(built.num_base, 1)
     say(
         f"model: {built.base}, {name_of(built.model.dtype)} on {built.device}; "
@@ -140,11 +138,11 @@ def _finetune(
 
     output.mkdir(parents=True, exist_ok=True)
     write_text(output / "config.yaml", to_yaml(config))
-    metrics = Metrics(output, config.log.sinks, config.log.progress, config.model_dump())
+    metrics = Metrics(output, config.log.sinks, config.log.progress, config.model_dump(mode="json"))
     evaluator = None
     if data.dev is not None:
         evaluator = Evaluator(config, text, built, data.dev, output, metrics.activity)
-    if resume is None:
+    if found.path is None:
         (output / BEFORE).unlink(missing_ok=True)
 
     trainer = Trainer(
@@ -161,8 +159,9 @@ def _finetune(
         if evaluator and config.evaluate.before
         else None,
         facts={"trained_parameters": built.num_trained, "total_steps": plan.steps},
+        remarks=remarks,
     )
-    result = trainer.fit(resume)
+    result = trainer.fit(found.path)
     checks.append(
         ("every trained tensor had a gradient at the first step, no frozen one", True, "")
     )

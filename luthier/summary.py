@@ -69,7 +69,7 @@ def facts_of(
         versions=versions(),
         after=result.evaluation or {},
         ledger={d.split: d.ledger.to_dict() for d in (data.train, data.dev) if d is not None},
-        remarks=[*built.remarks, *result.remarks],
+        remarks=list(result.remarks),
         more={"Final weights": f"step {result.final_step}", "Output": config.output},
     )
     if "padding_share" in data.train.ledger.packing:

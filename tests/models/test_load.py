@@ -55,7 +55,7 @@ def _shard(path):
     """Cut the weights into two files with an index."""
     state = load_file(path / "model.safetensors")
     names = sorted(state)
-    parts = {"a.safetensors": names[:5], "b.safetensors": names[5:]}
+    parts = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
     for name, keys in parts.items():
         save_file({k: state[k] for k in keys}, path / name, metadata={"format": "pt"})
     weight_map = {k: name for name, keys in parts.items() for k in keys}
