@@ -261,16 +261,6 @@ def open_data(config: RunConfig, text: Text, progress: Progress | None = None) -
     return Data(train, loader, dev)
 
 
-def first_step(data: Data) -> list[Batch]:
-    """The micro-batches of the run's first step; the loader stays where it is."""
-    place = data.loader.state()
-    steps = data.loader.step_batches()
-    first = next(steps)
-    steps.close()
-    data.loader.load_state(place)
-    return first
-
-
 def evaluation_rows(config: RunConfig, text: Text, dev: Dataset) -> Sequence[Batch]:
     """Batches of the evaluation rows, packed as training is."""
     return list(

@@ -74,7 +74,9 @@ class ModelConfig(Section):
 
 class DataPart(Section):
     path: str = Field(description="Folder, file or hub name.")
-    weight: float = Field(1.0, gt=0, description="Relative share of rows drawn from this part.")
+    weight: float = Field(
+        1.0, gt=0, description="Relative share of the rows drawn, whatever the size of this part."
+    )
     format: Literal["auto", "src_tgt", "alpaca", "messages", "sharegpt", "text"] = Field(
         "auto", description="Row format of this part."
     )
@@ -107,14 +109,14 @@ class DataConfig(Section):
     )
     source_length: Positive | None = Field(
         None,
-        description="Longest prompt in tokens; what is cut is its oldest text. Default: no limit of its own.",
+        description="Longest prompt in tokens; what is cut is its oldest text. With a chat template it acts only when the last round alone does not fit. Default: no limit of its own.",
     )
     overlong: Literal["cut", "drop", "split", "refuse"] = Field(
         "cut", description="What happens to examples longer than `length`."
     )
     packing: Literal["none", "sequential", "greedy", "best"] = Field(
         "best",
-        description="How examples share rows: `none`, in order, PaddleNLP's greedy, or best fit (least padding).",
+        description="How examples share rows: `none`, in order, PaddleNLP's greedy, or `best` (rows filled exactly, least padding).",
     )
     lazy: bool = Field(
         False,

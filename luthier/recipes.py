@@ -18,7 +18,6 @@ from luthier.assemble import (
     Text,
     build,
     expected_steps,
-    first_step,
     identity,
     make_plan,
     make_updater,
@@ -108,7 +107,7 @@ def _finetune(
         remarks.append(
             "there are no evaluation rows: no evaluation, the last model is the final one"
         )
-    first = first_step(data)
+    first = data.loader.peek()
     for batch in first:
         check_batch(batch)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from luthier.answers import Evaluator, generate_options, rows_to_answer
-from luthier.assemble import Built, Progress, Text, build, first_step, open_data, open_text
+from luthier.assemble import Built, Progress, Text, build, open_data, open_text
 from luthier.batch import TENSORS, Batch
 from luthier.config import RunConfig
 from luthier.data.dataset import Dataset, prepare
@@ -171,7 +171,7 @@ def preview(source: Source, overrides: Sequence[str] = (), *, rows: int = 3) -> 
     data = open_data(config, text)
     try:
         say(data.train.ledger.summary())
-        batches = first_step(data)
+        batches = data.loader.peek()
     finally:
         data.loader.close()
     shown, left = [], rows

@@ -1,6 +1,8 @@
-"""Make docs/reference: config.md and config.schema.json from luthier/config.py, paddlenlp.md from its table.
+"""Make what the docs take from code and results files.
 
-`--check` writes nothing and fails when a file is not what the code says; CI runs that.
+docs/reference: config.md and config.schema.json from luthier/config.py, paddlenlp.md from its table. The
+table in docs/tasks/packing.md from benchmarks/packing/results. `--check` writes nothing and fails when a file
+is not what the code says; CI runs that.
 """
 
 import argparse
@@ -14,7 +16,12 @@ from luthier.configkeys import KEYS, SECTIONS, expected
 from luthier.configtext import dump_value
 from luthier.interop.paddlenlp_keys import ALIASES, CODE_DEFAULTS, INERT, JOBS, OFF, PARALLEL, READ
 
-FOLDER = Path(__file__).resolve().parents[1] / "docs" / "reference"
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = ROOT / "docs" / "reference"
+PACKING = ROOT / "docs" / "tasks" / "packing.md"
+RESULTS = ROOT / "benchmarks" / "packing" / "results"
+MARKS = ("<!-- packing table: python scripts/reference.py -->", "<!-- end of packing table -->")
+SETS = {"advertisegen": "AdvertiseGen", "alpaca": "Alpaca demo"}
 HEAD = """\
 # Configuration
 
@@ -88,6 +95,38 @@ def _listed(names: Iterable[str]) -> str:
     return ", ".join(f"`{name}`" for name in sorted(names))
 
 
+def packing() -> str:
+    """The page with the table of padding shares between its marks; one table per results file."""
+    text = PACKING.read_text("utf-8")
+    before, rest = text.split(MARKS[0])
+    after = rest.split(MARKS[1])[1]
+    tables = [_padding(path) for path in sorted(RESULTS.glob("*.json"))]
+    return f"{before}{MARKS[0]}\n\n" + "\n".join(tables) + f"\n{MARKS[1]}{after}"
+
+
+def _padding(path: Path) -> str:
+    found = json.loads(path.read_text("utf-8"))
+    config, versions = found["config"], found["versions"]
+    methods = list(dict.fromkeys(r["method"] for r in next(iter(found["tables"].values()))))
+    lines = [f"| data set | length | {' | '.join(methods)} |", "|---" * (2 + len(methods)) + "|"]
+    for name, table in found["tables"].items():
+        for length in dict.fromkeys(r["length"] for r in table):
+            shares = {
+                r["method"]: f"{r['padding_of_batches']:.2%} ({r['padding_of_full_rows']:.2%})"
+                for r in table
+                if r["length"] == length
+            }
+            cells = " | ".join(shares[method] for method in methods)
+            lines.append(f"| {SETS[name]} | {length:,} | {cells} |")
+    lines += [
+        "",
+        f"Measured by `python -m benchmarks.packing` with the tokenizer of {config['tokenizer']}, batches of "
+        f"{config['micro_batch']} rows, torch {versions['torch']}, transformers {versions['transformers']}; "
+        f"`benchmarks/packing/results/{path.name}`.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Make the reference pages.")
     parser.add_argument("--check", action="store_true", help="fail if a file is out of date")
@@ -95,6 +134,7 @@ def main() -> int:
     files = {
         FOLDER / "config.md": reference(),
         FOLDER / "paddlenlp.md": arguments(),
+        PACKING: packing(),
         FOLDER / "config.schema.json": json.dumps(json_schema(), indent=2) + "\n",
     }
     stale = [p for p, text in files.items() if not p.is_file() or p.read_text("utf-8") != text]

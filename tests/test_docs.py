@@ -245,7 +245,7 @@ def does_something(path: Path) -> bool:
     return PART.search(path.read_text("utf-8")) is not None
 
 
-@pytest.mark.parametrize("page", filter(does_something, PAGES), ids=name_of)
+@pytest.mark.parametrize("page", list(filter(does_something, PAGES)), ids=name_of)
 def test_a_page_does_what_it_says(
     page: Path, sandbox: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -316,11 +316,11 @@ def test_each_cell_of_the_support_table(
     words = [f"model.path={base}", "model.dtype=float32", "data.path=data", "data.length=128"]
     words += ["train.steps=1", "train.batch=2", "evaluate.every=never", "checkpoint.every=never"]
     words += ["log.sinks=[]", "log.progress=none"]
+    asking = ["predict.input=questions.jsonl", "evaluate.max_new_tokens=2"]
     for command in (
         ["finetune", *words, "output=full"],
         ["finetune", *words, "adapter.method=lora", "adapter.rank=2", "output=lora"],
-        ["predict", *words, "predict.input=questions.jsonl", "evaluate.max_new_tokens=2"]
-        + ["output=lora"],
+        ["predict", *words, *asking, "output=lora"],
         ["merge", base, "lora", "merged"],
     ):
         code, output = execute(["luthier", *command])

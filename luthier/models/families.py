@@ -9,8 +9,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# families that the conformance tests cover, for messages; others are tried and checked at start-up
-TESTED = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gpt2", "opt")
+# families that the tests cover, for messages; others are tried, and checked at start-up
+TESTED = (
+    *(
+        "llama",
+        "mistral",
+        "mixtral",
+        "qwen2",
+        "qwen2_moe",
+        "qwen3",
+        "qwen3_moe",
+        "gpt2",
+        "gpt_neox",
+    ),
+    *("gemma", "gemma2", "gemma3_text", "glm", "glm4", "granite", "cohere", "cohere2", "olmo2"),
+    *("opt", "phi", "phi3", "seed_oss", "smollm3", "starcoder2", "gpt_oss"),
+)
 
 
 @dataclass(frozen=True)
@@ -39,8 +53,10 @@ _FAMILIES: dict[str, Family] = {
     "cohere": _COHERE,
     "cohere2": _COHERE,
     "opt": Family(functional_dropout={"OPTDecoderLayer": ("dropout", ("self_attn", "fc2"))}),
+    "seed_oss": Family(functional_dropout={"SeedOssAttention": ("residual_dropout", ("o_proj",))}),
     "starcoder2": Family(
         functional_dropout={
+            "Starcoder2Model": ("embedding_dropout", ("embed_tokens",)),
             "Starcoder2Attention": ("residual_dropout", ("o_proj",)),
             "Starcoder2MLP": ("residual_dropout", ("c_proj",)),
         }

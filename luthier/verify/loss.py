@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from luthier.adapters.base import adapter_parameters
-from luthier.assemble import Built, build, first_step, make_updater, name_of
+from luthier.assemble import Built, build, make_updater, name_of
 from luthier.batch import IGNORE, Batch
 from luthier.config import OptimConfig
 from luthier.configfile import Resolved
@@ -65,7 +65,7 @@ def verify_loss(resolved: Resolved, say: Callable[[str], object] = print) -> dic
         say(f"note: {remark}")
     config, text, data = open_training(resolved.config)
     try:
-        rows = [row for batch in first_step(data) for row in documents_of(batch)]
+        rows = [row for batch in data.loader.peek() for row in documents_of(batch)]
     finally:
         data.loader.close()
     documents = [_piece(*document) for row in rows for document in row][:DOCUMENTS]
