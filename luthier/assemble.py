@@ -166,6 +166,8 @@ def build(
             base_name=chosen.path,
             base_hash=built.base_hash,
         )
+        if train:
+            built.remarks += _options_of_folder(config.adapter, loaded.config, adapter)
         built.adapter = loaded.config
         built.remarks += loaded.remarks
     elif train and adapting:
@@ -182,6 +184,24 @@ def build(
             compile_layers(built.stage)
         model.train()
     return built
+
+
+def _options_of_folder(asked: AdapterConfig, found: AdapterConfig, path: str) -> list[str]:
+    """Going on with an adapter takes its own options. Another one that is set is refused; a default that
+    differs is a remark."""
+    remarks = []
+    for key in ("rank", "alpha", "dropout", "targets"):
+        wanted, has = getattr(asked, key), getattr(found, key)
+        default = AdapterConfig.model_fields[key].default
+        if wanted != default and wanted != has:
+            raise Refused(
+                f"adapter.{key}={wanted} with adapter.path={path}",
+                f"that adapter has {key}={has}",
+                f"leave adapter.{key} out: training goes on with the adapter's own",
+            )
+        if key in ("rank", "dropout") and wanted != has:
+            remarks.append(f"adapter.{key} is {has}, from {path}")
+    return remarks
 
 
 def write_model(built: Built, text: Text, folder: Path) -> None:

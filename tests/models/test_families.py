@@ -5,6 +5,7 @@ from __future__ import annotations
 from copy import deepcopy
 
 import pytest
+import test_packing
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -67,9 +68,7 @@ def _models(family):
 
 
 def test_the_list_of_tested_families_is_this_one():
-    from tests.models.test_packing import FAMILIES as PACKED
-
-    assert set(TESTED) == set(FAMILIES) | set(PACKED)
+    assert set(TESTED) == set(FAMILIES) | set(test_packing.FAMILIES)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
