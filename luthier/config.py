@@ -42,7 +42,7 @@ class ModelConfig(Section):
     attention: Literal["auto", "math", "sdpa", "flex", "varlen", "flash"] = Field(
         "auto",
         description="Attention kernel. `auto`: `sdpa` per document on CPU, `flex` on GPU. `varlen` and "
-        "`flash` need a GPU, `flash` also the package flash-attn.",
+        "`flash` need a GPU, so does training with `flex`; `flash` also needs the package flash-attn.",
     )
     device: str = Field(
         "auto", description="`auto` (GPU if there is one), `cpu`, `cuda`, `cuda:1`, ..."

@@ -110,7 +110,7 @@ def _read(path: Path) -> str:
         ) from error
     except IsADirectoryError as error:
         raise Refused(
-            f"the config {path}", f"it is a folder, {_holds(path)}", "name one file"
+            f"the config {path}", f"it is a folder that {_holds(path)}", "name one file"
         ) from error
     except FileNotFoundError as error:
         raise Refused(

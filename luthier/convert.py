@@ -22,7 +22,7 @@ from luthier.assemble import keep_stops
 from luthier.config import ModelConfig
 from luthier.data.encode import Renderer
 from luthier.errors import Failed, Refused
-from luthier.files import MANIFEST, damage, publish, write_json
+from luthier.files import MANIFEST, check_writable, damage, publish, write_json
 from luthier.interop.gguf import convert_gguf, is_gguf
 from luthier.models.folder import fingerprint
 from luthier.models.load import (
@@ -67,6 +67,7 @@ def merge(
     base = base or _recorded_base(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise Refused(f"merging into {target}", "it exists and is not empty", "name a new folder")
+    check_writable(f"merging into {target}", target.parent)
     resolve_device(device)
     stored = load_config(base).dtype or torch.float32
     dtype = getattr(torch, stored) if isinstance(stored, str) else stored
@@ -182,6 +183,7 @@ def convert(source: str, out: str, say: Any = print) -> dict[str, Any]:
         raise Refused(f"convert {source}", "there is no such file or folder", "check the path")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise Refused(f"convert into {target}", "it exists and is not empty", "name a new folder")
+    check_writable(f"convert into {target}", target.parent)
     if is_gguf(path):
         facts = convert_gguf(path, target)
     elif (path / "training_state.json").is_file():

@@ -11,12 +11,13 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from luthier.errors import Failed
+from luthier.errors import Failed, Refused
 
 MANIFEST = "manifest.json"
 PARTIAL = ".partial-"  # prefix of a folder that is being written
@@ -97,6 +98,25 @@ def publish(folder: Path, *, manifest: bool = True) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def check_writable(asked: str, folder: Path) -> None:
+    """Refuse unless files can be made in `folder`; where it does not exist, in its nearest parent.
+
+    Tried with a file that has no name, so nothing is left behind.
+    """
+    place = folder.absolute()
+    while not os.path.exists(place):  # noqa: PTH110 (Path.exists raises where a parent is closed)
+        place = place.parent
+    if not place.is_dir():
+        raise Refused(asked, f"{place} is a file", "name a folder")
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise Refused(
+            asked, f"nothing can be written in {place}: {error.strerror}", "name another place"
+        ) from error
 
 
 def damage(folder: Path, *, hashes: bool = True) -> str | None:

@@ -30,7 +30,7 @@ from luthier.assemble import (
 from luthier.config import RunConfig
 from luthier.configfile import Resolved, from_mapping, to_yaml
 from luthier.errors import Refused
-from luthier.files import PARTIAL, publish, write_json, write_text
+from luthier.files import PARTIAL, check_writable, publish, write_json, write_text
 from luthier.interop.read import read_config
 from luthier.models.load import resolve_device
 from luthier.parallel.world import World
@@ -79,6 +79,7 @@ def finetune(source: Source, overrides: Sequence[str] = ()) -> dict[str, Any]:
     check_sinks(config.log.sinks)
     output = Path(config.output)
     found = find(output, config.checkpoint.resume)
+    check_writable(f"output={output}", output)
     if found.path is not None:
         check_identity(read(found.path).identity, identity(config))
 

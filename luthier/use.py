@@ -18,7 +18,7 @@ from luthier.data.encode import reference
 from luthier.data.formats import BadRow, Message
 from luthier.data.preview import as_rich, as_text
 from luthier.errors import Refused
-from luthier.files import damage, write_text
+from luthier.files import check_writable, damage, write_text
 from luthier.models.generate import generate
 from luthier.models.load import resolve_device
 from luthier.recipes import Source, resolve, say
@@ -78,6 +78,9 @@ def _build(config: RunConfig, chosen: Chosen) -> Built:
 def evaluate(source: Source, overrides: Sequence[str] = ()) -> dict[str, float]:
     """Loss, perplexity and accuracy on the evaluation rows; BLEU-4 and ROUGE with evaluate.generate."""
     config = resolve(source, overrides).config
+    output = Path(config.output)
+    if config.evaluate.save:
+        check_writable(f"output={output} with evaluate.save=true", output)
     text, chosen = _open(config)
     dev = prepare(config, text.renderer, "dev")
     if not isinstance(dev, Dataset):
@@ -88,7 +91,6 @@ def evaluate(source: Source, overrides: Sequence[str] = ()) -> dict[str, float]:
         )
     say(dev.ledger.summary())
     built = _build(config, chosen)
-    output = Path(config.output)
     if config.evaluate.save:
         output.mkdir(parents=True, exist_ok=True)
     with _activity(config) as progress:
@@ -101,6 +103,10 @@ def evaluate(source: Source, overrides: Sequence[str] = ()) -> dict[str, float]:
 def predict(source: Source, overrides: Sequence[str] = ()) -> list[dict[str, str]]:
     """Answer the rows of `predict.input` and write one JSON line per row, in order, to `predict.output`."""
     config = resolve(source, overrides).config
+    path = Path(config.predict.output or Path(config.output) / "predictions.jsonl")
+    if path.is_dir():
+        raise Refused(f"predict.output={path}", "it is a folder", "name a file")
+    check_writable(f"answers in {path}", path.parent)
     text, chosen = _open(config)
     rows = rows_to_answer(config)
     prompts = _prompts(text, rows)
@@ -128,7 +134,6 @@ def predict(source: Source, overrides: Sequence[str] = ()) -> list[dict[str, str
         record = {"prompt": asked[-1] if asked else "", "output": text.renderer.decode(answer)}
         target = reference(messages)
         records.append({**record, "tgt": target} if target else record)
-    path = Path(config.predict.output or Path(config.output) / "predictions.jsonl")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
     for record in records[:3]:

@@ -167,7 +167,7 @@ def test_a_missing_file_names_its_neighbours(run: Path) -> None:
 
 
 def test_a_folder_is_no_file(run: Path) -> None:
-    assert "it is a folder, holds run.yaml" in refusal(run.parent)
+    assert "it is a folder that holds run.yaml" in refusal(run.parent)
 
 
 def test_a_byte_order_mark_is_skipped(tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ class Ledger:
         self.rows[record.status] += 1
         if record.reason:
             # numbers differ from row to row; as a reason they are one
-            reason = re.sub(r"(?<![\w-])\d+", "n", record.reason)
+            reason = re.sub(r"(?<![\w=-])\d+", "n", record.reason)
             counts = self.reasons.setdefault(record.status, {})
             counts[reason] = counts.get(reason, 0) + 1
             self.first.setdefault(reason, record.place)

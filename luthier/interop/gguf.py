@@ -46,12 +46,8 @@ def convert_gguf(
         try:
             model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(**where)
-        except (ValueError, OSError, KeyError, NotImplementedError) as error:
-            raise Refused(
-                f"convert {source}",
-                f"transformers cannot read it: {error}",
-                "give another GGUF file",
-            ) from error
+        except Exception as error:  # damaged bytes make the reader raise almost anything
+            raise _unreadable(source, error) from error
         model.eval()
         _forget_quantisation(model)
         model.to(dtype)  # pyright: ignore[reportArgumentType]
@@ -77,6 +73,23 @@ def convert_gguf(
         "vocabulary": len(tokenizer),
         "chat_template": bool(tokenizer.chat_template),
     }
+
+
+def _unreadable(source: Path, error: Exception) -> Refused:
+    """Why transformers could not read the file: because it is damaged, or because of what is in it."""
+    from gguf import GGUFReader
+
+    try:
+        GGUFReader(source)
+    except Exception as damage:  # of numpy, struct and gguf
+        return Refused(
+            f"convert {source}",
+            f"the file ({source.stat().st_size:,} bytes) is cut short or damaged: {damage}",
+            "copy or download it again",
+        )
+    return Refused(
+        f"convert {source}", f"transformers cannot read it: {error}", "give another GGUF file"
+    )
 
 
 def _forget_quantisation(model: Any) -> None:

@@ -11,20 +11,10 @@ from dataclasses import dataclass
 
 # families that the tests cover, for messages; others are tried, and checked at start-up
 TESTED = (
-    *(
-        "llama",
-        "mistral",
-        "mixtral",
-        "qwen2",
-        "qwen2_moe",
-        "qwen3",
-        "qwen3_moe",
-        "gpt2",
-        "gpt_neox",
-    ),
-    *("gemma", "gemma2", "gemma3_text", "glm", "glm4", "granite", "cohere", "cohere2", "olmo2"),
-    *("opt", "phi", "phi3", "seed_oss", "smollm3", "starcoder2", "gpt_oss"),
-)
+    "llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "gpt2", "gpt_neox",
+    "gpt_oss", "opt", "phi", "phi3", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "granite",
+    "cohere", "cohere2", "olmo2", "seed_oss", "smollm3", "starcoder2",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -53,7 +43,12 @@ _FAMILIES: dict[str, Family] = {
     "cohere": _COHERE,
     "cohere2": _COHERE,
     "opt": Family(functional_dropout={"OPTDecoderLayer": ("dropout", ("self_attn", "fc2"))}),
-    "seed_oss": Family(functional_dropout={"SeedOssAttention": ("residual_dropout", ("o_proj",))}),
+    "seed_oss": Family(
+        functional_dropout={
+            "SeedOssAttention": ("residual_dropout", ("o_proj",)),
+            "SeedOssMLP": ("residual_dropout", ("down_proj",)),
+        }
+    ),
     "starcoder2": Family(
         functional_dropout={
             "Starcoder2Model": ("embedding_dropout", ("embed_tokens",)),

@@ -32,7 +32,7 @@ from luthier.train.optim import make_optimizer
 from luthier.train.step import Updater
 from luthier.verify.packing import Document, documents_of, open_training, shortened
 
-DOCUMENTS, WINDOW = 8, 128  # pieces that are compared, and the most tokens of each
+DOCUMENTS, WINDOW = 8, 64  # pieces that are compared, and the most tokens of each
 LOGITS = 2**25  # the most numbers in the logits of plain transformers, which builds them whole
 # float32: the loss, and gradients, whose rounding grows with depth (6e-6 after 30 layers of 576); an error of
 # a formula is of another size
@@ -194,9 +194,9 @@ def _plain(built: Built, documents: list[Document], pad_id: int) -> Measured:
             exact = cross_entropy(
                 out.logits[:, :-1].double().flatten(0, 1), labels[:, 1:].flatten(), reduction="sum"
             )
-            _agree(float(out.loss), float(exact) / count)
+            _agree(float(out.loss.detach()), float(exact.detach()) / count)
             (exact * (scale / total)).backward()
-            loss += float(exact) / total
+            loss += float(exact.detach()) / total
             for name, parameter in built.trained:
                 if parameter.grad is not None:
                     found = parameter.grad.float().cpu() / scale
