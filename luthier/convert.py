@@ -21,7 +21,7 @@ from luthier.adapters.store import load_adapter
 from luthier.assemble import keep_stops
 from luthier.config import ModelConfig
 from luthier.data.encode import Renderer
-from luthier.errors import Failed, Refused
+from luthier.errors import Failed, LuthierError, Refused
 from luthier.files import MANIFEST, check_writable, damage, publish, write_json
 from luthier.interop.gguf import convert_gguf, is_gguf
 from luthier.models.folder import fingerprint
@@ -110,7 +110,10 @@ def merge(
         f"checked on {SAMPLE_ROWS * SAMPLE_TOKENS} tokens: folded weights differ by {error:.1e}, the published "
         f"model by KL {check.kl:.1e} nats per token, likeliest token equal in {check.agreement:.1%}"
     )
-    _note_in_report(folder, target, check)
+    try:
+        _note_in_report(folder, target, check)
+    except (LuthierError, OSError) as error:  # the merged model is there and right
+        say(f"note: the run's report was not updated: {error}")
     return {
         "base": base,
         "adapter": adapter,

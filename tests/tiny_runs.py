@@ -10,7 +10,20 @@ from typing import Any
 
 from luthier.configfile import Resolved, from_mapping
 
-WORDS = "red green blue one two three sun moon star rain wind snow".split()
+WORDS = [
+    "red",
+    "green",
+    "blue",
+    "one",
+    "two",
+    "three",
+    "sun",
+    "moon",
+    "star",
+    "rain",
+    "wind",
+    "snow",
+]
 
 
 def rows_(number: int = 24, *, system: bool = True) -> list[dict[str, Any]]:
