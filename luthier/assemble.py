@@ -17,7 +17,7 @@ import torch
 from torch.nn import Parameter
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
-from luthier.adapters.base import adapters_of, attach, lr_scales
+from luthier.adapters.base import adapter_parameters, adapters_of, attach, lr_scales
 from luthier.adapters.store import load_adapter, load_tensors, save_adapter
 from luthier.batch import Batch
 from luthier.config import MINIMISED, AdapterConfig, RunConfig
@@ -339,11 +339,14 @@ def make_updater(config: RunConfig, built: Built) -> Updater:
     head_dim = getattr(built.model.config, "head_dim", None) or (
         width // heads if heads and width else None
     )
-    optimizer = make_optimizer(
-        master.named, config.optim, config.lr, lr_scales(built.model), head_dim=head_dim
-    )
+    names = dict(master.named)
+    scales = {name: scale for name, scale in lr_scales(built.model).items() if name in names}
+    optimizer = make_optimizer(master.named, config.optim, config.lr, scales, head_dim=head_dim)
     half = torch.float16 in (built.model.dtype, built.stage.autocast)
-    expected = {name for name, _ in built.trained}
+    # from what was asked for, not from requires_grad: the gate compares the two
+    adapting = built.adapter is not None
+    every = adapter_parameters(built.model) if adapting else dict(built.model.named_parameters())
+    expected = set(every)
     excused = {
         f"{layer}.adapter.{name}"
         for layer, adapter in adapters_of(built.model).items()

@@ -16,7 +16,7 @@ import numpy as np
 
 from luthier.batch import IGNORE
 from luthier.config import DataConfig, RunConfig
-from luthier.data.encode import Dropped, Example, Renderer, check_supervision
+from luthier.data.encode import Dropped, Example, Renderer, check_labels, check_supervision
 from luthier.data.formats import FORMATS, BadRow, EmptyRow, Message, check_columns, detect, rename
 from luthier.data.ledger import Ledger, Record
 from luthier.data.rowfiles import Unreadable
@@ -77,10 +77,12 @@ class Encoder:
         return Outcome(record, tuple(examples))
 
     def prove(self) -> None:
-        """Raise Failed unless the first rows train exactly their answers, after the very prompts that
-        prediction gives."""
+        """Raise Failed unless the labels of the first rows are their next tokens and train exactly their
+        answers, after the very prompts that prediction gives."""
         for index in range(min(PROVEN_ROWS, len(self.source))):
             outcome = self.outcome(index)
+            for example in outcome.examples:
+                check_labels(example.input_ids, example.labels)
             if len(outcome.examples) == 1:
                 check_supervision(self.renderer, self.messages(index), outcome.examples[0])
 
