@@ -6,6 +6,7 @@ the parts is told by the recipes.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,90 +16,37 @@ from typing import Any
 
 import torch
 from torch.nn import Parameter
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from luthier.adapters.base import adapter_parameters, adapters_of, attach, lr_scales
-from luthier.adapters.store import load_adapter, load_tensors, save_adapter
+from luthier.adapters.base import ADAPTERS, adapter_parameters, adapters_of, attach, lr_scales
+from luthier.adapters.store import load_adapter, load_tensors, read_adapter_config, save_adapter
 from luthier.batch import Batch
 from luthier.config import MINIMISED, AdapterConfig, RunConfig
 from luthier.data.dataset import Dataset, LazyDataset, prepare
-from luthier.data.encode import Renderer
 from luthier.data.loader import Loader, evaluation_batches
 from luthier.errors import Refused
+from luthier.models.attention import check_kernel
 from luthier.models.dropout import seed_dropout
-from luthier.models.folder import find_folder, fingerprint
+from luthier.models.folder import find_folder, fingerprint, weight_files
 from luthier.models.load import (
     build_model,
-    check_tokenizer,
-    load_config,
-    load_tokenizer,
-    pad_id,
+    quiet,
     resolve_device,
     save_model,
 )
 from luthier.models.stage import Stage, check_stage, compile_layers, set_recompute
+from luthier.text import Text as Text
+from luthier.text import open_text as open_text
 from luthier.train.gates import check_first_gradients
 from luthier.train.master import LossScaler, MasterWeights
 from luthier.train.optim import make_optimizer
 from luthier.train.plan import Plan
 from luthier.train.step import Updater
 
+# names under which the families of transformers say that they are mixtures of experts
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
 Progress = Callable[[str, int, int | None], None]  # what, done, of
-
-
-# ---- text: what turns rows into ids, made before any weight is read
-
-
-@dataclass(frozen=True)
-class Text:
-    tokenizer: Any
-    renderer: Renderer
-    pad_id: int
-    model_config: PretrainedConfig
-
-
-def open_text(config: RunConfig, path: str | None = None) -> Text:
-    """Tokenizer and renderer of the model at `path` (default: model.path), checked against its config."""
-    where = path or config.model.path
-    remote = config.model.trust_remote_code
-    model_config = load_config(where, trust_remote_code=remote)
-    tokenizer = load_tokenizer(where, trust_remote_code=remote)
-    if tokenizer is None:
-        raise Refused(
-            f"the tokenizer of '{where}'",
-            "the folder has no tokenizer files (tokenizer.json, tokenizer.model, ...)",
-            "copy those of the model into it",
-        )
-    check_tokenizer(tokenizer, model_config)
-    data = config.data
-    renderer = Renderer(
-        tokenizer,
-        template=data.template,
-        length=data.length,
-        source_length=data.source_length,
-        overlong=data.overlong,
-        stop_ids=_model_stops(find_folder(where, code=remote)),
-    )
-    _check_positions(config, model_config)
-    return Text(tokenizer, renderer, pad_id(tokenizer, model_config), model_config)
-
-
-def _model_stops(folder: Path) -> list[int]:
-    """End ids of the folder's generation_config.json."""
-    if not (folder / "generation_config.json").is_file():
-        return []
-    end = GenerationConfig.from_pretrained(folder).eos_token_id
-    return [] if end is None else [end] if isinstance(end, int) else list(end)
-
-
-def _check_positions(config: RunConfig, model_config: PretrainedConfig) -> None:
-    limit = getattr(model_config.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and config.data.length > limit:
-        raise Refused(
-            f"data.length={config.data.length}",
-            f"the model has {limit} positions",
-            f"give data.length={limit} or less",
-        )
 
 
 # ---- model
@@ -123,6 +71,13 @@ class Built:
         return next(kernel for kernel in kernels if kernel)
 
     @property
+    def rounding(self) -> float:
+        """What packing may change in a hidden state: nothing, but for mixtures of experts."""
+        text = self.model.config.get_text_config()
+        experts = any(getattr(text, name, None) for name in EXPERTS)
+        return 8 * torch.finfo(self.model.dtype).eps if experts else 0.0
+
+    @property
     def trained(self) -> list[tuple[str, Parameter]]:
         return [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
 
@@ -133,6 +88,21 @@ class Built:
     @property
     def num_base(self) -> int:
         return sum(p.numel() for n, p in self.model.named_parameters() if ".adapter." not in n)
+
+
+def check_training(config: RunConfig, text: Text) -> None:
+    """Refuse what the model's folder and config tell before rows are tokenised and weights are read: a
+    missing or broken shard, a kernel that does not fit the device, targets, rank."""
+    code = config.model.trust_remote_code
+    if config.model.init == "pretrained":
+        weight_files(find_folder(config.model.path, code=code))
+    check_kernel(config.model.attention, resolve_device(config.model.device), train=True)
+    if config.adapter.path is not None:
+        read_adapter_config(Path(config.adapter.path))
+    elif config.adapter.method != "none" and not code:
+        with torch.device("meta"), quiet():
+            blueprint = AutoModelForCausalLM.from_config(copy.deepcopy(text.model_config))
+        ADAPTERS[config.adapter.method].plan(blueprint, config.adapter)
 
 
 def build(

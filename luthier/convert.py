@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from luthier.adapters.base import fold_into
-from luthier.adapters.store import load_adapter
+from luthier.adapters.store import load_adapter, read_adapter_config
 from luthier.assemble import keep_stops
 from luthier.config import ModelConfig
 from luthier.data.encode import Renderer
@@ -65,7 +65,12 @@ def merge(
     model does not compute what base and adapter do.
     """
     folder, target = Path(adapter), Path(out)
-    base = base or _recorded_base(folder)
+    fields = read_adapter_config(folder)
+    base = base or fields.get("base_model_name_or_path")
+    if not base:
+        raise Refused(
+            f"merging {adapter}", "it does not name its base", "luthier merge BASE ADAPTER OUT"
+        )
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise Refused(f"merging into {target}", "it exists and is not empty", "name a new folder")
     check_writable(f"merging into {target}", target.parent)
@@ -126,23 +131,6 @@ def merge(
         "kl": check.kl,
         "agreement": check.agreement,
     }
-
-
-def _recorded_base(adapter: Path) -> str:
-    try:
-        fields = json.loads((adapter / "adapter_config.json").read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise Refused(
-            f"merging {adapter}",
-            "it has no readable adapter_config.json",
-            "name a PEFT adapter folder",
-        ) from error
-    base = fields.get("base_model_name_or_path")
-    if not base:
-        raise Refused(
-            f"merging {adapter}", "it does not name its base", "luthier merge BASE ADAPTER OUT"
-        )
-    return base
 
 
 def _probe(model: PreTrainedModel) -> Tensor:

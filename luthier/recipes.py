@@ -17,6 +17,7 @@ from luthier.assemble import (
     Data,
     Text,
     build,
+    check_training,
     expected_steps,
     identity,
     make_plan,
@@ -29,6 +30,7 @@ from luthier.assemble import (
 )
 from luthier.config import RunConfig
 from luthier.configfile import Resolved, from_mapping, to_yaml
+from luthier.data.dataset import LazyDataset
 from luthier.errors import Refused
 from luthier.files import PARTIAL, check_writable, publish, write_json, write_text
 from luthier.interop.read import read_config
@@ -40,7 +42,7 @@ from luthier.train.gates import check_batch, check_isolation
 from luthier.train.loop import Trainer
 from luthier.train.metrics import Metrics, memory
 from luthier.train.report import pair_samples, write_report
-from luthier.train.schedules import make_schedule
+from luthier.train.schedules import make_schedule, warmup_steps
 from luthier.train.sinks import check_sinks
 
 Source = str | Path | Mapping[str, Any] | RunConfig | Resolved
@@ -84,6 +86,7 @@ def finetune(source: Source, overrides: Sequence[str] = ()) -> dict[str, Any]:
         check_identity(read(found.path).identity, identity(config))
 
     text = open_text(config)
+    check_training(config, text)
     data = open_data(config, text)
     if config.evaluate.before and data.dev is None:
         raise Refused(
@@ -103,7 +106,8 @@ def _finetune(
     remarks = list(found.remarks)
     for dataset in (data.train, data.dev):
         if dataset is not None:
-            say(dataset.ledger.summary())
+            ledger = dataset.sample if isinstance(dataset, LazyDataset) else dataset.ledger
+            say(ledger.summary())
     if data.dev is None and config.evaluate.every != "never":
         remarks.append(
             "there are no evaluation rows: no evaluation, the last model is the final one"
@@ -120,7 +124,9 @@ def _finetune(
         f"model: {built.base}, {name_of(built.model.dtype)} on {built.device}; "
         f"{built.num_trained:,} trained parameters ({share:.2%} of {built.num_base:,})"
     )
-    isolation = check_isolation(built.stage, first[0].to(built.device), kernel=built.kernel)
+    isolation = check_isolation(
+        built.stage, first[0].to(built.device), kernel=built.kernel, rounding=built.rounding
+    )
     checks: list[tuple[str, bool, str]] = [
         ("labels are the next tokens of their own documents", True, "first step's rows"),
         (
@@ -134,6 +140,8 @@ def _finetune(
     updater = make_updater(config, built)
     plan = make_plan(config, data)
     total = expected_steps(config, data, plan)
+    if 1 < warmup_steps(config.optim, total) >= total:
+        remarks.append(f"optim.warmup takes all {total} steps: the peak rate is never reached")
     checkpoints = Checkpoints(output, keep=config.checkpoint.keep, identity=identity(config))
 
     output.mkdir(parents=True, exist_ok=True)

@@ -6,12 +6,11 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from luthier.answers import Evaluator, generate_options, rows_to_answer
 from luthier.assemble import Built, Progress, Text, build, open_data, open_text
-from luthier.batch import TENSORS, Batch
 from luthier.config import RunConfig
 from luthier.data.dataset import Dataset, prepare
 from luthier.data.encode import reference
@@ -170,7 +169,7 @@ def _activity(config: RunConfig) -> Iterator[Progress]:
 
 
 def preview(source: Source, overrides: Sequence[str] = (), *, rows: int = 3) -> str:
-    """Show the first `rows` packed rows of the first step, token by token, and the ledger's totals."""
+    """Show the first `rows` examples of the first step, token by token, and the ledger's totals."""
     config = resolve(source, overrides).config
     text = open_text(config)
     data = open_data(config, text)
@@ -179,24 +178,14 @@ def preview(source: Source, overrides: Sequence[str] = (), *, rows: int = 3) -> 
         batches = data.loader.peek()
     finally:
         data.loader.close()
-    shown, left = [], rows
-    for batch in batches:
-        if left > 0:
-            shown.append(_first_rows(batch, left))
-            left -= len(batch.rows)
     stops = text.renderer.stop_ids
     if sys.stdout.isatty():
         from rich.console import Console
 
         console = Console()
-        for part in as_rich(shown, text.tokenizer, stops):
+        for part in as_rich(batches, text.tokenizer, stops, rows):
             console.print(part)
-    plain = as_text(shown, text.tokenizer, stops)
+    plain = as_text(batches, text.tokenizer, stops, rows)
     if not sys.stdout.isatty():
         say(plain)
     return plain
-
-
-def _first_rows(batch: Batch, number: int) -> Batch:
-    cut = {name: getattr(batch, name)[:number] for name in TENSORS}
-    return replace(batch, **cut, rows=batch.rows[:number])

@@ -88,7 +88,7 @@ def load_adapter(
     not fit; the message names the first.
     """
     folder = Path(folder)
-    fields = _read_config(folder)
+    fields = read_adapter_config(folder)
     method = _method(fields)
     made_for = fields.get("base_model_name_or_path")
     remarks = _check_base(folder, made_for, base_name, base_hash)
@@ -122,7 +122,8 @@ def load_tensors(model: nn.Module, folder: Path) -> None:
                 tensor.copy_(saved[f"{PREFIX}{layer}.{suffix}"])
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """adapter_config.json of a PEFT folder; Refused when there is none."""
     if not folder.is_dir():
         raise Refused(f"the adapter folder {folder}", "there is no such folder", "check the path")
     path = folder / CONFIG

@@ -36,7 +36,7 @@ def head_name(model: nn.Module) -> str | None:
 def select_targets(model: nn.Module, targets: str | Iterable[str]) -> list[str]:
     """Paths of the linear layers that `targets` asks for, in the model's order.
 
-    `all-linear` is every one but the output layer. Anything else is a name, compared with the end of
+    `all-linear` is every one but the output layer and those with a single input or output. Anything else is a name, compared with the end of
     the path at a dot ("q_proj", "mlp.c_proj"), or else a regular expression for the whole path; a list
     is their union. Refused when one of them matches no linear layer.
     """
@@ -46,7 +46,8 @@ def select_targets(model: nn.Module, targets: str | Iterable[str]) -> list[str]:
     for item in [targets] if isinstance(targets, str) else targets:
         if item == ALL_LINEAR:
             head = head_name(model)
-            found = {name for name in linear if name != head}
+            # a rank-1 update of a layer with one output (a gate) would be no less than the layer itself
+            found = {n for n in linear if n != head and min(features(modules[n])) > 1}
         else:
             found = _matches(item, linear)
         if not found:

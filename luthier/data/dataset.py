@@ -164,12 +164,14 @@ class Dataset:
 
 @dataclass(frozen=True)
 class LazyDataset:
-    """Rows that are read and encoded while training. `ledger` grows with the first pass over them."""
+    """Rows that are read and encoded while training. `ledger` grows with the first pass over them; `sample`
+    is that of the rows looked at beforehand."""
 
     split: Split
     encoder: Encoder
     ledger: Ledger
     workers: Workers
+    sample: Ledger
 
     @property
     def source(self) -> Source:
@@ -202,7 +204,7 @@ def prepare(
         for outcome in encoder(np.unique(np.linspace(0, len(source) - 1, SAMPLE_ROWS, dtype=int))):
             sampled.add(outcome.record)
         sampled.check(training=True)
-        return LazyDataset(split, encoder, ledger, Workers(encoder, config.data.workers))
+        return LazyDataset(split, encoder, ledger, Workers(encoder, config.data.workers), sampled)
     return _read(split, encoder, ledger, config.data.workers, progress)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Literal
 
 import numpy as np
@@ -74,20 +75,24 @@ class Padding:
         return f"row {self.row}, padding: {self.num_tokens} tokens"
 
 
-def as_rich(batches: Iterable[Batch], tokenizer: Any, stop_ids: Iterable[int]) -> Iterator[Text]:
-    """One coloured text per document, the legend first. `stop_ids` are the renderer's."""
+def as_rich(
+    batches: Iterable[Batch], tokenizer: Any, stop_ids: Iterable[int], limit: int | None = None
+) -> Iterator[Text]:
+    """One coloured text for each of the first `limit` documents, the legend first. `stop_ids` are the renderer's."""
     yield Text(" ").join(Text(LEGEND[kind], STYLES[kind]) for kind in STYLES)
-    for part in documents(batches, tokenizer, stop_ids):
+    for part in islice(documents(batches, tokenizer, stop_ids), limit):
         text = Text().append(f"── {part.counts}\n", "cyan")
         for kind, run in part.runs if isinstance(part, Document) else ():
             text.append(run, STYLES[kind])
         yield text
 
 
-def as_text(batches: Iterable[Batch], tokenizer: Any, stop_ids: Iterable[int]) -> str:
+def as_text(
+    batches: Iterable[Batch], tokenizer: Any, stop_ids: Iterable[int], limit: int | None = None
+) -> str:
     """The same without colours: trained text in ⟦⟧, a trained stop token followed by ■."""
     lines = [" ".join(MARKS[kind][0] + LEGEND[kind] + MARKS[kind][1] for kind in MARKS)]
-    for part in documents(batches, tokenizer, stop_ids):
+    for part in islice(documents(batches, tokenizer, stop_ids), limit):
         lines.append(f"── {part.counts}")
         if isinstance(part, Document):
             lines.append("".join(MARKS[kind][0] + run + MARKS[kind][1] for kind, run in part.runs))

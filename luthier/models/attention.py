@@ -43,7 +43,7 @@ def install(model: PreTrainedModel, kernel: str, *, train: bool = False) -> str:
     """
     check_family(type(model), model.config)
     device = next(model.parameters()).device
-    chosen = _choose(kernel, device, train)
+    chosen = check_kernel(kernel, device, train)
     layers = [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "is_causal")]
     if any(not m.is_causal for m in layers):
         raise _unsupported(model.config.model_type, "has layers that see what follows")
@@ -106,7 +106,7 @@ def attend(
         dropout=dropout,
         dropout_key=getattr(module, "dropout_key", (0, "")),
     )
-    chosen = getattr(module, "attention_kernel", None) or _choose("auto", query.device, False)
+    chosen = getattr(module, "attention_kernel", None) or check_kernel("auto", query.device, False)
     used = {name for name in ("softcap", "sinks") if getattr(scores, name) is not None}
     used |= {"dropout"} if dropout else set()
     kernel = kernels.math if used & LACKS[chosen] else KERNELS[chosen]
@@ -182,7 +182,7 @@ def _features(module: nn.Module, train: bool) -> set[str]:
     return found
 
 
-def _choose(kernel: str, device: torch.device, train: bool) -> str:
+def check_kernel(kernel: str, device: torch.device, train: bool) -> str:
     """The kernel for a device; Refused when it cannot run there."""
     gpu = device.type == "cuda"
     if kernel == "auto":

@@ -231,12 +231,12 @@ def test_flex_is_refused_for_training_on_cpu(tiny_model):
 def test_flash_needs_its_package(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(Refused, match="pip install flash-attn"):
-        attention._choose("flash", torch.device("cuda"), True)
+        attention.check_kernel("flash", torch.device("cuda"), True)
 
 
 def test_varlen_and_flash_are_refused_for_what_they_lack(tiny_model, monkeypatch):
     gemma, gpt = tiny_model("gemma2"), tiny_model("gpt2", dropout=0.1)
-    monkeypatch.setattr(attention, "_choose", lambda kernel, device, train: kernel)
+    monkeypatch.setattr(attention, "check_kernel", lambda kernel, device, train: kernel)
     with pytest.raises(Refused, match="cannot do the softcap of gemma2"):
         install(gemma, "varlen")
     with pytest.raises(Refused, match="cannot do the dropout of gpt2"):

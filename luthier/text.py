@@ -1,0 +1,67 @@
+"""What turns rows into ids, opened and checked before any weight is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import GenerationConfig, PretrainedConfig
+
+from luthier.config import RunConfig
+from luthier.data.encode import Renderer
+from luthier.errors import Refused
+from luthier.models.folder import find_folder
+from luthier.models.load import check_tokenizer, load_config, load_tokenizer, pad_id
+
+
+@dataclass(frozen=True)
+class Text:
+    tokenizer: Any
+    renderer: Renderer
+    pad_id: int
+    model_config: PretrainedConfig
+
+
+def open_text(config: RunConfig, path: str | None = None) -> Text:
+    """Tokenizer and renderer of the model at `path` (default: model.path), checked against its config."""
+    where = path or config.model.path
+    remote = config.model.trust_remote_code
+    model_config = load_config(where, trust_remote_code=remote)
+    tokenizer = load_tokenizer(where, trust_remote_code=remote)
+    if tokenizer is None:
+        raise Refused(
+            f"the tokenizer of '{where}'",
+            "the folder has no tokenizer files (tokenizer.json, tokenizer.model, ...)",
+            "copy those of the model into it",
+        )
+    check_tokenizer(tokenizer, model_config)
+    data = config.data
+    renderer = Renderer(
+        tokenizer,
+        template=data.template,
+        length=data.length,
+        source_length=data.source_length,
+        overlong=data.overlong,
+        stop_ids=_model_stops(find_folder(where, code=remote)),
+    )
+    _check_positions(config, model_config)
+    return Text(tokenizer, renderer, pad_id(tokenizer, model_config), model_config)
+
+
+def _model_stops(folder: Path) -> list[int]:
+    """End ids of the folder's generation_config.json."""
+    if not (folder / "generation_config.json").is_file():
+        return []
+    end = GenerationConfig.from_pretrained(folder).eos_token_id
+    return [] if end is None else [end] if isinstance(end, int) else list(end)
+
+
+def _check_positions(config: RunConfig, model_config: PretrainedConfig) -> None:
+    limit = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and config.data.length > limit:
+        raise Refused(
+            f"data.length={config.data.length}",
+            f"the model has {limit} positions",
+            f"give data.length={limit} or less",
+        )

@@ -1,0 +1,377 @@
+"""Every key of the config does something: changing it changes the plan, the result or the files of a run.
+
+Each row names a key, a value and a probe, which is run with and without that value; what the probe sees has
+to differ. A probe is deterministic (tested), so that nothing but the key can be the reason. The table has a
+row for every key.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_model_, tiny_tokenizer_
+from tiny_runs import resolved, rows_, tiny_config, write_data, write_rows
+
+from luthier.assemble import build, evaluation_rows, make_plan, open_data, open_text
+from luthier.config import RunConfig
+from luthier.configkeys import KEYS
+from luthier.errors import LuthierError
+from luthier.models.load import save_model
+from luthier.recipes import finetune
+from luthier.train.metrics import read_metrics
+from luthier.train.schedules import make_schedule
+from luthier.use import predict
+
+Tree = dict[str, Any]
+Probe = Callable[[Tree], Any]
+
+
+# ---- probes: what a config leads to
+
+
+def trained(tree: Tree) -> str:
+    """The final weights of the whole run, bit for bit."""
+    output = finished(tree)
+    weights = sorted(output.glob("*.safetensors"))
+    assert weights
+    return hashlib.sha256(b"".join(path.read_bytes() for path in weights)).hexdigest()
+
+
+def files(tree: Tree) -> list[str]:
+    """All files that a run leaves, but for the names that hold a time."""
+    output = finished(tree)
+    paths = (path.relative_to(output).parts for path in output.rglob("*"))
+    return sorted({"/".join(parts[:2]) for parts in paths})
+
+
+def records(tree: Tree) -> list[Any]:
+    """Kind, step and names of the records of metrics.jsonl."""
+    found = read_metrics(finished(tree) / "metrics.jsonl")
+    return [(r["kind"], r["step"], sorted(r)) for r in found]
+
+
+def place(tree: Tree) -> str:
+    finetune(tree)
+    return next(path.parent.name for path in Path(tree["output"]).parent.glob("*/report.html"))
+
+
+def going_on(tree: Tree) -> str:
+    """A second run into the same folder, two steps longer."""
+    finetune({**tree, "checkpoint": {"every": 1}})
+    return outcome(lambda: finetune({**tree, "train": {**tree["train"], "steps": 5}}))
+
+
+def shown(tree: Tree) -> bool:
+    """Whether a run writes lines of progress."""
+    told = io.StringIO()
+    with contextlib.redirect_stderr(told):
+        finetune(tree)
+    return "step 3/3" in told.getvalue()
+
+
+def model(tree: Tree) -> Any:
+    """The model, ready to be trained."""
+
+    def make() -> Any:
+        built = build(config_of(tree), train=True)
+        layer: Any = built.model.model.layers[0]
+        return (
+            str(built.model.dtype),
+            built.kernel,
+            str(built.device),
+            built.num_base,
+            built.stage.recompute,
+            layer._compiled_call_impl is not None,
+        )
+
+    return outcome(make)
+
+
+def reading(tree: Tree) -> Any:
+    """Tokenizer and config of the model folder."""
+    return outcome(lambda: type(open_text(config_of(tree)).model_config).__name__)
+
+
+def data(tree: Tree) -> Any:
+    """Rows, tokens and cuts of a step, and what was held out."""
+
+    def make() -> Any:
+        config = config_of(tree)
+        text = open_text(config)
+        found = open_data(config, text)
+        try:
+            step = [batch.input_ids.tolist() for batch in found.loader.peek()]
+            lazy = getattr(getattr(found.train, "workers", None), "number", None)
+            dev = None if found.dev is None else len(found.dev)
+            batches = [] if found.dev is None else evaluation_rows(config, text, found.dev)
+            sizes = [tuple(batch.input_ids.shape) for batch in batches]
+            plan = make_plan(config, found)
+            return step, lazy, dev, sizes, plan, found.train.ledger.num_supervised
+        finally:
+            found.loader.close()
+
+    return outcome(make)
+
+
+def schedule(tree: Tree) -> Any:
+    """Learning rates of twelve steps of a run of ten."""
+
+    def make() -> list[float]:
+        config = config_of(tree)
+        rate = make_schedule(config.optim, config.lr, 10)
+        return [rate(step) for step in range(12)]
+
+    return outcome(make)
+
+
+def answers(tree: Tree) -> Any:
+    """Predictions, and where they are written."""
+    found = predict(tree)
+    return found, [p.name for p in Path(tree["output"]).parent.rglob("*.jsonl") if p.is_file()]
+
+
+def accepted(tree: Tree) -> str:
+    return outcome(lambda: resolved(tree).config.train.mode)
+
+
+# ---- the table
+
+
+@dataclass(frozen=True)
+class Row:
+    """`key` = `value` changes what `probe` sees of the config with `base` (section__key -> value)."""
+
+    key: str
+    value: Any
+    probe: Probe
+    base: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"{self.key}={self.value}"
+
+
+FULL = {"adapter__method": None, "adapter__rank": None}
+SAMPLING = {"evaluate__top_k": 0, "evaluate__max_new_tokens": 6}
+GREEDY = {"evaluate__max_new_tokens": 6}
+LAZY = {"data__lazy": True, "evaluate__every": "never"}
+WRITING = {"evaluate__generate": True, "evaluate__max_new_tokens": 4, "evaluate__rows": 2}
+WORSE = {
+    "optim__lr": 0.3,
+    "evaluate__every": 1,
+    "checkpoint__every": 1,
+    "optim__schedule": "constant",
+}
+COOLDOWN = {"optim__schedule": "cooldown", "optim__warmup": 2, "optim__decay_steps": 4}
+
+TABLE = [
+    Row("model.path", "OTHER_MODEL", trained),
+    Row("model.dtype", "bfloat16", model),
+    Row("model.master_dtype", "none", trained, {**FULL, "model__dtype": "bfloat16"}),
+    Row("model.autocast", "bfloat16", trained),
+    Row("model.attention", "math", model),
+    Row("model.device", "cuda:63", model),
+    Row("model.num_layers", 1, model),
+    Row("model.init", "random", trained),
+    Row("model.trust_remote_code", True, reading, {"model__path": "REMOTE"}),
+    Row("data.path", "OTHER_DATA", trained),
+    Row("data.validation_path", "OTHER_DATA/train.json", data),
+    Row("data.format", "text", data, {"data__path": "TWO_FORMATS"}),
+    Row("data.columns", {"src": "q", "tgt": "a"}, data, {"data__path": "RENAMED"}),
+    Row("data.template", "none", data),
+    Row("data.length", 64, data),
+    Row("data.source_length", 4, data, {"data__template": "none"}),
+    Row("data.overlong", "drop", data, {"data__length": 64}),
+    Row("data.packing", "none", data),
+    Row("data.lazy", True, data, {"evaluate__every": "never"}),
+    Row("data.workers", 1, data, LAZY),
+    Row("data.validation_share", 0.4, data, {"data__path": "DATA/train.json"}),
+    Row("adapter.method", None, files, {"adapter__rank": None}),
+    Row("adapter.path", "ADAPTER", trained),
+    Row("adapter.rank", 3, trained),
+    Row("adapter.alpha", 1.0, trained),
+    Row("adapter.dropout", 0.3, trained),
+    Row("adapter.targets", "q_proj", trained),
+    Row("optim.name", "sgd", trained),
+    Row("optim.lr", 1e-3, trained),
+    Row("optim.betas", [0.5, 0.9], trained),
+    Row("optim.eps", 1e-2, trained),
+    Row("optim.weight_decay", 0.5, trained),
+    Row("optim.clip", 0.01, trained, {"optim__name": "sgd"}),
+    Row("optim.schedule", "cosine", schedule),
+    Row("optim.warmup", 3, schedule),
+    Row("optim.warmup_start", 1e-5, schedule, {"optim__warmup": 3}),
+    Row("optim.lr_end", 1e-5, schedule),
+    Row("optim.decay_steps", 5, schedule),
+    Row("optim.decay_start", 5, schedule, {"optim__schedule": "wsd", "optim__decay_start": 2}),
+    Row("optim.cycles", 2.0, schedule, {"optim__schedule": "cosine"}),
+    Row("optim.power", 2.0, schedule, {"optim__schedule": "polynomial"}),
+    Row("optim.keep_steps", 2, schedule, COOLDOWN),
+    Row("optim.final_steps", 2, schedule, {**COOLDOWN, "optim__lr_final": 1e-6}),
+    Row("optim.lr_final", 1e-6, schedule, COOLDOWN),
+    Row("optim.period", 5, schedule, {"optim__schedule": "anneal", "optim__period": 3}),
+    Row(
+        "optim.period_factor",
+        2,
+        schedule,
+        {"optim__schedule": "anneal_restarts", "optim__period": 3},
+    ),
+    Row("train.mode", "pretrain", accepted),
+    Row("train.steps", 2, trained),
+    Row("train.epochs", 1, data, {"train__steps": None}),
+    Row("train.tokens", 500, data, {"train__steps": None}),
+    Row("train.batch", 2, trained),
+    Row("train.micro_batch", 2, data),
+    Row("train.accumulation", 3, data, {"train__batch": None, "train__micro_batch": 2}),
+    Row("train.recompute", "layer", model),
+    Row("train.compile", True, model),
+    Row("train.seed", 1, trained),
+    Row("evaluate.every", 1, records),
+    Row("evaluate.before", True, records),
+    Row("evaluate.generate", True, records, {"evaluate__max_new_tokens": 4, "evaluate__rows": 2}),
+    Row("evaluate.rows", 2, data),
+    Row("evaluate.micro_batch", 1, data),
+    Row("evaluate.max_new_tokens", 3, answers, GREEDY),
+    Row("evaluate.top_k", 0, answers, GREEDY),
+    Row("evaluate.top_p", 0.1, answers, SAMPLING),
+    Row("evaluate.temperature", 0.1, answers, SAMPLING),
+    Row("evaluate.save", True, files, WRITING),
+    Row("predict.input", "OTHER_DATA/train.json", answers, GREEDY),
+    Row("predict.output", "OUT/else.jsonl", answers, GREEDY),
+    Row("checkpoint.every", 1, files),
+    Row("checkpoint.keep", 1, files, {"checkpoint__every": 1, "checkpoint__best": "none"}),
+    Row("checkpoint.best", "none", trained, WORSE),
+    Row("checkpoint.resume", "auto", going_on),
+    Row("log.every", 2, records),
+    Row("log.sinks", ["tensorboard"], files),
+    Row("log.progress", "plain", shown),
+    Row("output", "OUT/another", place),
+]
+
+
+def test_every_key_is_in_the_table() -> None:
+    assert sorted(row.key for row in TABLE) == sorted(KEYS)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.torch.jit.script_method:DeprecationWarning"
+)  # torch.compile's own
+@pytest.mark.parametrize("row", TABLE, ids=str)
+def test_the_key_acts(row: Row, world: World) -> None:
+    base = world.tree(row.base)
+    assert world.see(row.probe, base) != world.see(
+        row.probe, world.tree({**row.base, row.key.replace(".", "__"): row.value})
+    )
+
+
+PROBES = {row.probe: row for row in TABLE}
+
+
+@pytest.mark.parametrize("row", PROBES.values(), ids=lambda row: row.probe.__name__)
+def test_a_probe_sees_the_same_twice(row: Row, world: World) -> None:
+    tree = world.tree(row.base)
+    assert world.see(row.probe, tree) == world.fresh(row.probe, tree)
+
+
+# ---- the world that the probes look at
+
+
+class World:
+    """Folders that values of the table name in capitals; remembers what was seen."""
+
+    def __init__(self, root: Path, model_folder: Path) -> None:
+        self.root, self.number, self.seen = root, count(), {}
+        self.names = {
+            "DATA": write_data(root / "data"),
+            "OTHER_DATA": write_rows(root / "other" / "train.json", rows_(9)[::-1]).parent,
+            "MODEL": model_folder,
+            "OTHER_MODEL": root / "model",
+            "REMOTE": root / "remote",
+            "TWO_FORMATS": root / "two.json",
+            "RENAMED": root / "renamed.json",
+            "ADAPTER": root / "adapter",
+        }
+        save_model(tiny_model_("llama", seed=1), root / "model", tiny_tokenizer_())
+        save_model(tiny_model_("llama"), root / "remote", tiny_tokenizer_())
+        remote = json.loads((root / "remote" / "config.json").read_text())
+        names = {"AutoConfig": "far.FarConfig", "AutoModelForCausalLM": "far.Far"}
+        remote |= {"model_type": "far", "auto_map": names}
+        (root / "remote" / "config.json").write_text(json.dumps(remote))
+        (root / "remote" / "far.py").write_text(
+            "from transformers import LlamaConfig, LlamaForCausalLM\n\n\n"
+            "class FarConfig(LlamaConfig):\n    model_type = 'far'\n\n\n"
+            "class Far(LlamaForCausalLM):\n    config_class = FarConfig\n"
+        )
+        pairs = [(f"number {i}", f"{i} and the {i + 1}") for i in range(12)]
+        both = [{"src": q, "tgt": a, "text": f"{q} {a}"} for q, a in pairs]
+        write_rows(root / "two.json", both)
+        write_rows(root / "renamed.json", [{"q": q, "a": a} for q, a in pairs])
+        finetune(tiny_config(model_folder, self.names["DATA"], root / "adapter", optim__lr=0.01))
+
+    def tree(self, keys: dict[str, Any]) -> Tree:
+        """The config with these keys; OUT and the world's names in values become paths."""
+        filled = {name: self._filled(value) for name, value in keys.items()}
+        output = Path(filled.pop("output", "OUT"))
+        return tiny_config(self.names["MODEL"], self.names["DATA"], output, **filled)
+
+    def see(self, probe: Probe, tree: Tree) -> Any:
+        """What the probe sees; a config is looked at once."""
+        key = (probe.__name__, json.dumps(tree, sort_keys=True))
+        if key not in self.seen:
+            self.seen[key] = self.fresh(probe, tree)
+        return self.seen[key]
+
+    def fresh(self, probe: Probe, tree: Tree) -> Any:
+        folder = self.root / f"run-{next(self.number)}"
+        text = json.dumps(tree).replace('"OUT', f'"{folder}/out')
+        with contextlib.redirect_stdout(io.StringIO()):
+            return plain(probe(json.loads(text)), folder)
+
+    def _filled(self, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        first, slash, rest = value.partition("/")
+        return f"{self.names[first]}{slash}{rest}" if first in self.names else value
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory, model_folder: Any) -> Iterator[World]:
+    with pytest.MonkeyPatch.context() as patch:
+        modules = tmp_path_factory.mktemp("modules")
+        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(modules))
+        patch.syspath_prepend(str(modules))
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        yield World(tmp_path_factory.mktemp("world"), model_folder("llama"))
+        torch.set_num_threads(threads)
+
+
+def config_of(tree: Tree) -> RunConfig:
+    return resolved(tree).config
+
+
+def finished(tree: Tree) -> Path:
+    finetune(tree)
+    return Path(tree["output"])
+
+
+def outcome(make: Callable[[], Any]) -> Any:
+    """What `make` gives, or why it is refused."""
+    try:
+        return make()
+    except LuthierError as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def plain(value: Any, folder: Path) -> str:
+    """As text, without the run's own folder."""
+    return repr(value).replace(str(folder), "RUN")
