@@ -164,7 +164,7 @@ def merge_without_adapter(s: Scene) -> list[str]:
     return ["merge", str(s.model), str(s.here / "nowhere"), str(s.here / "merged")]
 
 
-@case("nowhere", "adapter_config.json")
+@case("nowhere", "no such folder")
 def merge_without_adapter_and_base(s: Scene) -> list[str]:
     words = ["--lora_path", str(s.here / "nowhere"), "--output_path", str(s.here / "merged")]
     return ["merge", *words]

@@ -165,11 +165,12 @@ SAMPLING = {"evaluate__top_k": 0, "evaluate__max_new_tokens": 6}
 GREEDY = {"evaluate__max_new_tokens": 6}
 LAZY = {"data__lazy": True, "evaluate__every": "never"}
 WRITING = {"evaluate__generate": True, "evaluate__max_new_tokens": 4, "evaluate__rows": 2}
-WORSE = {
-    "optim__lr": 0.3,
+# of equal values the first one stays best
+EQUAL = {
+    "checkpoint__best": "accuracy",
     "evaluate__every": 1,
     "checkpoint__every": 1,
-    "optim__schedule": "constant",
+    "optim__lr": 1e-6,
 }
 COOLDOWN = {"optim__schedule": "cooldown", "optim__warmup": 2, "optim__decay_steps": 4}
 
@@ -249,7 +250,7 @@ TABLE = [
     Row("predict.output", "OUT/else.jsonl", answers, GREEDY),
     Row("checkpoint.every", 1, files),
     Row("checkpoint.keep", 1, files, {"checkpoint__every": 1, "checkpoint__best": "none"}),
-    Row("checkpoint.best", "none", trained, WORSE),
+    Row("checkpoint.best", "none", trained, EQUAL),
     Row("checkpoint.resume", "auto", going_on),
     Row("log.every", 2, records),
     Row("log.sinks", ["tensorboard"], files),

@@ -267,7 +267,7 @@ def _compare(ours: Measured, reference: Measured) -> Difference:
         least = total * math.sqrt(wanted.numel() / numel)
         share = distance / max(float(wanted.double().norm()), least)
         apart.append(distance)
-        if not share <= worst < math.inf:
+        if worst < math.inf and not share <= worst:
             worst, name = math.inf if math.isnan(share) else share, key
     loss = abs(ours.loss - reference.loss) / abs(reference.loss)
     return Difference(loss, math.hypot(*apart) / total, worst, name)

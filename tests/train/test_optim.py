@@ -48,7 +48,8 @@ def set_gradients(named: Named, step: int) -> None:
 
 
 def config(name: str, **options: Any) -> OptimConfig:
-    return OptimConfig(name=name, **{"weight_decay": 0.1, "betas": (0.9, 0.99), **options})  # pyright: ignore[reportArgumentType]
+    usual = {"weight_decay": 0.1} | ({} if name == "adafactor" else {"betas": (0.9, 0.99)})
+    return OptimConfig(name=name, **{**usual, **options})  # pyright: ignore[reportArgumentType]
 
 
 def adamw_by_hand(
