@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+WIDE = 110  # columns of a terminal that has room for a bar
 PLAIN_SECONDS = 10.0  # at least this long between two plain lines of training
 
 
@@ -73,21 +74,25 @@ class Rich:
         from rich.progress import BarColumn, TextColumn
         from rich.progress import Progress as Bar
 
+        console = Console(stderr=True)
+        # the numbers matter more than the bar: it is drawn where there is room for both
+        bar = [BarColumn(bar_width=24)] if console.width >= WIDE else []
         self._bar = Bar(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
+            *bar,
             TextColumn("{task.percentage:>3.0f}%"),
             TextColumn("{task.fields[text]}"),
-            console=Console(stderr=True),
+            console=console,
         )
-        self._train = self._bar.add_task("training", total=1.0, text="first step", visible=True)
+        self._train = self._bar.add_task("train", total=1.0, text="", visible=False)
         self._other = self._bar.add_task("", total=None, text="", visible=False)
         self._bar.start()
 
     def show(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         text = line(kind, step, values)
         if kind == "train":
-            self._bar.update(self._train, completed=values.get("progress") or 0.0, text=text)
+            done = values.get("progress") or 0.0
+            self._bar.update(self._train, completed=done, text=text, visible=True)
         elif text:
             self._bar.console.print(text, markup=False, highlight=False)
 
@@ -122,7 +127,7 @@ def _train_line(step: int, values: Mapping[str, Any]) -> str:
         f"step {step}/{total}" if total else f"step {step}",
         "loss -" if loss is None else f"loss {loss:.4f}",
         f"lr {values['lr']:.3g}",
-        "" if speed is None else f"{speed:,.0f} tokens/s",
+        "" if speed is None else f"{speed:,.0f} tok/s",
         _bytes(values.get("memory")),
         _left(values.get("eta_seconds")),
     ]

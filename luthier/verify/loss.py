@@ -3,7 +3,7 @@
 Short pieces of the documents of the run's first step go through the trainer's own step (`train/step.py`) as
 one batch, as micro-batches of one row, and one document a row; and through the model's own forward with
 padded rows, eager attention and transformers' loss. In half precision, plain float32 tells how
-far rounding alone goes. The weights are not changed; `train.compile` is left out of the comparison.
+far rounding alone goes, and the two are compared in float32 too. The weights are not changed; `train.compile` is left out of the comparison.
 """
 
 from __future__ import annotations
@@ -59,6 +59,9 @@ class Difference:
     name: str
 
 
+EXACT = Difference(FLOAT32_LOSS, FLOAT32_GRADIENT, FLOAT32_GRADIENT, "")
+
+
 def verify_loss(resolved: Resolved, say: Callable[[str], object] = print) -> dict[str, Any]:
     """Compare the ways to compute one step; gives the differences by name.
 
@@ -99,23 +102,25 @@ def verify_loss(resolved: Resolved, say: Callable[[str], object] = print) -> dic
         f"1 document a row = {per_row} documents a row": _compare(unpacked, batch),
         "plain transformers, padded rows = packed rows": _compare(batch, plain),
     }
-    allowed = Difference(FLOAT32_LOSS, FLOAT32_GRADIENT, FLOAT32_GRADIENT, "")
+    allowed = dict.fromkeys(found, EXACT)
     if built.model.dtype != torch.float32 or built.stage.autocast is not None:
-        exact = _plain(_in_float32(built), documents, text.pad_id)
+        wide = _in_float32(built)
+        exact = _plain(wide, documents, text.pad_id)
         rounding = _compare(plain, exact)
         say(_line("(rounding: plain transformers = the same in float32)", rounding))
         # the loss may come out right by chance: it is given what the gradients get
-        both = HALF * max(rounding.loss, rounding.gradients)
-        allowed = Difference(both, both, HALF * max(rounding.worst, rounding.gradients), "")
+        loss = HALF * max(rounding.loss, rounding.gradients)
+        allowed = dict.fromkeys(found, Difference(loss, loss, HALF * rounding.worst, ""))
+        found["both in float32"] = _compare(_step(updater, [whole]), exact)
+        allowed["both in float32"] = EXACT
     for what, difference in found.items():
-        say(_line(what, difference))
-    say(f"  allowed: {allowed.loss:.1e}, {allowed.gradients:.1e}, {allowed.worst:.1e}")
-    _judge(found, allowed)
+        say(f"{_line(what, difference)}\n{_line('  allowed', allowed[what])}")
+        _judge(what, difference, allowed[what])
     say("verify loss: ok")
     return {
         "loss": one.loss,
-        "allowed": asdict(allowed),
         "differences": {what: asdict(difference) for what, difference in found.items()},
+        "allowed": {what: asdict(difference) for what, difference in allowed.items()},
     }
 
 
@@ -123,23 +128,23 @@ def _line(what: str, d: Difference) -> str:
     return f"  {what:<52} loss {d.loss:.1e}   gradients {d.gradients:.1e}   worst {d.worst:.1e} {d.name}"
 
 
-def _judge(found: Mapping[str, Difference], allowed: Difference) -> None:
-    for what, d in found.items():
-        wrong = [
-            f"{name} by {value:.1e} (rounding explains {limit:.1e})"
-            for name, value, limit in (
-                ("the loss", d.loss, allowed.loss),
-                ("the gradients", d.gradients, allowed.gradients),
-                (f"the gradient of {d.name}", d.worst, allowed.worst),
-            )
-            if not value <= limit
-        ]
-        if wrong:
-            raise Failed(
-                f"comparing loss and gradients: {what}",
-                f"they differ: {', '.join(wrong)}",
-                "report this with the model's family; data.packing=none and model.attention=math may help",
-            )
+def _judge(what: str, d: Difference, allowed: Difference) -> None:
+    """Raise Failed when a difference is more than rounding."""
+    wrong = [
+        f"{name} by {value:.1e} (rounding explains {limit:.1e})"
+        for name, value, limit in (
+            ("the loss", d.loss, allowed.loss),
+            ("the gradients", d.gradients, allowed.gradients),
+            (f"the gradient of {d.name}", d.worst, allowed.worst),
+        )
+        if not value <= limit
+    ]
+    if wrong:
+        raise Failed(
+            f"comparing loss and gradients: {what}",
+            f"they differ: {', '.join(wrong)}",
+            "report this with the model's family; data.packing=none and model.attention=math may help",
+        )
 
 
 def _piece(ids: Any, labels: Any) -> Document:

@@ -167,7 +167,9 @@ def test_wrong_supervision_is_caught_before_training(
 
     monkeypatch.setattr(Renderer, "encode", broken)
     settings = config(write_lines(tmp_path / "rows.jsonl", [GOOD]), template="none")
-    with pytest.raises(Failed, match="trained spans begin at" if wrong == "prompt" else "not the next token"):
+    with pytest.raises(
+        Failed, match="trained spans begin at" if wrong == "prompt" else "not the next token"
+    ):
         prepare(settings, renderer(tiny_tokenizer(), settings), "train")
 
 

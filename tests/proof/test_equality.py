@@ -82,9 +82,13 @@ def step_of(dataset: Dataset, micro_batch: int, packing: Any) -> list[Any]:
     assert loader.steps_per_epoch == 1
     steps = loader.step_batches()
     try:
-        return next(steps)
+        found = next(steps)
     finally:
         steps.close()
+    shared = any(int(batch.document_ids.max()) > 0 for batch in found)
+    assert len(found) == loader.num_rows or micro_batch > 1
+    assert shared == (packing != "none")
+    return found
 
 
 def trainer_step(model: Any, micro_batches: list[Any]) -> Measured:
@@ -185,7 +189,13 @@ def compare(ours: Measured, reference: Measured, tolerance: float, zero: str | N
             assert float(distance / wanted.double().norm()) <= tolerance, name
 
 
-CUTS = {"8": (8, "none"), "2 x 4": (4, "none"), "8 x 1": (1, "none"), "packed": (8, "best")}
+CUTS = {  # micro-batch, packing
+    "8": (8, "none"),
+    "2 x 4": (4, "none"),
+    "8 x 1": (1, "none"),
+    "packed rows": (8, "best"),
+    "packed rows x 1": (1, "best"),
+}
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)

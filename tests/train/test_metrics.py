@@ -261,7 +261,7 @@ def test_plain_lines_are_few_and_go_to_stderr(capsys, monkeypatch):
     assert captured.out == ""
     text = captured.err.splitlines()
     assert [line.split()[1] for line in text[:-3]] == ["1/4", "11/4", "21/4", "30/4"]
-    assert text[0] == "step 1/4  loss 1.5000  lr 0.001  10 tokens/s"
+    assert text[0] == "step 1/4  loss 1.5000  lr 0.001  10 tok/s"
     assert text[-3:] == [
         "a remark",
         "evaluated at step 30: loss 1.2500",
@@ -293,7 +293,7 @@ def test_auto_is_a_live_display_on_a_terminal_only(monkeypatch):
     shown.activity("", None, None)
     shown.close()
     text = screen.getvalue()
-    assert "step 1/4" in text and "tokens/s" in text and " 50%" in text
+    assert "step 1/4" in text and "tok/s" in text and " 50%" in text
     assert "a [bold] remark" in text
     assert text.rstrip().endswith("\x1b[?25h")  # the cursor is back
 
