@@ -2,8 +2,8 @@
 
 Short pieces of the documents of the run's first step go through the trainer's own step (`train/step.py`) as
 one batch, as micro-batches of one row, and one document a row; and through the model's own forward with
-padded rows, eager attention and transformers' loss. In half precision, plain float32 tells how
-far rounding alone goes, and the two are compared in float32 too. The weights are not changed; `train.compile` is left out of the comparison.
+padded rows, eager attention and transformers' loss. In half precision, plain float32 tells how far
+rounding alone goes, and the two are compared in float32 too. Weights stay; `train.compile` is left out.
 """
 
 from __future__ import annotations
@@ -113,8 +113,8 @@ def verify_loss(resolved: Resolved, say: Callable[[str], object] = print) -> dic
         allowed = dict.fromkeys(found, Difference(loss, loss, HALF * rounding.worst, ""))
         found["both in float32"] = _compare(_step(updater, [whole]), exact)
         allowed["both in float32"] = EXACT
+    _show(found, allowed, say)
     for what, difference in found.items():
-        say(f"{_line(what, difference)}\n{_line('  allowed', allowed[what])}")
         _judge(what, difference, allowed[what])
     say("verify loss: ok")
     return {
@@ -122,6 +122,19 @@ def verify_loss(resolved: Resolved, say: Callable[[str], object] = print) -> dic
         "differences": {what: asdict(difference) for what, difference in found.items()},
         "allowed": {what: asdict(difference) for what, difference in allowed.items()},
     }
+
+
+def _show(
+    found: Mapping[str, Difference],
+    allowed: Mapping[str, Difference],
+    say: Callable[[str], object],
+) -> None:
+    """A table; what is allowed stands below the lines for which it holds."""
+    names = list(found)
+    for name, following in zip(names, [*names[1:], ""], strict=True):
+        say(_line(name, found[name]))
+        if not following or allowed[following] != allowed[name]:
+            say(_line("  allowed", allowed[name]))
 
 
 def _line(what: str, d: Difference) -> str:

@@ -189,6 +189,7 @@ class Hub:
 
 def test_hub_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("LUTHIER_DATA", raising=False)
     hub = Hub(monkeypatch, {"train": [{"n": 1}], "validation": [{"n": 2}]})
     assert values(source("owner/some-name:main")) == [1]
     assert values(source("owner/some-name", "dev")) == [2]
