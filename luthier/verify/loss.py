@@ -138,7 +138,8 @@ def _show(
 
 
 def _line(what: str, d: Difference) -> str:
-    return f"  {what:<52} loss {d.loss:.1e}   gradients {d.gradients:.1e}   worst {d.worst:.1e} {d.name}"
+    numbers = f"loss {d.loss:.1e}   gradients {d.gradients:.1e}   worst {d.worst:.1e}"
+    return f"  {what:<54}{numbers} {d.name}".rstrip()
 
 
 def _judge(what: str, d: Difference, allowed: Difference) -> None:
