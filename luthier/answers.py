@@ -63,6 +63,7 @@ class Evaluator:
             pad_id=self.text.pad_id,
             micro_batch=self.config.evaluate_micro_batch,
             progress=count,
+            autocast=self.built.stage.autocast,
         )
         if self.config.evaluate.save and self.output is not None:
             write_generated(self.output, self.records)
@@ -77,6 +78,8 @@ def generate_options(config: RunConfig) -> GenerateOptions:
 def rows_to_answer(config: RunConfig) -> list[list[Message]]:
     """The conversations of `predict.input`, or of the data's test (else dev) part; answers may be absent."""
     given = config.predict.input
+    if given is not None and Path(given).is_dir():
+        raise Refused(f"predict.input={given}", "it is a folder", "name the file of rows to answer")
     if given is not None:
         source = open_source(given, config.data, "train")
     else:

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from luthier.adapters.store import load_adapter
+from luthier.adapters.store import layers_of_base, load_adapter
 from luthier.config import ModelConfig
 from luthier.errors import Refused
+from luthier.models.folder import fingerprint
 from luthier.models.load import build_model, load_tokenizer
 
 
@@ -31,7 +32,9 @@ def load(
             f"load(quantize={quantize!r})", "quantised bases do not exist yet", "leave quantize out"
         )
     name = "auto" if dtype is None else str(dtype).removeprefix("torch.")
-    model = build_model(ModelConfig.model_validate({"path": str(path), "dtype": name}), seed=0)
+    options = {} if adapter is None else layers_of_base(Path(adapter))
+    config = ModelConfig.model_validate({"path": str(path), "dtype": name, **options})
+    model = build_model(config, seed=0)
     if adapter is not None:
-        load_adapter(model, adapter, base_name=str(path))
+        load_adapter(model, adapter, base_name=str(path), base_hash=fingerprint(path))
     return model, load_tokenizer(path)

@@ -19,7 +19,13 @@ from torch.nn import Parameter
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from luthier.adapters.base import ADAPTERS, adapter_parameters, adapters_of, attach, lr_scales
-from luthier.adapters.store import load_adapter, load_tensors, read_adapter_config, save_adapter
+from luthier.adapters.store import (
+    base_options,
+    load_adapter,
+    load_tensors,
+    read_adapter_config,
+    save_adapter,
+)
 from luthier.batch import Batch
 from luthier.config import MINIMISED, AdapterConfig, RunConfig
 from luthier.data.dataset import Dataset, LazyDataset, prepare
@@ -61,6 +67,8 @@ class Built:
     device: torch.device
     base: str  # folder or hub name of the base
     base_hash: str | None = None
+    num_layers: int | None = None
+    init: str = "pretrained"
     adapter: AdapterConfig | None = None
     remarks: list[str] = field(default_factory=list)
 
@@ -113,7 +121,9 @@ def build(
     `path` replaces model.path (a run's own result, say), `adapter` adapter.path. Raises Refused for what
     does not fit, before or while reading, with nothing written.
     """
-    chosen = config.model.model_copy(update={"path": path or config.model.path})
+    chosen = config.model
+    if path is not None and path != chosen.path:  # a trained folder is whole as it is
+        chosen = chosen.model_copy(update={"path": path, "init": "pretrained", "num_layers": None})
     device = resolve_device(chosen.device)
     adapter = adapter or config.adapter.path
     adapting = config.adapter.method != "none"
@@ -123,8 +133,18 @@ def build(
             "full fine-tuning trains no adapter",
             "give adapter.method=lora to go on with that adapter, or merge it into the base first",
         )
+    if adapter is not None and (layers := base_options(Path(adapter))["num_layers"]) != (
+        chosen.num_layers
+    ):
+        raise Refused(
+            f"model.num_layers={chosen.num_layers} with the adapter {adapter}",
+            f"it was trained on {'all layers' if layers is None else f'the first {layers} layers'}",
+            f"give model.num_layers={'null' if layers is None else layers}",
+        )
     model = build_model(chosen, seed=config.train.seed, train=train)
-    built = Built(model, Stage(model), device, base=chosen.path)
+    built = Built(
+        model, Stage(model), device, chosen.path, num_layers=chosen.num_layers, init=chosen.init
+    )
     if chosen.init == "pretrained" and (adapter or (train and adapting)):
         built.base_hash = fingerprint(chosen.path)
     if adapter is not None:
@@ -177,7 +197,8 @@ def _options_of_folder(asked: AdapterConfig, found: AdapterConfig, path: str) ->
 def write_model(built: Built, text: Text, folder: Path) -> None:
     """The trained thing as others read it: a PEFT folder, or a Hugging Face folder with its tokenizer."""
     if built.adapter is not None:
-        save_adapter(built.model, folder, built.adapter, built.base, built.base_hash)
+        made = {"num_layers": built.num_layers, "init": built.init}
+        save_adapter(built.model, folder, built.adapter, built.base, built.base_hash, made)
         return
     keep_stops(built.model, text.renderer.stop_ids)
     save_model(built.model, folder, text.tokenizer)
@@ -289,16 +310,11 @@ def make_plan(config: RunConfig, data: Data) -> Plan:
 def expected_steps(config: RunConfig, data: Data, plan: Plan) -> int:
     """Steps that the schedule is laid over: those of the plan, or an estimate from `train.tokens`.
 
-    The estimate takes an average step of the first epoch; for lazy data, rows filled to `data.length`.
+    The estimate takes an average step of the first epoch.
     """
     if plan.steps is not None:
         return plan.steps
-    per_epoch = data.loader.steps_per_epoch
-    if per_epoch is None:
-        per_step = config.batch * config.data.length
-    else:
-        per_step = max(1.0, data.train.ledger.num_tokens / per_epoch)
-    return max(1, math.ceil((plan.tokens or 0) / per_step))
+    return max(1, math.ceil((config.train.tokens or 0) / data.loader.tokens_per_step))
 
 
 def make_updater(config: RunConfig, built: Built) -> Updater:
@@ -328,9 +344,7 @@ def make_updater(config: RunConfig, built: Built) -> Updater:
         optimizer=optimizer,
         scaler=LossScaler(half),
         clip=config.optim.clip,
-        gate=lambda gradients: check_first_gradients(
-            built.model, expected, excused, gradients=gradients
-        ),
+        gate=partial(check_first_gradients, built.model, expected, excused),
         device=built.device,
     )
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from luthier.adapters.base import fold_into
-from luthier.adapters.store import load_adapter, read_adapter_config
+from luthier.adapters.store import layers_of_base, load_adapter, read_adapter_config
 from luthier.assemble import keep_stops
 from luthier.config import ModelConfig
 from luthier.data.encode import Renderer
@@ -77,7 +77,9 @@ def merge(
     resolve_device(device)
     stored = load_config(base).dtype or torch.float32
     dtype = getattr(torch, stored) if isinstance(stored, str) else stored
-    config = ModelConfig.model_validate({"path": base, "dtype": "float32", "device": device})
+    config = ModelConfig.model_validate(
+        {"path": base, "dtype": "float32", "device": device, **layers_of_base(folder)}
+    )
     model = build_model(config, seed=0)
     probe = _probe(model)
     before = _logits(model, probe)

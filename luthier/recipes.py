@@ -8,10 +8,12 @@ converting, which need no config, are `convert.py`.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from luthier.adapters.store import check_base
 from luthier.answers import Evaluator
 from luthier.assemble import (
     Data,
@@ -46,6 +48,7 @@ from luthier.train.schedules import make_schedule, warmup_steps
 from luthier.train.sinks import check_sinks
 
 Source = str | Path | Mapping[str, Any] | RunConfig | Resolved
+MARKERS = ("config.json", "adapter_config.json")  # what makes a folder a model
 BEFORE = "before.json"  # the evaluation before training, kept for a resumed run's report
 
 
@@ -77,6 +80,10 @@ def finetune(source: Source, overrides: Sequence[str] = ()) -> dict[str, Any]:
     for remark in resolved.remarks:
         say(f"note: {remark}")
     World.current()
+    if Path(config.model.path).resolve() == Path(config.output).resolve():
+        raise Refused(
+            f"output={config.output}", "it is the folder of the model itself", "name another output"
+        )
     resolve_device(config.model.device)
     check_sinks(config.log.sinks)
     output = Path(config.output)
@@ -118,6 +125,8 @@ def _finetune(
 
     built = build(config, train=True)
     loaded = memory(built.device)
+    if found.path is not None and built.adapter is not None:
+        check_base(found.path, None, None, built.base_hash)
     remarks += built.remarks
     share = built.num_trained / max(built.num_base, 1)
     say(
@@ -168,26 +177,33 @@ def _finetune(
         else None,
         facts={"trained_parameters": built.num_trained, "total_steps": plan.steps},
         remarks=remarks,
+        evaluation_data="" if data.dev is None else data.dev.fingerprint,
     )
     result = trainer.fit(found.path)
-    checks.append(
-        ("every trained tensor had a gradient at the first step, no frozen one", True, "")
-    )
+    if updater.gated:
+        checks.append(
+            ("every trained tensor had a gradient at the first step, no frozen one", True, "")
+        )
 
     _publish_final(output, lambda folder: write_model(built, text, folder))
     data.train.ledger.reconcile(data.train.ledger.num_rows)
     ledgers = {d.split: d.ledger.to_dict() for d in (data.train, data.dev) if d is not None}
     write_json(output / "ledger.json", ledgers)
-    after_records = evaluator.records if evaluator else []
-    if evaluator and config.evaluate.generate and result.final_step != result.step:
+    if (
+        evaluator
+        and config.evaluate.generate
+        and result.evaluation
+        and (result.final_step != result.step or not evaluator.records)
+    ):
         evaluator.generate()
-        after_records = evaluator.records
     facts = facts_of(config, built, data, result, loaded, plan)
     before = {}
     if (output / BEFORE).is_file():
         before = json.loads((output / BEFORE).read_text("utf-8"))
     facts["before"] = before.get("values", {})
-    facts["samples"] = pair_samples(before.get("records", []), after_records)
+    facts["samples"] = pair_samples(
+        before.get("records", []), evaluator.records if evaluator else []
+    )
     facts["checks"] = checks
     write_json(output / "report.json", dict(facts))
     report = write_report(output, facts)
@@ -199,21 +215,26 @@ def _evaluate_before(output: Path, evaluator: Evaluator) -> dict[str, float]:
     """The evaluation before the first step, kept for the report of a run that is resumed."""
     values = evaluator()
     write_json(output / BEFORE, {"values": values, "records": evaluator.records})
+    evaluator.records = []
     return values
 
 
 def _publish_final(output: Path, write: Any) -> None:
-    """Write the final model at the top of `output`, file by file, weights before the config that names them."""
+    """Write the final model at the top of `output`, file by file.
+
+    The config comes last: without it nobody takes the folder for a model.
+    """
     staged = output / f"{PARTIAL}final"
     with publish(staged / "model", manifest=False) as folder:
         write(folder)
-    files = sorted(
-        (staged / "model").iterdir(), key=lambda p: (p.name.endswith("config.json"), p.name)
-    )
-    for path in files:
-        path.replace(output / path.name)
-    (staged / "model").rmdir()
-    staged.rmdir()
+    for name in MARKERS:
+        (output / name).unlink(missing_ok=True)
+    made = staged / "model"
+    names = [path.relative_to(made) for path in made.rglob("*") if path.is_file()]
+    for name in sorted(names, key=lambda name: (str(name) in MARKERS, name)):
+        (output / name).parent.mkdir(parents=True, exist_ok=True)
+        (made / name).replace(output / name)
+    shutil.rmtree(staged)
 
 
 def _say_result(output: Path, facts: Mapping[str, Any], step: int, report: Path) -> None:

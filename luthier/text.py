@@ -10,9 +10,10 @@ from transformers import GenerationConfig, PretrainedConfig
 
 from luthier.config import RunConfig
 from luthier.data.encode import Renderer
+from luthier.data.templates import PaddleNLP
 from luthier.errors import Refused
 from luthier.models.folder import find_folder
-from luthier.models.load import check_tokenizer, load_config, load_tokenizer, pad_id
+from luthier.models.load import check_tokenizer, load_config, load_tokenizer, pad_id, quiet
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,13 @@ def open_text(config: RunConfig, path: str | None = None) -> Text:
         stop_ids=_model_stops(find_folder(where, code=remote)),
     )
     _check_positions(config, model_config)
+    if isinstance(renderer.template, PaddleNLP):
+        renderer.notes += (
+            "PaddleNLP's chat template is no Jinja template of transformers: the final model's "
+            "tokenizer keeps its own",
+        )
+    elif data.template not in ("auto", "none"):  # what was trained is what goes with the model
+        tokenizer.chat_template = Path(data.template).read_text("utf-8")
     return Text(tokenizer, renderer, pad_id(tokenizer, model_config), model_config)
 
 
@@ -53,7 +61,8 @@ def _model_stops(folder: Path) -> list[int]:
     """End ids of the folder's generation_config.json."""
     if not (folder / "generation_config.json").is_file():
         return []
-    end = GenerationConfig.from_pretrained(folder).eos_token_id
+    with quiet():
+        end = GenerationConfig.from_pretrained(folder).eos_token_id
     return [] if end is None else [end] if isinstance(end, int) else list(end)
 
 

@@ -21,7 +21,7 @@ from luthier.files import check_writable, damage, write_text
 from luthier.models.generate import generate
 from luthier.models.load import resolve_device
 from luthier.recipes import Source, resolve, say
-from luthier.train.checkpoint import steps_in
+from luthier.train.checkpoint import step_of, steps_in
 from luthier.train.progress import open_progress
 
 
@@ -40,8 +40,9 @@ def choose_model(config: RunConfig) -> Chosen:
     An adapter.path that differs from the one that the run in `output` went on from is asked for as it is.
     """
     base, output, given = config.model.path, Path(config.output), config.adapter.path
-    folders = [(output, "final model")]
-    folders += [(path, path.name) for _, path in reversed(steps_in(output)) if damage(path) is None]
+    folders = [(path, path.name) for _, path in reversed(steps_in(output)) if damage(path) is None]
+    if not folders or (step_of(folders[0][0]) or 0) <= _final_step(output):
+        folders.insert(0, (output, "final model"))  # else the run was extended and is not finished
     if given is not None and given != _started_from(output):
         folders = []
     for folder, what in folders:
@@ -52,6 +53,12 @@ def choose_model(config: RunConfig) -> Chosen:
     if given is not None:
         return Chosen(base, given, f"{base} with the adapter {given}")
     return Chosen(base, None, f"{base} (nothing was trained in {output})")
+
+
+def _final_step(output: Path) -> int:
+    """The last step of the run whose final model is in `output`; 0 when none was finished."""
+    report = output / "report.json"
+    return int(json.loads(report.read_text("utf-8")).get("steps", 0)) if report.is_file() else 0
 
 
 def _started_from(output: Path) -> str | None:
@@ -126,6 +133,7 @@ def predict(source: Source, overrides: Sequence[str] = ()) -> list[dict[str, str
             stop_ids=text.renderer.stop_ids,
             micro_batch=config.evaluate_micro_batch,
             progress=count,
+            autocast=built.stage.autocast,
         )
     records = []
     for messages, answer in zip(rows, ids, strict=True):

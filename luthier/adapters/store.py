@@ -43,12 +43,18 @@ class LoadedAdapter:
 
 
 def save_adapter(
-    model: nn.Module, folder: Path, config: AdapterConfig, base_name: str, base_hash: str | None
+    model: nn.Module,
+    folder: Path,
+    config: AdapterConfig,
+    base_name: str,
+    base_hash: str | None,
+    base_options: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the model's adapters into `folder`, which exists or is made; PEFT loads it.
 
     `config` holds the options of most layers; those of others become patterns. Call it inside
-    `files.publish`. Tensors are in the adapters' own type.
+    `files.publish`. Tensors are in the adapters' own type. `base_options`: how the base was made of its
+    folder (`num_layers`, `init`), for whoever makes it again.
     """
     adapters = adapters_of(model)
     method = ADAPTERS[config.method]
@@ -68,7 +74,13 @@ def save_adapter(
         **method.to_peft(config, adapters),
     }
     write_json(folder / CONFIG, fields)
-    write_json(folder / FACTS, {"format": 1, "base_name": base_name, "base_hash": base_hash})
+    facts = {
+        "format": 1,
+        "base_name": base_name,
+        "base_hash": base_hash,
+        "base_options": dict(base_options or {}),
+    }
+    write_json(folder / FACTS, facts)
 
 
 def load_adapter(
@@ -91,7 +103,7 @@ def load_adapter(
     fields = read_adapter_config(folder)
     method = _method(fields)
     made_for = fields.get("base_model_name_or_path")
-    remarks = _check_base(folder, made_for, base_name, base_hash)
+    remarks = check_base(folder, made_for, base_name, base_hash)
     tensors = _read_tensors(folder)
     parts, whole, misfits = _sort(tensors, model, method)
     config, plan, more = method.from_peft(fields, list(parts))
@@ -164,9 +176,10 @@ def _method(fields: Mapping[str, Any]) -> type[Adapter]:
     return known[kind]
 
 
-def _check_base(
+def check_base(
     folder: Path, made_for: Any, base_name: str | None, base_hash: str | None
 ) -> list[str]:
+    """Refuse a base of another hash than the one recorded in `folder`; another name is a remark."""
     facts = _read_json(folder / FACTS) if (folder / FACTS).is_file() else {}
     recorded = facts.get("base_hash")
     if recorded and base_hash and recorded != base_hash:
@@ -178,6 +191,24 @@ def _check_base(
     if made_for and base_name and made_for != base_name:
         return [f"the adapter was trained on a base named {made_for}, here it is {base_name}"]
     return []
+
+
+def base_options(folder: Path) -> dict[str, Any]:
+    """How the adapter's base was made of its folder: `num_layers` and `init` as in `model`."""
+    facts = _read_json(folder / FACTS) if (folder / FACTS).is_file() else {}
+    return {"num_layers": None, "init": "pretrained", **(facts.get("base_options") or {})}
+
+
+def layers_of_base(folder: Path) -> dict[str, int | None]:
+    """`num_layers` of the base for use without the run's config. Refused where no folder holds that base."""
+    options = base_options(folder)
+    if options["init"] == "random":
+        raise Refused(
+            f"the adapter {folder}",
+            "it was trained on random weights (model.init=random), which are in no folder",
+            "use it through the config of its run",
+        )
+    return {"num_layers": options["num_layers"]}
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ trained before any work is done on a model. Rows of the training batch are made 
 from __future__ import annotations
 
 import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -140,6 +141,14 @@ class Dataset:
         return self.encoder.source
 
     @property
+    def fingerprint(self) -> str:
+        """What must be equal for these to be the same examples in the same order."""
+        checksum = 0
+        for array in (self.ids, self.labels, self.offsets):
+            checksum = zlib.crc32(array.data, checksum)
+        return f"{len(self)} examples, checksum {checksum:08x}"
+
+    @property
     def lengths(self) -> np.ndarray:
         """Tokens of each example, int64 [N]."""
         return np.diff(self.offsets)
@@ -165,13 +174,15 @@ class Dataset:
 @dataclass(frozen=True)
 class LazyDataset:
     """Rows that are read and encoded while training. `ledger` grows with the first pass over them; `sample`
-    is that of the rows looked at beforehand."""
+    is that of the rows looked at beforehand, with the lengths and a checksum of their examples."""
 
     split: Split
     encoder: Encoder
     ledger: Ledger
     workers: Workers
     sample: Ledger
+    sample_lengths: np.ndarray  # int64 [N], tokens of each example
+    sample_checksum: int  # of ids and labels
 
     @property
     def source(self) -> Source:
@@ -200,12 +211,27 @@ def prepare(
     for note in [*notes, *encoder.notes, *renderer.notes, *_mixture(source, split)]:
         ledger.note(note)
     if config.data.lazy and split == "train":
-        sampled = Ledger(split, f"{SAMPLE_ROWS} sampled rows of {source.name}")
-        for outcome in encoder(np.unique(np.linspace(0, len(source) - 1, SAMPLE_ROWS, dtype=int))):
-            sampled.add(outcome.record)
-        sampled.check(training=True)
-        return LazyDataset(split, encoder, ledger, Workers(encoder, config.data.workers), sampled)
+        return _lazy(split, encoder, ledger, config)
     return _read(split, encoder, ledger, config.data.workers, progress)
+
+
+def _lazy(split: Split, encoder: Encoder, ledger: Ledger, config: RunConfig) -> LazyDataset:
+    """Encode a sample of the rows: as they lie in the data, or of a mixture as they are drawn."""
+    source = encoder.source
+    rows = np.unique(np.linspace(0, len(source) - 1, SAMPLE_ROWS, dtype=int))
+    if len(source.parts) > 1:
+        rows = source.order(config.train.seed, 0, shuffle=True)[:SAMPLE_ROWS]
+    sample = Ledger(split, f"{len(rows)} sampled rows of {source.name}")
+    lengths, checksum = [], 0
+    for outcome in encoder(rows):
+        sample.add(outcome.record)
+        for example in outcome.examples:
+            lengths.append(len(example.input_ids))
+            for array in (example.input_ids, example.labels):
+                checksum = zlib.crc32(array.tobytes(), checksum)
+    sample.check(training=True)
+    workers = Workers(encoder, config.data.workers)
+    return LazyDataset(split, encoder, ledger, workers, sample, np.array(lengths), checksum)
 
 
 def _read(

@@ -191,10 +191,10 @@ class Renderer:
         if kept.size > self.length:
             kept = self.template.shorten(conversation, begin, kept)
             if not kept.rounds[0].answer and conversation.turns[stop - 1].answer is not None:
-                raise Dropped(
-                    "its prompt leaves no room for an answer "
-                    f"(data.length={self.length}, data.source_length={self.template.source_length})"
-                )
+                source = self.template.source_length
+                limits = f"data.length={self.length}"
+                limits += "" if source is None else f", data.source_length={source}"
+                raise Dropped(f"its prompt leaves no room for an answer ({limits})")
         return replace(kept, cut=whole.cut + whole.size - kept.size)
 
     def _split(self, conversation: Conversation, whole: Rendered) -> list[Rendered]:

@@ -8,7 +8,6 @@ come from `dataset.py`, which of them share a row from `packing.py`, lazy data f
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Generator, Iterator, Sequence
 from functools import cached_property
 from typing import Any
@@ -75,6 +74,13 @@ class Loader:
         return None if self.num_rows is None else math.ceil(self.num_rows / self.batch)
 
     @property
+    def tokens_per_step(self) -> float:
+        """Real tokens of an average step of the first epoch; of lazy data, an estimate from its sample."""
+        if isinstance(self._feed, Stream):
+            return self._feed.tokens_per_step
+        return self._padding["tokens"] / math.ceil(self._feed.num_rows / self.batch)
+
+    @property
     def epoch(self) -> int:
         """Epochs that were handed out completely."""
         return self._position["epoch"]
@@ -85,7 +91,8 @@ class Loader:
             return None
         part, whole = math.modf(epochs)
         steps = [math.ceil(len(self._feed.rows(e)) / self.batch) for e in range(math.ceil(epochs))]
-        return sum(steps[: int(whole)]) + (math.ceil(part * steps[-1]) if part else 0)
+        # 1.1 epochs of 10 steps are 11.000000000000002 in floating point, and yet 11
+        return max(1, sum(steps[: int(whole)]) + math.ceil(round(part * steps[-1], 6)))
 
     def step_batches(self) -> Generator[list[Batch]]:
         """Steps from the current position on, each a list of micro-batches padded to their longest row."""
@@ -243,8 +250,7 @@ class _Memory:
     @cached_property
     def fingerprint(self) -> str:
         """What must be equal for a position to mean the same rows."""
-        checksum = zlib.crc32(self.dataset.ids.data)
-        return f"{len(self.dataset)} examples with checksum {checksum:08x}"
+        return self.dataset.fingerprint
 
     def rows(self, epoch: int) -> list[list[int]]:
         """The rows of an epoch, as examples, before they are shuffled."""

@@ -8,6 +8,7 @@ Where batches are cut, and what is remembered, is `loader.py`.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from luthier.data.ahead import ahead
 from luthier.data.dataset import LazyDataset
 from luthier.data.encode import Example
 from luthier.data.ledger import Ledger, Record
-from luthier.data.packing import Method, stream
+from luthier.data.packing import STREAM_BUFFER, Method, pack, stream
 from luthier.data.sources import permutation
 from luthier.data.workers import CHUNK_ROWS
 from luthier.errors import Failed
@@ -66,7 +67,20 @@ class Stream:
     @property
     def fingerprint(self) -> str:
         """What must be equal for a position to mean the same rows."""
-        return f"{len(self.dataset.source)} rows"
+        checksum = self.dataset.sample_checksum
+        return f"{len(self.dataset.source)} rows, of which a sample has checksum {checksum:08x}"
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Real tokens of an average step of the first epoch, as if all rows were like the sampled ones."""
+        lengths = self.dataset.sample_lengths
+        share = len(self.dataset.source) / self.dataset.sample.num_rows
+        # as many as are packed together: a few would leave a last row that is emptier than most
+        typical = np.resize(lengths, min(round(share * len(lengths)), STREAM_BUFFER))
+        packed = len(pack(typical, self.length, self.packing))
+        tokens = share * int(lengths.sum())
+        num_rows = max(1, round(tokens * packed / int(typical.sum())))
+        return tokens / math.ceil(num_rows / self.batch)
 
     def steps(self, position: dict[str, Any]) -> Iterator[Step]:
         """Endless steps from `position` on. The last step of an epoch may be smaller."""

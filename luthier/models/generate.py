@@ -53,12 +53,15 @@ def generate(
     stop_ids: Sequence[int],
     micro_batch: int,
     progress: Callable[[int], None] | None = None,
+    autocast: torch.dtype | None = None,
 ) -> list[list[int]]:
     """The new tokens of each prompt, in the prompts' order, without the stop token and padding.
 
     An answer ends at a token of `stop_ids`, after `max_new_tokens`, or where the model's positions end.
-    `progress(n)` is called after each micro-batch with the number of its prompts. Refused: an empty
-    prompt, and one that leaves no position for an answer.
+    `progress(n)` is called after each micro-batch with the number of its prompts. `autocast` is the type
+    of matrix products over wider weights, as `Stage.autocast`. Compiled layers run as they were before:
+    lengths grow with each token, and each would be compiled anew. Refused: an empty prompt, and one
+    that leaves no position for an answer.
     """
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     room = [
@@ -81,11 +84,18 @@ def generate(
         else:
             groups.append([i])
     answers: list[list[int]] = [[] for _ in prompts]
+    device = next(model.parameters()).device
     training, defaults = model.training, model.generation_config
     model.eval()
     model.generation_config = GenerationConfig()  # the checkpoint's own defaults are not asked for
     try:
-        with layout_scope(None), quiet(), torch.no_grad():
+        with (
+            layout_scope(None),
+            quiet(),
+            torch.no_grad(),
+            torch.autocast(device.type, autocast, enabled=autocast is not None),
+            torch.compiler.set_stance("force_eager"),
+        ):
             for group in groups:
                 rows = [prompts[i] for i in group]
                 new = _answer(model, rows, group, options, room[group[0]], pad_id, stop_ids)

@@ -89,6 +89,10 @@ def find(output: Path, resume: str) -> Found:
         return Found()
     if resume != "auto":
         return _named(output, Path(resume))
+    if not (output / TRACES[0]).is_file():
+        _refuse_traces(
+            output
+        )  # a model, or the remains of something else: no run of ours to go on with
     remarks = []
     for _, path in reversed(steps_in(output)):
         reason = damage(path)
@@ -107,7 +111,9 @@ def _refuse_traces(output: Path) -> None:
         f"a new run in {output}",
         f"it holds another {'run' if run else 'model'} ({', '.join(traces)})",
         "name another output"
-        + (", or give checkpoint.resume=auto to go on with that run" if run else ""),
+        + (
+            ", or give checkpoint.resume=auto to go on with that run" if TRACES[0] in traces else ""
+        ),
     )
 
 

@@ -106,14 +106,15 @@ def evaluate_generation(
     pad_id: int,
     micro_batch: int,
     progress: Progress | None = None,
+    autocast: torch.dtype | None = None,
 ) -> tuple[dict[str, float], list[dict[str, str]]]:
     """Generate the last answer of each row and score it against the row's own.
 
     Earlier turns are given as they stand in the row. Rows without an answer (plain text) and rows that
-    give no prompt (which the ledger counts) are left out. Returns `bleu4, rouge1, rouge2, rougel` (0..1,
-    see `scores.text_scores`) with `answers`, the number of rows generated for; and one record per such
-    row, in order: `prompt` (the last user turn), `output` (generated), `tgt` (the reference). Raises Refused
-    when no row is left.
+    give no prompt (which the ledger counts) are left out. `autocast` as in `generate`. Returns
+    `bleu4, rouge1, rouge2, rougel` (0..1, see `scores.text_scores`) with `answers`, the number of rows
+    generated for; and one record per such row, in order: `prompt` (the last user turn), `output`
+    (generated), `tgt` (the reference). Raises Refused when no row is left.
     """
     prompts, records = [], []
     for messages in rows:
@@ -141,6 +142,7 @@ def evaluate_generation(
             stop_ids=renderer.stop_ids,
             micro_batch=micro_batch,
             progress=progress,
+            autocast=autocast,
         )
     for record, ids in zip(records, answers, strict=True):
         record["output"] = renderer.decode(ids)

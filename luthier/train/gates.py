@@ -126,14 +126,16 @@ def check_first_gradients(
     may_be_zero: Collection[str] = (),
     *,
     gradients: Mapping[str, Tensor | None] | None = None,
-    where: str = "step 1",
+    step: int = 1,
+    zeros: bool = True,
 ) -> None:
     """After the first step's backwards: exactly the expected tensors are trained, each one really.
 
     The names with requires_grad equal `expected_trainable`; each of them has a finite gradient that is
     not all zero, but for those in `may_be_zero` (LoRA's A while B = 0, experts that saw no token);
     no other tensor has a gradient. `gradients`: name -> gradient where it is not in `.grad`
-    (`MasterWeights.gradients()`). Raises Failed with the names.
+    (`MasterWeights.gradients()`). `zeros=False` lets all be zero, for a step without
+    `num_seeing_several_keys`. Raises Failed with the number of the `step` and the names.
     """
     wrong: dict[str, list[str]] = {}
     expected, excused = set(expected_trainable), set(may_be_zero)
@@ -147,7 +149,8 @@ def check_first_gradients(
         elif name not in expected:
             problem = "frozen but has a gradient" if gradient is not None else None
         elif gradient is None or not torch.any(gradient):  # NaN counts as non-zero here
-            problem = None if name in excused else "trained but its gradient is zero"
+            excuse = name in excused or not zeros
+            problem = None if excuse else "trained but its gradient is zero"
         else:
             finite = torch.isfinite(gradient).all()
             problem = None if finite else "its gradient is not finite"
@@ -155,10 +158,19 @@ def check_first_gradients(
             wrong.setdefault(problem, []).append(name)
     if wrong:
         raise Failed(
-            f"checking the gradients of {where}",
+            f"checking the gradients of step {step}",
             "; ".join(f"{problem}: {_listed(names)}" for problem, names in wrong.items()),
             "nothing was updated; check adapter.targets, the weights and the data",
         )
+
+
+def num_seeing_several_keys(batch: Batch) -> int:
+    """Supervised tokens behind the first of their document.
+
+    The first attends to itself alone, with weight 1 whatever query and key are: from it alone, the
+    gradients of both are exactly zero.
+    """
+    return int(((batch.labels != IGNORE) & ~Layout.of(batch).borders).sum())
 
 
 def check_finite(

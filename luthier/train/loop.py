@@ -46,7 +46,8 @@ class Trainer:
     `schedule(t)` is the learning rate of step t = 0, 1, ... `write_model(folder)` writes the model as others
     read it; `read_model(folder)` puts such a folder's weights back into the live model, bit for bit.
     `evaluate()` measures the model; `before()` does so once, before the first step. `facts` are recorded
-    with the start of the run; `remarks` are told.
+    with the start of the run; `remarks` are told. `evaluation_data` is a fingerprint of what `evaluate`
+    measures on: values on other data are not compared.
     """
 
     updater: Updater
@@ -59,6 +60,7 @@ class Trainer:
     read_model: Callable[[Path], object]
     evaluate: Callable[[], Mapping[str, float]] | None = None
     before: Callable[[], Mapping[str, float]] | None = None
+    evaluation_data: str = ""
     facts: Mapping[str, Any] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
 
@@ -238,6 +240,7 @@ class Trainer:
             "window": asdict(self._window),
             "evaluation": self.evaluation,
             "best": self.best,
+            "evaluation_data": self.evaluation_data,
         }
         best = self.best["step"] if self.best else None
         self.metrics.activity("saving")
@@ -260,6 +263,13 @@ class Trainer:
         self.evaluation, self.best = state["evaluation"], state["best"]
         ours = self.checkpoints.path(saved.step)
         self._saved_at = saved.step if saved.path.resolve() == ours.resolve() else 0
+        if state.get("evaluation_data", "") != self.evaluation_data:
+            if self.best:
+                self.remarks.append(
+                    f"the best so far, step-{self.best['step']}, was measured on other evaluation data: "
+                    "the best is sought from here on"
+                )
+            self.evaluation = self.best = None
         if self.best and self.best["metric"] != self.plan.best:
             self.best = None  # another metric was asked for: the best is sought from here on
         if self.best and damage(self.checkpoints.path(self.best["step"])) is not None:

@@ -8,7 +8,7 @@ which rate, and what else happens between them is `loop.py`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -18,8 +18,9 @@ from torch.nn import Module, Parameter
 from torch.optim import Optimizer
 
 from luthier.batch import TENSORS, Batch
+from luthier.errors import Failed
 from luthier.parallel.world import World
-from luthier.train.gates import check_finite
+from luthier.train.gates import check_finite, num_seeing_several_keys
 from luthier.train.loss import token_loss
 from luthier.train.master import LossScaler, MasterWeights
 from luthier.train.metrics import StepReport
@@ -30,7 +31,13 @@ from luthier.train.optim import (
     set_lr,
 )
 
-Gate = Callable[[Mapping[str, Tensor | None]], object]
+
+class Gate(Protocol):
+    """`gates.check_first_gradients` of a model."""
+
+    def __call__(
+        self, *, gradients: Mapping[str, Tensor | None], step: int, zeros: bool
+    ) -> object: ...
 
 
 class Stage(Protocol):
@@ -47,8 +54,9 @@ class Stage(Protocol):
 class Updater:
     """Trains the parameters of `master`, over which `optimizer` was made.
 
-    `clip`: largest norm of the gradient, 0 = off. `gate(gradients)`, name -> gradient, is called once,
-    before the first update, and raises to stop. The model's mode (train or eval) is the caller's.
+    `clip`: largest norm of the gradient, 0 = off. `gate`, which raises to stop, is called before the
+    first update, and before the next ones until a step has supervised tokens that see several keys; only
+    there with `zeros`, and then `gated` is True. The model's mode (train or eval) is the caller's.
     """
 
     stage: Stage
@@ -59,6 +67,7 @@ class Updater:
     gate: Gate | None = None
     device: torch.device | str = "cpu"
     world: World = field(default_factory=World)
+    gated: bool = field(default=False, init=False)
 
     def update(self, micro_batches: Sequence[Batch], *, step: int, lr: float) -> StepReport:
         """Do optimiser step number `step` (from 1) at rate `lr`; the report has no times yet.
@@ -88,9 +97,10 @@ class Updater:
                 return replace(report, loss=loss, skipped="float16 overflow")
             if not math.isfinite(norm):
                 self._raise_non_finite(loss, norm, step, micro_batches)
-            if self.gate is not None:
-                self.gate(self.master.gradients())
-                self.gate = None
+            if self.gate is not None and not self.gated:
+                telling = self._total(map(num_seeing_several_keys, micro_batches)) > 0
+                self.gate(gradients=self.master.gradients(), step=step, zeros=telling)
+                self.gated = telling
             set_lr(self.optimizer, lr)
             self.optimizer.step()
             self.master.write_back()
@@ -104,6 +114,12 @@ class Updater:
     def _backward(self, batch: Batch, count: int) -> Tensor:
         """Forward and backward of one micro-batch; gives its share of the step's mean loss."""
         loss = self._loss_sum(batch.to(self.device)) / count
+        if not loss.requires_grad:
+            raise Failed(
+                "training",
+                "the loss does not depend on any trained tensor",
+                "check adapter.targets: the layers they name take no part in the model's forward",
+            )
         (loss * self.scaler.scale).backward()
         self.master.collect()
         return loss.detach()

@@ -181,10 +181,10 @@ def _step(updater: Updater, micro_batches: list[Batch]) -> Measured:
     """Loss and gradients of one step of the trainer, which moves nothing: its rate is 0."""
     kept: dict[str, Tensor] = {}
 
-    def keep(gradients: Mapping[str, Tensor | None]) -> None:
+    def keep(*, gradients: Mapping[str, Tensor | None], step: int, zeros: bool) -> None:
         kept.update({n: g.detach().cpu() for n, g in gradients.items() if g is not None})
 
-    updater.clip, updater.gate = 0.0, keep
+    updater.clip, updater.gate, updater.gated = 0.0, keep, False
     still = OptimConfig.model_validate({"name": "sgd", "betas": (0.0, 0.0)})
     updater.optimizer = make_optimizer(updater.master.named, still, 0.0)
     report = updater.update(micro_batches, step=1, lr=0.0)

@@ -82,7 +82,11 @@ def verify_packing(resolved: Resolved, say: Callable[[str], object] = print) -> 
     say(
         f"  packed or alone: hidden states differ by {worst:.1e} at most (rounding; allowed {allowed:g})"
     )
-    say("verify packing: ok")
+    say(
+        "verify packing: ok"
+        if changed
+        else "verify packing: ok, but there was nothing to keep apart"
+    )
     return {
         **vars(counted),
         "padding_share": 1 - counted.tokens / counted.slots,

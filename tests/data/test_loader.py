@@ -11,6 +11,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import pytest
 import torch
 from small_data import config, random_rows, renderer, write_lines
 
+from luthier.assemble import Data, expected_steps
 from luthier.batch import IGNORE, PADDING, TENSORS, Batch
 from luthier.data.dataset import SAMPLE_ROWS, Dataset, Encoder, LazyDataset, Outcome, prepare
 from luthier.data.ledger import Record
@@ -26,6 +28,7 @@ from luthier.data.loader import Loader, collate, evaluation_batches
 from luthier.data.packing import Method
 from luthier.data.workers import Workers
 from luthier.errors import Failed, Refused
+from luthier.train.plan import Plan
 
 Open = Callable[..., Loader]
 METHODS: tuple[Method, ...] = ("none", "sequential", "greedy", "best")
@@ -244,6 +247,38 @@ def test_counts_of_steps(opened: Open) -> None:
     assert (lazy.num_rows, lazy.steps_per_epoch, lazy.steps_in(3)) == (None, None, None)
 
 
+def test_parts_of_an_epoch_are_counted_as_decimal_numbers(opened: Open) -> None:
+    loader = opened(packing="none", batch=9)
+    assert loader.steps_per_epoch == 10
+    wanted = {1.1: 11, 2.2: 22, 1.3: 13, 3.1: 31, 1.11: 12, 0.3: 3, 0.1 * 3: 3, 2 / 3: 7, 1e-9: 1}
+    assert {epochs: loader.steps_in(epochs) for epochs in wanted} == wanted
+
+
+@pytest.mark.parametrize("packing", METHODS)
+@pytest.mark.parametrize("kind", ["memory", "lazy", "mixture", "lazy mixture"])
+@pytest.mark.parametrize("number", [5, 200, 900])
+def test_the_length_of_a_run_of_tokens_is_foreseen(
+    opened: Open, tmp_path: Path, packing: Method, kind: str, number: int
+) -> None:
+    """Steps that the rate is laid over against those in which the tokens are really read."""
+    rows: Any = [*random_rows(number), *[{"src": "x", "tgt": " "}] * (number // 5)]
+    if "mixture" in kind:  # few long rows drawn over and over, and many short ones
+        long = write_lines(tmp_path / "a.jsonl", [{"src": "b", "tgt": "the ring of " * 5}] * 4)
+        short = write_lines(tmp_path / "b.jsonl", rows)
+        rows = [{"path": str(long), "weight": 3}, {"path": str(short), "weight": 1}]
+    loader = opened(rows, packing=packing, lazy="lazy" in kind)
+    steps = epochs(loader)
+    tokens = sum(batch.num_real_tokens for batch in itertools.chain(*steps))
+    train = config("x", lazy=True).train.model_copy(update={"steps": None, "tokens": tokens})
+    settings = config("x").model_copy(update={"train": train})
+    data = Data(loader.dataset, loader, None)
+    told = expected_steps(settings, data, Plan(tokens=tokens))
+    if kind in ("memory", "mixture") or (number < SAMPLE_ROWS / 1.2 and packing == "none"):
+        assert told == len(steps)
+    else:  # the sample is drawn, and packed in another order
+        assert told == pytest.approx(len(steps), rel=0.1, abs=1)
+
+
 @pytest.mark.parametrize("kind", ["memory", "lazy", "mixture", "lazy mixture", "lazy split"])
 @pytest.mark.parametrize("packing", METHODS)
 def test_going_on_from_every_step_equals_not_stopping(
@@ -336,6 +371,34 @@ def test_a_state_of_other_data_is_refused(opened: Open) -> None:
         state = opened(lazy=lazy).state()
         with pytest.raises(Refused, match="the data has changed since"):
             opened(random_rows(89), lazy=lazy).load_state(state)
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_a_state_is_refused_when_rows_lie_as_before_but_say_something_else(
+    opened: Open, lazy: bool
+) -> None:
+    def talk(**extra: Any) -> list[Any]:
+        turns = [("user", "the"), ("assistant", "ring"), ("user", "of"), ("assistant", "a")]
+        messages: list[dict[str, Any]] = [{"role": r, "content": c} for r, c in turns]
+        messages[1] |= extra
+        return [{"messages": messages}] * 9
+
+    state = opened(talk(), lazy=lazy).state()
+    opened(talk(), lazy=lazy).load_state(state)
+    with pytest.raises(Refused, match="the data has changed since"):
+        opened(talk(content="tone"), lazy=lazy).load_state(state)
+    with pytest.raises(Refused, match="the data has changed since"):  # the same ids, other labels
+        opened(talk(weight=0), lazy=lazy).load_state(state)
+
+
+def test_a_state_is_refused_when_the_same_tokens_are_other_examples(opened: Open) -> None:
+    state = opened().state()
+    data = opened().dataset
+    assert isinstance(data, Dataset)
+    offsets = data.offsets.copy()
+    offsets[1] += 1
+    with pytest.raises(Refused, match="the data has changed since"):
+        opened(replace(data, offsets=offsets)).load_state(state)
 
 
 def test_errors_in_the_background_reach_the_caller(

@@ -7,6 +7,7 @@ import torch
 
 from luthier.errors import Refused
 from luthier.models.generate import GenerateOptions, generate
+from luthier.models.stage import Stage
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gpt2", "opt")
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14, 15, 16], [20], [30, 31, 32, 33], [5, 6, 7]]
@@ -99,6 +100,39 @@ def test_the_checkpoint_has_no_say(tiny_model):
     model.train()
     assert _run(model, GenerateOptions(12), stop_ids=()) == expected
     assert model.training and model.generation_config.repetition_penalty == 5.0
+
+
+def test_compiled_layers_are_not_compiled_for_each_length(tiny_model, random_batch):
+    """They run as they are while generating, and compiled again afterwards."""
+    expected = _run(tiny_model("llama"), GenerateOptions(12))
+    model, graphs = tiny_model("llama"), []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    for layer in model.model.layers:
+        layer.compile(backend=backend)
+    assert _run(model, GenerateOptions(12)) == expected
+    assert not graphs
+    with torch.no_grad():
+        Stage(model)(random_batch())
+    assert graphs
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_products_are_of_the_autocast_type(family, tiny_model):
+    model, seen = tiny_model(family), set()
+    for module in model.modules():
+        if type(module).__name__ in ("Linear", "Conv1D"):
+            module.register_forward_hook(lambda module, args, out: seen.add(out.dtype))
+    _run(model, GenerateOptions(3))
+    assert seen == {torch.float32}
+    seen.clear()
+    _run(model, GenerateOptions(3), autocast=torch.bfloat16)
+    assert seen == {torch.bfloat16} and not torch.is_autocast_enabled("cpu")
 
 
 def test_progress_counts_prompts(tiny_model):

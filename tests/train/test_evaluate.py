@@ -151,6 +151,21 @@ def ask(model: Any, renderer: Renderer, rows: Any = ROWS, **options: Any):
     return evaluate_generation(model, renderer, rows, chosen, pad_id=0, micro_batch=2)
 
 
+def test_answers_are_of_the_autocast_type(tiny_model, renderer) -> None:
+    model, seen = tiny_model("llama"), set()
+    model.lm_head.register_forward_hook(lambda module, args, out: seen.add(out.dtype))
+    evaluate_generation(
+        model,
+        renderer,
+        ROWS,
+        GenerateOptions(max_new_tokens=2),
+        pad_id=0,
+        micro_batch=2,
+        autocast=torch.bfloat16,
+    )
+    assert seen == {torch.bfloat16}
+
+
 def test_answers_are_the_models_own(tiny_model, renderer) -> None:
     """One prompt at a time through plain transformers gives the same answers in the same order."""
     scores, records = ask(tiny_model("llama").train(), renderer)

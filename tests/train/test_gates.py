@@ -16,7 +16,13 @@ from luthier.batch import IGNORE, PADDING, Batch, Layout
 from luthier.config import AdapterConfig
 from luthier.errors import Failed
 from luthier.models.stage import Stage
-from luthier.train.gates import check_batch, check_finite, check_first_gradients, check_isolation
+from luthier.train.gates import (
+    check_batch,
+    check_finite,
+    check_first_gradients,
+    check_isolation,
+    num_seeing_several_keys,
+)
 from luthier.train.loss import token_loss
 from luthier.train.master import MasterWeights
 
@@ -241,6 +247,31 @@ def test_wrong_gradients(batch: Batch, tiny_model: Any) -> None:
     model, names, at_zero = lora(tiny_model, batch)
     with pytest.raises(Failed, match="to be trained but not in the model: gone"):
         check_first_gradients(model, [*names, "gone"], at_zero)
+
+
+def test_all_but_zeros_is_checked_at_any_step(batch: Batch, tiny_model: Any) -> None:
+    model, names, _ = lora(tiny_model, batch)
+    check_first_gradients(model, names, zeros=False)
+    with pytest.raises(Failed, match=r"gradients of step 9\. trained but its gradient is zero"):
+        check_first_gradients(model, names, step=9)
+    model.get_parameter(names[0]).grad.fill_(math.inf)
+    with pytest.raises(
+        Failed, match=rf"gradients of step 4\. its gradient is not finite: {names[0]}"
+    ):
+        check_first_gradients(model, names, zeros=False, step=4)
+    model, names, _ = lora(tiny_model, batch)
+    model.get_parameter(names[0]).requires_grad_(False)
+    with pytest.raises(Failed, match=f"frozen but to be trained: {names[0]}"):
+        check_first_gradients(model, names, zeros=False)
+
+
+def test_supervised_tokens_that_see_several_keys(random_batch: Any) -> None:
+    pairs = random_batch(lengths_per_row=[[2, 2], [2]], supervised_share=1.0)
+    assert pairs.num_supervised and not num_seeing_several_keys(pairs)
+    mixed = random_batch(lengths_per_row=[[2, 4], [3]], supervised_share=1.0)
+    assert num_seeing_several_keys(mixed) == 3  # positions 1 and 2 of four tokens, 1 of three
+    unsupervised = replace(mixed, labels=torch.full_like(mixed.labels, IGNORE))
+    assert not num_seeing_several_keys(unsupervised)
 
 
 def test_finite(tiny_model: Any) -> None:

@@ -180,6 +180,28 @@ def test_another_metric_for_the_best_is_sought_from_there_on(tmp_path):
     assert result.final_step == 3
 
 
+@pytest.mark.parametrize(("data", "final"), [("a", 1), ("b", 3)])
+def test_the_best_on_other_evaluation_data_is_forgotten(tmp_path, data, final):
+    """Its value does not compare: what is measured from there on decides, step 2's own weights included."""
+    trainer = small_run(tmp_path, steps=2, evaluate_every=1)
+    trainer.evaluation_data = "a"
+    trainer.evaluate = lambda: {"loss": 1.0}
+    trainer.fit()
+    again = small_run(tmp_path, steps=4, evaluate_every=1)
+    again.evaluation_data, measured = data, []
+
+    def evaluate() -> dict[str, float]:
+        measured.append(again.done)
+        return {"loss": {2: 7.0, 3: 5.0, 4: 6.0}[again.done]}
+
+    again.evaluate = evaluate
+    result = again.fit(again.start_from)  # pyright: ignore[reportAttributeAccessIssue]
+    assert measured == ([3, 4] if data == "a" else [2, 3, 4])
+    said = any("was measured on other evaluation data" in remark for remark in result.remarks)
+    assert said == (data == "b")
+    assert result.final_step == final
+
+
 def test_another_config_is_refused_and_nothing_is_lost(tmp_path):
     fit(tmp_path, steps=2)
     before = (tmp_path / "metrics.jsonl").read_bytes()
