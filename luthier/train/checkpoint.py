@@ -30,14 +30,8 @@ TENSORS = "training_state.safetensors"
 STATE = "training_state.json"
 FORMAT = 1
 # any of these means that a folder is somebody's run or model, not a place for a new run
-TRACES = (
-    "config.yaml",
-    "metrics.jsonl",
-    FOLDER,
-    "config.json",
-    "adapter_config.json",
-    "model.safetensors",
-)
+RUN_TRACES = ("config.yaml", "metrics.jsonl", FOLDER)
+TRACES = (*RUN_TRACES, "config.json", "adapter_config.json", "model.safetensors")
 
 
 @dataclass(frozen=True)
@@ -89,10 +83,8 @@ def find(output: Path, resume: str) -> Found:
         return Found()
     if resume != "auto":
         return _named(output, Path(resume))
-    if not (output / TRACES[0]).is_file():
-        _refuse_traces(
-            output
-        )  # a model, or the remains of something else: no run of ours to go on with
+    if not any((output / name).exists() for name in RUN_TRACES):
+        _refuse_traces(output)  # a model that is not the result of a run
     remarks = []
     for _, path in reversed(steps_in(output)):
         reason = damage(path)
@@ -106,14 +98,12 @@ def _refuse_traces(output: Path) -> None:
     traces = [name for name in TRACES if (output / name).exists()]
     if not traces:
         return
-    run = any(name in traces for name in TRACES[:3])
+    run = any(name in traces for name in RUN_TRACES)
     raise Refused(
         f"a new run in {output}",
         f"it holds another {'run' if run else 'model'} ({', '.join(traces)})",
         "name another output"
-        + (
-            ", or give checkpoint.resume=auto to go on with that run" if TRACES[0] in traces else ""
-        ),
+        + (", or give checkpoint.resume=auto to go on with that run" if run else ""),
     )
 
 

@@ -102,7 +102,9 @@ def trainer_step(model: Any, micro_batches: list[Any]) -> Measured:
         master=master,
         optimizer=make_optimizer(master.named, config, 0.0),
         clip=0.0,
-        gate=lambda gradients: kept.update({n: g for n, g in gradients.items() if g is not None}),
+        gate=lambda *, gradients, **_: kept.update(
+            {n: g for n, g in gradients.items() if g is not None}
+        ),
     )
     report = updater.update(micro_batches, step=1, lr=0.0)
     assert report.loss is not None
