@@ -79,7 +79,7 @@ def main() -> int:
     config.write_text(CONFIG.format(folder=folder, model=model, data=data, output=output))
     luthier("preview", config, "--rows", "1")
 
-    headline("3. The pace of this machine: two steps, to choose how many fit the time")
+    headline("3. The pace of this machine: three steps, to choose how many fit the time")
     steps = steps_that_fit(config, folder / "pace", args.minutes)
 
     headline("4. Fine-tuning by LoRA, packed, in bfloat16; evaluated before and after")
