@@ -57,6 +57,20 @@ TENSORS = ("input_ids", "labels", "position_ids", "document_ids")
 
 
 @dataclass(frozen=True)
+class PrefixKeys:
+    """Keys and values that one layer's attention sees before each document's own (prefix tuning, prompt tuning).
+
+    `keys` and `values` are used as they are: rotated already, where the family rotates. `virtual`: they are
+    those of P tokens right before the document, so that a sliding window counts their distance; otherwise
+    no window hides them.
+    """
+
+    keys: Tensor  # [P, K, D]
+    values: Tensor  # [P, K, D]
+    virtual: bool = False
+
+
+@dataclass(frozen=True)
 class Segment:
     """One document inside a batch: tokens `start` to `stop` (exclusive) of row `row`."""
 
@@ -70,13 +84,14 @@ class Layout:
     """Where the documents of one batch lie. Derived facts are computed on first use and kept."""
 
     document_ids: Tensor  # [B, S]
-    position_ids: Tensor  # [B, S]
+    position_ids: Tensor  # [B, S] or [B, 2, S]
     rows: tuple[int, ...] = ()
     cache: dict[str, Any] = field(default_factory=dict)  # a kernel's own per-batch artefacts
+    labels: Tensor | None = None  # [B, S]
 
     @classmethod
     def of(cls, batch: Batch) -> Layout:
-        return cls(batch.document_ids, batch.position_ids, batch.rows)
+        return cls(batch.document_ids, batch.position_ids, batch.rows, labels=batch.labels)
 
     @cached_property
     def borders(self) -> Tensor:
@@ -99,6 +114,27 @@ class Layout:
             if int(ids[row, start]) != PADDING:
                 out.append(Segment(row, start, stop))
         return tuple(out)
+
+    @cached_property
+    def prompt_lengths(self) -> tuple[int, ...]:
+        """Tokens of each document of `segments` that stand before its last answer: what a model is given
+        when it is to generate that answer. The whole document where nothing is supervised."""
+        if self.labels is None:
+            return tuple(s.stop - s.start for s in self.segments)
+        supervised = (self.labels != IGNORE).cpu()
+        out = []
+        for s in self.segments:
+            marks = supervised[s.row, s.start : s.stop]
+            before = torch.cat([marks.new_zeros(1), marks[:-1]])
+            firsts = (marks & ~before).nonzero()  # label i is token i + 1: the prompt ends with i
+            out.append(int(firsts[-1]) + 1 if len(firsts) else s.stop - s.start)
+        return tuple(out)
+
+    @cached_property
+    def in_context(self) -> Tensor | None:
+        """[B, S] bool: tokens that all of their document sees, in families with two position axes (second
+        position 0). None in families with one: there a token is seen from itself onward."""
+        return self.position_ids[:, 1] == 0 if self.position_ids.ndim == 3 else None
 
     @cached_property
     def cumulative_lengths(self) -> tuple[Tensor, int]:
@@ -138,3 +174,28 @@ def layout_scope(layout: Layout | None) -> Iterator[None]:
         yield
     finally:
         _current.reset(token)
+
+
+_captured: ContextVar[dict[int, tuple[Tensor, Tensor]] | None] = ContextVar(
+    "luthier_captured", default=None
+)
+
+
+def current_capture() -> dict[int, tuple[Tensor, Tensor]] | None:
+    """Where the attention layers of the forward that is running put their keys and values; None outside `capture`."""
+    return _captured.get()
+
+
+@contextmanager
+def capture() -> Iterator[dict[int, tuple[Tensor, Tensor]]]:
+    """Collect what the layers attend to in the calls inside: layer_idx -> key, value [B, K, T, D].
+
+    They are the tensors that the layers gave, with their gradients' graph. Prefix keys are left out
+    meanwhile: this is how they are computed.
+    """
+    found: dict[int, tuple[Tensor, Tensor]] = {}
+    token = _captured.set(found)
+    try:
+        yield found
+    finally:
+        _captured.reset(token)

@@ -1,4 +1,4 @@
-"""Shared fixtures: tiny random models of seven families, their folders, a tiny tokenizer, random batches.
+"""Shared fixtures: tiny random models of eight families, their folders, a tiny tokenizer, random batches.
 
 The models are built in code from seeds. Weights are larger than a real initialisation's, and biases and
 norms are random too, so that attention is far from uniform and every parameter matters to the result.
@@ -21,7 +21,7 @@ from luthier.seeding import generator
 torch.set_num_threads(1)  # on tensors this small more threads only cost
 
 VOCAB = 320  # above the tokenizer's 286: a padded vocabulary is the normal case
-FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gpt2", "opt")
+FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gpt2", "opt", "bloom")
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}"
@@ -79,6 +79,16 @@ _FAMILY: dict[str, dict[str, Any]] = {
         "eos_token_id": 2,
         "pad_token_id": 0,
     },
+    "bloom": {
+        "vocab_size": VOCAB,
+        "hidden_size": 72,
+        "n_layer": 2,
+        "n_head": 6,  # no power of two: the slopes of ALiBi come from two series
+        "initializer_range": 0.1,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    },
 }
 
 
@@ -93,7 +103,7 @@ def tiny_model_(
 ) -> Any:
     """A 2-layer random `PreTrainedModel` in eval mode, the same for the same arguments.
 
-    `dropout` is the checkpoint's own (gpt2 and opt have one). `attention` is the implementation's name
+    `dropout` is the checkpoint's own (gpt2, opt and bloom have one). `attention` is the implementation's name
     in transformers; with "luthier" the kernel is chosen as `model.attention=auto` would. `overrides` are
     config keys.
     """
@@ -101,8 +111,12 @@ def tiny_model_(
 
     import luthier.models.attention
 
-    base = {} if family in ("gpt2", "opt") else _DECODER
-    rates = {"gpt2": ("resid_pdrop", "embd_pdrop", "attn_pdrop"), "opt": ("dropout",)}
+    base = {} if family in ("gpt2", "opt", "bloom") else _DECODER
+    rates = {
+        "gpt2": ("resid_pdrop", "embd_pdrop", "attn_pdrop"),
+        "opt": ("dropout",),
+        "bloom": ("hidden_dropout",),
+    }
     drops = {name: dropout for name in (*rates.get(family, ()), "attention_dropout")}
     config = AutoConfig.for_model(family, **{**base, **_FAMILY[family], **drops, **overrides})
     with torch.random.fork_rng(devices=[]):

@@ -4,7 +4,9 @@ Registered under the name "luthier" with `AttentionInterface` and `AttentionMask
 Inside a stage there is a current `Layout`: no mask is built, and a kernel works on the layout's documents
 (trap: masks that families build from position_ids leak where a family forgets to pass them). Outside one
 (a plain call, `generate`) the masks are transformers' own and the result is that of the plain model.
-The kernels are in `kernels.py`.
+A layer with an attribute `keys_values`, a function of its index that gives `PrefixKeys`, sees those keys
+first, in a layout or outside one. The kernels are in `kernels.py`, families that do not call here by
+themselves in `bloom.py`.
 """
 
 from __future__ import annotations
@@ -16,11 +18,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from luthier.batch import current_layout
+from luthier.batch import capture as capture
+from luthier.batch import current_capture, current_layout
 from luthier.errors import Refused
-from luthier.models import kernels
+from luthier.models import bloom, kernels
 from luthier.models.families import TESTED
-from luthier.models.kernels import KERNELS, LACKS, Scores
+from luthier.models.kernels import KERNELS, LACKS, Scores, features
 
 NAME = "luthier"
 ATTENDED = {
@@ -30,6 +33,8 @@ ATTENDED = {
 }  # layer types that are attention only
 # arguments that change what is attended to, in families that no kernel here covers
 FOREIGN = ("position_bias", "indices", "block_indices", "sinks", "head_mask")
+# model_type -> what makes such a model's layers call the attention interface
+REPAIRS = {"bloom": bloom.repair}
 
 
 def install(model: PreTrainedModel, kernel: str, *, train: bool = False) -> str:
@@ -42,6 +47,8 @@ def install(model: PreTrainedModel, kernel: str, *, train: bool = False) -> str:
     gradients are needed, and the model's own attention dropout acts.
     """
     check_family(type(model), model.config)
+    if model.config.model_type in REPAIRS:
+        REPAIRS[model.config.model_type](model)
     device = next(model.parameters()).device
     chosen = check_kernel(kernel, device, train)
     layers = [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "is_causal")]
@@ -49,12 +56,7 @@ def install(model: PreTrainedModel, kernel: str, *, train: bool = False) -> str:
         raise _unsupported(model.config.model_type, "has layers that see what follows")
     asked = {feature for layer in layers for feature in _features(layer, train)}
     lacking = sorted(asked & LACKS[chosen])
-    if lacking and chosen in ("varlen", "flash"):
-        raise Refused(
-            f"model.attention={chosen} was asked for",
-            f"it cannot do the {' and '.join(lacking)} of {model.config.model_type}",
-            "use model.attention=flex or math",
-        )
+    _refuse_lacking(chosen, lacking, model.config.model_type)
     model.set_attn_implementation(NAME)
     for module in layers:
         module.attention_kernel = chosen  # pyright: ignore[reportArgumentType]
@@ -63,7 +65,8 @@ def install(model: PreTrainedModel, kernel: str, *, train: bool = False) -> str:
 
 def check_family(cls: type[PreTrainedModel], config: Any) -> None:
     """Refuse a family whose layers this file cannot serve, before it is built."""
-    if not cls.is_backend_compatible() or not cls._can_set_attn_implementation():
+    known = cls.is_backend_compatible() and cls._can_set_attn_implementation()
+    if not known and config.model_type not in REPAIRS:
         raise _unsupported(config.model_type, "does not use transformers' attention interface")
     text = config.get_text_config()
     types = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or ()
@@ -84,32 +87,38 @@ def attend(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    alibi: Tensor | None = None,
     **extra: Any,
 ) -> tuple[Tensor, None]:
     """What a model's attention layer calls: query [B, H, S, D], key and value [B, K, T, D] -> [B, S, H, D].
 
-    In a layout T = S and there is no mask. `s_aux` [H] are attention sinks.
+    In a layout T = S and there is no mask. `s_aux` [H] are attention sinks. ALiBi comes as slopes [H]
+    and, for plain calls, as the family's own bias of the keys [B, H, 1, T].
     """
-    layout = current_layout()
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if layout is None:
-        scores = Scores(scale, softcap=softcap, sinks=s_aux, dropout=dropout)
-        return _plain(module, query, key, value, attention_mask, scores, extra), None
-    _refuse_foreign(module, attention_mask, sliding_window, extra)
-    if dropout and not hasattr(module, "dropout_key"):
-        raise RuntimeError("dropout inside a layout needs models.dropout.seed_dropout(model, seed)")
+    layout, captured = current_layout(), current_capture()
+    if captured is not None:
+        captured[module.layer_idx] = key, value  # pyright: ignore[reportArgumentType]
+    prefix = getattr(module, "keys_values", None) if captured is None else None
     scores = Scores(
-        scale,
+        query.shape[-1] ** -0.5 if scaling is None else scaling,
         window=sliding_window,
         softcap=softcap,
         sinks=s_aux,
         dropout=dropout,
         dropout_key=getattr(module, "dropout_key", (0, "")),
+        alibi=alibi_slopes,
+        prefix=None if prefix is None else prefix(module.layer_idx),
     )
+    if layout is None:
+        return _plain(module, query, key, value, attention_mask, scores, alibi, extra), None
+    _refuse_foreign(module, attention_mask, sliding_window, extra)
+    if dropout and not hasattr(module, "dropout_key"):
+        raise RuntimeError("dropout inside a layout needs models.dropout.seed_dropout(model, seed)")
     chosen = getattr(module, "attention_kernel", None) or check_kernel("auto", query.device, False)
-    used = {name for name in ("softcap", "sinks") if getattr(scores, name) is not None}
-    used |= {"dropout"} if dropout else set()
-    kernel = kernels.math if used & LACKS[chosen] else KERNELS[chosen]
+    lacking = sorted(features(layout, scores) & LACKS[chosen])
+    _refuse_lacking(chosen, lacking, _family(module))
+    kernel = kernels.math if lacking else KERNELS[chosen]
     return kernel(query, key, value, layout, scores), None
 
 
@@ -120,10 +129,18 @@ def _plain(
     value: Tensor,
     mask: Tensor | None,
     scores: Scores,
+    alibi: Tensor | None,
     extra: dict[str, Any],
 ) -> Tensor:
     """As transformers' `sdpa`; softcap and sinks, which it lacks, by plain products over [B, H, S, T]."""
-    if scores.softcap is None and scores.sinks is None:
+    by_products = scores.softcap is not None or scores.sinks is not None
+    if scores.prefix is not None or alibi is not None or by_products:
+        mask = _written_out(mask, query, key)
+        if scores.prefix is not None:
+            key, value, mask, alibi = _after_prefix(key, value, mask, alibi, scores)
+        if alibi is not None:
+            mask = _masked(alibi.to(query.dtype), mask)
+    if not by_products:
         sdpa = AttentionInterface()["sdpa"]
         return sdpa(
             module, query, key, value, mask, dropout=scores.dropout, scaling=scores.scale, **extra
@@ -131,17 +148,55 @@ def _plain(
     repeat = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(repeat, dim=1) for x in (key, value))
     table = kernels.capped(query @ key.transpose(-1, -2) * scores.scale, scores.softcap)
-    if mask is None and query.shape[2] > 1:
-        # a cache with room ahead: query i is at position i, later keys are unused
-        mask = torch.ones(table.shape[-2:], dtype=torch.bool, device=table.device).tril()
-    if mask is not None and mask.dtype == torch.bool:
-        # as transformers' masks: the lowest number, not -inf, so that a row of padding gives no NaN
-        table = table.masked_fill(~mask, torch.finfo(table.dtype).min)
-    elif mask is not None:
-        table = table + mask
-    weights = kernels.with_sinks(table, scores.sinks, value.dtype)
+    assert mask is not None
+    weights = kernels.with_sinks(_masked(table, mask), scores.sinks, value.dtype)
     weights = nn.functional.dropout(weights, scores.dropout, training=scores.dropout > 0)
     return (weights @ value).transpose(1, 2).contiguous()
+
+
+def _written_out(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
+    """transformers' mask [B, H or 1, S, T]; the one that it leaves out as bool."""
+    if mask is not None:
+        return mask
+    table = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=key.device)
+    if query.shape[2] > 1:
+        # a cache with room ahead: query i is at position i, later keys are unused
+        table = table.tril()
+    return table.expand(query.shape[0], 1, -1, -1)
+
+
+def _masked(scores: Tensor, mask: Tensor) -> Tensor:
+    """As transformers' masks: the lowest number, not -inf, so that a row of padding gives no NaN."""
+    if mask.dtype == torch.bool:
+        return torch.where(mask, scores, torch.finfo(scores.dtype).min)
+    return scores + mask
+
+
+def _after_prefix(
+    key: Tensor, value: Tensor, mask: Tensor, alibi: Tensor | None, scores: Scores
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Keys, values, mask and ALiBi of a plain call with the prefix on the left: T becomes P + T."""
+    prefix = scores.prefix
+    assert prefix is not None
+    ahead, batch = prefix.keys.shape[0], key.shape[0]
+    place = torch.arange(-ahead, 0, device=key.device)
+    near = torch.ones(*mask.shape[:-1], ahead, dtype=torch.bool, device=key.device)
+    lowest = None if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+    if prefix.virtual and scores.window is not None:
+        # query i sees min(i + 1, window) keys of its own document: caches keep no more, so that this
+        # count alone tells its distance; if it is the window, no key of the prefix is near enough
+        own = mask if lowest is None else mask > lowest / 2
+        near = own.sum(-1, keepdim=True) - place <= scores.window
+    if lowest is not None:
+        near = torch.zeros_like(near, dtype=mask.dtype).masked_fill_(~near, lowest)
+    before = (x.transpose(0, 1).expand(batch, -1, -1, -1) for x in (prefix.keys, prefix.values))
+    key, value = (
+        torch.cat([x.to(y.dtype), y], dim=2) for x, y in zip(before, (key, value), strict=True)
+    )
+    if alibi is not None and scores.alibi is not None:
+        bias = scores.alibi.to(key.device)[:, None, None] * place  # [H, 1, P]
+        alibi = torch.cat([bias.to(alibi.dtype).expand(batch, -1, -1, -1), alibi], dim=-1)
+    return key, value, torch.cat([near, mask], dim=-1), alibi
 
 
 def _mask(**arguments: Any) -> Tensor | None:
@@ -155,7 +210,6 @@ def _refuse_foreign(
     module: nn.Module, mask: Tensor | None, window: int | None, extra: dict[str, Any]
 ) -> None:
     """Stop where a family means something that would be lost here."""
-    family = getattr(getattr(module, "config", None), "model_type", type(module).__name__)
     found = [name for name in FOREIGN if extra.get(name) is not None]
     if mask is not None:
         found.append("a mask of its own")
@@ -166,7 +220,21 @@ def _refuse_foreign(
     if types and index is not None and window is None and types[index] == "sliding_attention":
         found.append("a sliding window that it does not pass on")
     if found:
-        raise _unsupported(family, f"uses {', '.join(found)} in its attention")
+        raise _unsupported(_family(module), f"uses {', '.join(found)} in its attention")
+
+
+def _family(module: nn.Module) -> str:
+    return getattr(getattr(module, "config", None), "model_type", type(module).__name__)
+
+
+def _refuse_lacking(kernel: str, lacking: list[str], family: str) -> None:
+    """`varlen` and `flash` are asked for by their name: nothing else is computed in their stead."""
+    if lacking and kernel in ("varlen", "flash"):
+        raise Refused(
+            f"model.attention={kernel} was asked for",
+            f"it cannot do the {' and '.join(lacking)} of {family}",
+            "use model.attention=flex or math",
+        )
 
 
 def _features(module: nn.Module, train: bool) -> set[str]:
@@ -176,6 +244,10 @@ def _features(module: nn.Module, train: bool) -> set[str]:
         found.add("softcap")
     if isinstance(getattr(module, "sinks", None), Tensor):
         found.add("sinks")
+    if isinstance(getattr(module, "alibi_slopes", None), Tensor):
+        found.add("alibi")
+    if getattr(module, "keys_values", None) is not None:
+        found.add("prefix")
     rates = (getattr(module, "attention_dropout", 0.0), getattr(module, "attn_dropout", 0.0))
     if train and any(getattr(rate, "p", rate) for rate in rates):
         found.add("dropout")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 TESTED = (
     "llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "gpt2", "gpt_neox",
     "gpt_oss", "opt", "phi", "phi3", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "granite",
-    "cohere", "cohere2", "olmo2", "seed_oss", "smollm3", "starcoder2",
+    "cohere", "cohere2", "olmo2", "seed_oss", "smollm3", "starcoder2", "bloom",
 )  # fmt: skip
 
 
@@ -42,6 +42,12 @@ _FAMILIES: dict[str, Family] = {
     "granitemoeshared": _GRANITE,
     "cohere": _COHERE,
     "cohere2": _COHERE,
+    "bloom": Family(
+        functional_dropout={
+            "PackedBloomAttention": ("hidden_dropout", ("dense",)),
+            "BloomMLP": ("hidden_dropout", ("dense_4h_to_h",)),
+        }
+    ),
     "opt": Family(functional_dropout={"OPTDecoderLayer": ("dropout", ("self_attn", "fc2"))}),
     "seed_oss": Family(
         functional_dropout={

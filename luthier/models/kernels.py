@@ -2,9 +2,10 @@
 
 Each takes q [B, H, S, D], k and v [B, K, S, D] (K divides H: grouped heads), the `Layout` and the
 `Scores`, and gives [B, S, H, D]. Query i sees key j iff both lie in one document and j <= i (and i - j <
-window). `math` and `sdpa` loop over the documents, so their cost is that of the documents' own lengths and padding
-costs nothing; `flex`, `varlen` and `flash` take all documents in one launch. `math` is the reference and
-knows every feature. Who calls which one is `attention.py`.
+window), or j is in the context of that document; and it sees the prefix. `math` and `sdpa` loop over the
+documents, so their cost is that of the documents' own lengths and padding costs nothing; `flex`, `varlen` and
+`flash` take all documents in one launch. `math` is the reference and knows every feature. Who calls which one
+is `attention.py`.
 """
 
 from __future__ import annotations
@@ -13,19 +14,19 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from luthier import seeding
-from luthier.batch import PADDING, Layout
+from luthier.batch import PADDING, Layout, PrefixKeys
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What a model does to its attention scores besides masking."""
+    """What a layer does besides plain causal attention."""
 
     scale: float
     window: int | None = None  # a query sees this many keys, itself included
@@ -33,6 +34,15 @@ class Scores:
     sinks: Tensor | None = None  # [H]: one more score per head that takes weight and gives no value
     dropout: float = 0.0  # of the attention weights
     dropout_key: tuple[int, str] = (0, "")  # (seed, name of the layer)
+    alibi: Tensor | None = None  # [H] slopes: score + slope * (j - i) (arXiv:2108.12409, section 3)
+    prefix: PrefixKeys | None = None  # P keys before each document's own, at j = -P, ..., -1
+
+
+def features(layout: Layout, scores: Scores) -> set[str]:
+    """Names, as in `LACKS`, of what a kernel must know to compute this."""
+    found = {n for n in ("softcap", "sinks", "alibi", "prefix") if getattr(scores, n) is not None}
+    found |= {"dropout"} if scores.dropout else set()
+    return found | ({"context"} if layout.in_context is not None else set())
 
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Layout, Scores], Tensor]
@@ -55,10 +65,14 @@ def flex(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scores: Scores) -> Ten
     """
     from torch.nn.attention.flex_attention import flex_attention
 
-    mask = _block_mask(layout, scores.window, q.device)
+    if scores.prefix is not None:
+        k, v = (
+            torch.cat([before.to(x.dtype).transpose(0, 1).expand(len(x), -1, -1, -1), x], dim=2)
+            for before, x in ((scores.prefix.keys, k), (scores.prefix.values, v))
+        )  # [B, K, P + S, D]
     kwargs: dict[str, Any] = {
-        "score_mod": None if scores.softcap is None else _softcap_mod(scores.softcap),
-        "block_mask": mask,
+        "score_mod": _score_mod(layout, scores, q),
+        "block_mask": _block_mask(layout, scores, q.device),
         "scale": scores.scale,
         "enable_gqa": q.shape[1] != k.shape[1],
     }
@@ -72,7 +86,7 @@ def flex(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scores: Scores) -> Ten
 
 
 def varlen(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scores: Scores) -> Tensor:
-    """torch's varlen_attn (FlashAttention 2), GPU and half precision. No softcap, sinks or dropout."""
+    """torch's varlen_attn (FlashAttention 2), GPU and half precision. No feature but windows."""
     from torch.nn.attention.varlen import varlen_attn
 
     bounds, longest = layout.cumulative_lengths
@@ -94,7 +108,7 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scores: Scores) -> T
 
 
 def flash(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scores: Scores) -> Tensor:
-    """flash_attn_varlen_func of the package flash-attn, GPU and half precision. No sinks or dropout."""
+    """flash_attn_varlen_func of the package flash-attn, GPU and half precision. Windows and softcap."""
     from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
 
     bounds, longest = layout.cumulative_lengths
@@ -127,8 +141,8 @@ LACKS: dict[str, frozenset[str]] = {
     "math": frozenset(),
     "sdpa": frozenset({"softcap", "sinks", "dropout"}),
     "flex": frozenset({"sinks", "dropout"}),
-    "varlen": frozenset({"softcap", "sinks", "dropout"}),
-    "flash": frozenset({"sinks", "dropout"}),
+    "varlen": frozenset({"softcap", "sinks", "dropout", "alibi", "prefix", "context"}),
+    "flash": frozenset({"sinks", "dropout", "alibi", "prefix", "context"}),
 }
 
 
@@ -151,42 +165,65 @@ def with_sinks(scores: Tensor, sinks: Tensor | None, dtype: torch.dtype) -> Tens
     return softmax(torch.cat([scores, column], dim=-1), dtype)[..., :-1]
 
 
+class _Document(NamedTuple):
+    """A run of tokens of the flattened batch: `begin` in it, `start` in its row, `row` the serial number."""
+
+    length: int
+    begin: int
+    start: int
+    row: int
+    real: bool  # not padding
+
+
 def _math_document(
-    q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scores: Scores, row: int, start: int
+    q: Tensor, k: Tensor, v: Tensor, document: _Document, layout: Layout, scores: Scores
 ) -> Tensor:
-    """One document: q [L, H, D], k and v [L, K, D], visible [L, L] bool -> [L, H, D]."""
+    """One document: q [L, H, D], k and v [P + L, K, D], the prefix first -> [L, H, D]."""
     length, heads, _ = q.shape
     groups = k.shape[1]
     # [K, H/K * L, D]: one product per key head instead of one per query head
     folded = q.unflatten(1, (groups, -1)).permute(1, 2, 0, 3).flatten(1, 2)
     products = folded @ k.permute(1, 2, 0) * scores.scale
-    table = capped(products.view(heads, length, length), scores.softcap)  # [H, L, L]
-    weights = with_sinks(table.masked_fill(~visible, -torch.inf), scores.sinks, v.dtype)
+    table = capped(products.view(heads, length, -1), scores.softcap)  # [H, L, P + L]
+    # in half precision, ALiBi of a far key would lose its distance
+    dtype = q.dtype if scores.alibi is None else torch.promote_types(q.dtype, torch.float32)
+    table = table + _mask(layout, document, scores, dtype, q.device)
+    weights = with_sinks(table, scores.sinks, v.dtype)
     if scores.dropout:
-        seed, name = scores.dropout_key
+        seed, layer = scores.dropout_key
         # the name holds the place in the row: each document of the row draws its own mask
+        name = f"{layer}@{document.start}"
         weights = seeding.dropout(
-            weights[None], scores.dropout, seed=seed, name=f"{name}@{start}", rows=(row,)
+            weights[None], scores.dropout, seed=seed, name=name, rows=(document.row,)
         )[0]
-    out = weights.view(groups, -1, length) @ v.transpose(0, 1)  # [K, H/K * L, D]
+    out = weights.view(groups, -1, k.shape[0]) @ v.transpose(0, 1)  # [K, H/K * L, D]
     return out.view(heads, length, -1).transpose(0, 1)
 
 
 def _sdpa_document(
-    q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scores: Scores, row: int, start: int
+    q: Tensor, k: Tensor, v: Tensor, document: _Document, layout: Layout, scores: Scores
 ) -> Tensor:
-    """As `_math_document`. The mask is only needed where the window is shorter than the document."""
-    windowed = scores.window is not None and scores.window < q.shape[0]
+    """As `_math_document`. Without window, ALiBi and context, no mask is made.
+
+    torch's causal triangle starts at the first key, so the prefix gets queries of its own, which nobody reads.
+    """
+    ahead = k.shape[0] - q.shape[0]
+    reach = k.shape[0] if scores.prefix and scores.prefix.virtual else q.shape[0]
+    windowed = scores.window is not None and scores.window < reach
+    plain = not windowed and scores.alibi is None and layout.in_context is None
+    mask = None if plain else _mask(layout, document, scores, q.dtype, q.device)
+    if plain and ahead:
+        q = torch.cat([q.new_zeros(ahead, *q.shape[1:]), q])
     out = F.scaled_dot_product_attention(
         q.transpose(0, 1)[None],
         k.transpose(0, 1)[None],
         v.transpose(0, 1)[None],
-        attn_mask=visible if windowed else None,
-        is_causal=not windowed,
+        attn_mask=mask,
+        is_causal=plain,
         scale=scores.scale,
         enable_gqa=q.shape[1] != k.shape[1],
-    )
-    return out[0].transpose(0, 1)
+    )[0].transpose(0, 1)
+    return out[ahead:] if plain else out
 
 
 def _per_document(
@@ -198,16 +235,18 @@ def _per_document(
     write a whole gradient for each of them.
     """
     batch, heads, width, _ = q.shape
-    pieces = list(_pieces(layout))
-    lengths = [length for length, _, _, _ in pieces]
-    visible = _visible(layout, scores.window, q.device)
+    documents = list(_documents(layout))
+    lengths = [document.length for document in documents]
+    before = scores.prefix and (scores.prefix.keys.to(k.dtype), scores.prefix.values.to(v.dtype))
     out = []
     parts = (_tokens(x).split(lengths) for x in (q, k, v))
-    for (length, row, start, real), a, b, c in zip(pieces, *parts, strict=True):
-        if real:
-            out.append(attend(a, b, c, visible[:length, :length], scores, row, start))
-        else:
-            out.append(c.new_zeros(length, heads, c.shape[-1]))
+    for document, a, b, c in zip(documents, *parts, strict=True):
+        if not document.real:
+            out.append(c.new_zeros(document.length, heads, c.shape[-1]))
+            continue
+        if before:
+            b, c = torch.cat([before[0], b]), torch.cat([before[1], c])  # [P + L, K, D]
+        out.append(attend(a, b, c, document, layout, scores))
     return torch.cat(out).unflatten(0, (batch, width))  # [B, S, H, D]
 
 
@@ -216,58 +255,117 @@ def _tokens(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(0, 1)
 
 
-def _pieces(layout: Layout) -> Iterator[tuple[int, int, int, bool]]:
-    """(length, serial number of the row, start in the row, is a document) over the flat tokens in order."""
+def _documents(layout: Layout) -> Iterator[_Document]:
+    """The documents and the stretches of padding, in the order of the flat tokens."""
     width = layout.document_ids.shape[1]
     done = 0
     for segment in layout.segments:
         begin = segment.row * width + segment.start
         if begin > done:
-            yield begin - done, 0, 0, False
+            yield _Document(begin - done, done, 0, 0, False)
         serial = layout.rows[segment.row] if layout.rows else segment.row
-        yield segment.stop - segment.start, serial, segment.start, True
+        yield _Document(segment.stop - segment.start, begin, segment.start, serial, True)
         done = segment.row * width + segment.stop
     if layout.document_ids.numel() > done:
-        yield layout.document_ids.numel() - done, 0, 0, False
+        yield _Document(layout.document_ids.numel() - done, done, 0, 0, False)
 
 
-def _visible(layout: Layout, window: int | None, device: torch.device) -> Tensor:
-    """[L, L] bool for the longest document: which keys a query sees. A shorter one takes the corner."""
-    key = f"visible {window}"
-    if key not in layout.cache:
-        longest = max((s.stop - s.start for s in layout.segments), default=0)
+def _mask(
+    layout: Layout, document: _Document, scores: Scores, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """What is added to the scores, [L, P + L] or with ALiBi [H, L, P + L]: -inf where a key is not seen.
+
+    Made once per batch, for all layers: the documents take corners of the longest one's table; where they
+    have a context, each has a table of its own.
+    """
+    slopes, context = scores.alibi, layout.in_context
+    ahead, virtual = _reach(scores.prefix)
+    place = "" if context is None else document.begin
+    key = f"mask {scores.window} {ahead} {virtual} {dtype} {place}"
+    if key not in layout.cache or layout.cache[key][0] is not slopes:
+        longest = document.length
+        if context is None:
+            longest = max(s.stop - s.start for s in layout.segments)
         index = torch.arange(longest, device=device)
-        distance = index[:, None] - index[None, :]
-        seen = distance >= 0
-        layout.cache[key] = seen if window is None else seen & (distance < window)
-    return layout.cache[key]
+        distance = torch.arange(-ahead, longest, device=device) - index[:, None]  # j - i
+        seen = distance <= 0
+        if scores.window is not None:
+            near = distance > -scores.window
+            if not virtual:
+                near[:, :ahead] = True
+            seen &= near
+        if context is not None:
+            seen[:, ahead:] |= context.flatten()[document.begin : document.begin + longest]
+        wide = torch.promote_types(dtype, torch.float32)
+        slope = 0.0 if slopes is None else slopes.to(device, wide)[:, None, None]
+        table = (slope * distance.to(wide)).masked_fill_(~seen, -torch.inf).to(dtype)
+        layout.cache[key] = slopes, table
+    return layout.cache[key][1][..., : document.length, : ahead + document.length]
 
 
-def _block_mask(layout: Layout, window: int | None, device: torch.device) -> Any:
-    """FlexAttention's block-sparse mask of this batch, made once per window width."""
+def _reach(prefix: PrefixKeys | None) -> tuple[int, bool]:
+    """(P, virtual)."""
+    return (0, False) if prefix is None else (prefix.keys.shape[0], prefix.virtual)
+
+
+def _block_mask(layout: Layout, scores: Scores, device: torch.device) -> Any:
+    """FlexAttention's block-sparse mask of this batch, made once per window width and prefix."""
     from torch.nn.attention.flex_attention import create_block_mask
 
-    key = f"flex {window}"
+    window = scores.window
+    ahead, virtual = _reach(scores.prefix)
+    key = f"flex {window} {ahead} {virtual}"
     if key not in layout.cache:
-        ids = layout.document_ids
+        ids, context, places = layout.document_ids, layout.in_context, _places(layout)
 
-        def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-            seen = (ids[b, i] == ids[b, j]) & (ids[b, i] != PADDING) & (j <= i)
-            return seen if window is None else seen & (i - j < window)
+        def visible(b: Tensor, h: Tensor, i: Tensor, key: Tensor) -> Tensor:
+            j = (key - ahead).clamp(min=0) if ahead else key
+            seen = j <= i if window is None else (j <= i) & (i - j < window)
+            if context is not None:
+                seen = seen | context[b, j]
+            seen = seen & (ids[b, i] == ids[b, j])
+            if ahead:
+                near = key >= 0
+                if virtual and window is not None:
+                    near = places[b, i] + ahead - key < window
+                seen = torch.where(key < ahead, near, seen)
+            return seen & (ids[b, i] != PADDING)
 
         batch, width = ids.shape
         layout.cache[key] = create_block_mask(
-            visible, batch, None, width, width, device, _compile=device.type == "cuda"
+            visible, batch, None, width, ahead + width, device, _compile=device.type == "cuda"
         )
     return layout.cache[key]
 
 
+def _score_mod(layout: Layout, scores: Scores, q: Tensor) -> Callable[..., Tensor] | None:
+    """Softcap and ALiBi for FlexAttention; one function per batch, so that all layers share it."""
+    softcap, alibi = scores.softcap, scores.alibi
+    if alibi is None:
+        return None if softcap is None else _softcap_mod(softcap)
+    ahead, _ = _reach(scores.prefix)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    key = f"flex alibi {softcap} {ahead} {wide}"
+    if key not in layout.cache or layout.cache[key][0] is not alibi:
+        slopes, places = alibi.to(q.device, wide), _places(layout)
+
+        def bias(score: Tensor, b: Tensor, h: Tensor, i: Tensor, key: Tensor) -> Tensor:
+            here = torch.where(key < ahead, places[b, i], i) if ahead else i
+            return capped(score, softcap) + slopes[h] * (key - ahead - here)
+
+        layout.cache[key] = alibi, bias
+    return layout.cache[key][1]
+
+
+def _places(layout: Layout) -> Tensor:
+    """[B, S]: the place of each token in its document, whatever its position is called."""
+    index = torch.arange(layout.borders.shape[1], device=layout.borders.device)
+    return index - torch.where(layout.borders, index, 0).cummax(1).values
+
+
 @cache
 def _softcap_mod(softcap: float) -> Callable[..., Tensor]:
-    def cap(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return softcap * torch.tanh(score / softcap)
-
-    return cap
+    return lambda score, b, h, i, j: capped(score, softcap)
 
 
 @cache

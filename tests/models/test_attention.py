@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BloomConfig, Lfm2Config
+from dense_reference import attention as definition
+from transformers import AutoModelForCausalLM, GPTJConfig, Lfm2Config
 
-from luthier.batch import PADDING, Layout, layout_scope
+from luthier.batch import PADDING, Layout, PrefixKeys, layout_scope
 from luthier.errors import Refused
 from luthier.models import attention, kernels
 from luthier.models.attention import attend, install
@@ -14,7 +15,7 @@ from luthier.models.kernels import Scores
 from luthier.models.stage import Stage
 from luthier.seeding import generator
 
-FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gpt2", "opt")
+FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gpt2", "opt", "bloom")
 DOCUMENTS = [[5, 3, 7], [8, 4], [1, 14]]
 FEATURES = {
     "plain": {},
@@ -196,6 +197,62 @@ def test_plain_call_with_sinks(random_batch, relative):
     assert relative(out, expected) < 1e-12
 
 
+def _with_context(batch):
+    """A layout of a family with two position axes: contexts of 3, 0, 1, ... tokens, one of a whole document."""
+    second = batch.position_ids.clone()
+    lengths = iter((3, 0, 1, 2, 4, 1, 9))
+    for s in Layout.of(batch).segments:
+        second[s.row, s.start : s.stop] += 1 - next(lengths)
+    positions = torch.stack([batch.position_ids, second.clamp_min(0)], dim=1)
+    return Layout(batch.document_ids, positions, batch.rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("ahead", [0, 4], ids=["no prefix", "prefix"])
+@pytest.mark.parametrize("kernel", ["math", "sdpa", "flex"])
+def test_context_is_seen_by_its_document(kernel, ahead, dtype, random_batch, relative):
+    """Against the definition, in float64; FlexAttention has no gradients on CPU."""
+    layout = _with_context(random_batch(lengths_per_row=DOCUMENTS))
+    assert layout.in_context.sum() > 15
+    found = []
+    for compute, kind in ((kernels.KERNELS[kernel], dtype), (definition, torch.float64)):
+        draw = generator(1, "prefix")
+        before = [torch.randn(ahead, 2, 16, generator=draw).to(kind) for _ in "kv"]
+        inputs = [x.detach().to(dtype).to(kind) for x in _inputs()]
+        for x in (*inputs, *before):
+            x.requires_grad_(kernel != "flex")
+        prefix = PrefixKeys(*before) if ahead else None
+        out = compute(*inputs, layout, Scores(0.3, prefix=prefix))
+        if kernel != "flex":
+            out.sin().sum().backward()
+        found.append([out, *(x.grad for x in (*inputs, *before) if x.grad is not None)])
+    for ours, reference in zip(*found, strict=True):
+        assert relative(ours, reference) < (1e-12 if dtype == torch.float64 else 1e-6)
+
+
+@pytest.mark.parametrize("kernel", ["math", "sdpa", "flex"])
+def test_context_stays_in_its_document(kernel, random_batch):
+    """Changing one document leaves every bit of the others; in its context, what comes before it changes."""
+    layout = _with_context(random_batch(lengths_per_row=DOCUMENTS))
+    q, k, v = (x.detach() for x in _inputs())
+    before = kernels.KERNELS[kernel](q, k, v, layout, Scores(0.3))
+    v = v.clone()
+    v[0, :, 2] += 1  # the last token of the context of the first document
+    changed = (kernels.KERNELS[kernel](q, k, v, layout, Scores(0.3)) != before).any(-1).any(-1)
+    assert changed[0, :5].all() and changed.sum() == 5
+
+
+@pytest.mark.parametrize("kernel", ["varlen", "flash"])
+def test_gpu_kernels_are_refused_for_a_context(kernel, random_batch):
+    """At the call: a layer does not tell that its family has one."""
+    module = torch.nn.Module()
+    module.attention_kernel = kernel
+    q = torch.ones(3, 4, 15, 16)
+    layout = _with_context(random_batch(lengths_per_row=DOCUMENTS))
+    with layout_scope(layout), pytest.raises(Refused, match="cannot do the context of"):
+        attend(module, q, q, q, None)
+
+
 def test_dropout_of_attention_differs_by_row_document_layer_and_seed(random_batch):
     """Values of 1 make the output the sum of the kept weights: 1 without dropout, 1 on average with it."""
     batch = random_batch(lengths_per_row=[[40, 40], [40, 40]])
@@ -246,7 +303,10 @@ def test_varlen_and_flash_are_refused_for_what_they_lack(tiny_model, monkeypatch
 @pytest.mark.parametrize(
     ("config", "why"),
     [
-        (BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=2), "attention interface"),
+        (
+            GPTJConfig(vocab_size=64, n_embd=32, n_layer=2, n_head=2, rotary_dim=8),
+            "attention interface",
+        ),
         (
             Lfm2Config(
                 vocab_size=64,

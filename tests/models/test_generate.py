@@ -9,7 +9,7 @@ from luthier.errors import Refused
 from luthier.models.generate import GenerateOptions, generate
 from luthier.models.stage import Stage
 
-FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gpt2", "opt")
+FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gpt2", "opt", "bloom")
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14, 15, 16], [20], [30, 31, 32, 33], [5, 6, 7]]
 
 

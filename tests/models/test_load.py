@@ -24,7 +24,7 @@ from luthier.models.load import (
     save_model,
 )
 
-FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gpt2", "opt")
+FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gpt2", "opt", "bloom")
 CPU = torch.device("cpu")
 
 
@@ -87,7 +87,7 @@ def test_save_gives_a_folder_for_plain_transformers(
     plain, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     ids = torch.arange(3, 12)[None]
-    reference = tiny_model(family, attention="eager" if family == "gemma2" else "sdpa")
+    reference = tiny_model(family, attention="eager" if family in ("gemma2", "bloom") else "sdpa")
     assert torch.equal(plain(input_ids=ids).logits, reference(input_ids=ids).logits)
     assert plain.config._attn_implementation in ("sdpa", "eager")  # ours is not written
     tokenizer = load_tokenizer(tmp_path)
@@ -231,8 +231,8 @@ def test_family(copy):
     _refuses(copy, "family 'lama' is not known.*did you mean 'llama'")
     _edit_config(copy, model_type="t5")
     _refuses(copy, "'t5' is no causal language model")
-    _edit_config(copy, model_type="bloom")
-    _refuses(copy, "'bloom' was asked for. it does not use transformers' attention interface")
+    _edit_config(copy, model_type="gptj")
+    _refuses(copy, "'gptj' was asked for. it does not use transformers' attention interface")
     auto_map = {"AutoModelForCausalLM": "modeling_x.X", "AutoConfig": "modeling_x.C"}
     _edit_config(copy, model_type="x", auto_map=auto_map)
     _refuses(copy, "trust_remote_code=true")

@@ -17,7 +17,7 @@ from luthier.models.dropout import seed_dropout
 from luthier.models.families import Family
 from luthier.models.stage import Stage, check_stage, compile_layers, set_recompute
 
-FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gpt2", "opt")
+FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gpt2", "opt", "bloom")
 DOCUMENTS = [[5, 3, 7], [8, 4], [1, 14]]  # rows of 15, so the second one has padding
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-10}
 
@@ -138,7 +138,7 @@ def test_documents_do_not_see_each_other_bitwise(family, tiny_model, random_batc
 
 
 @pytest.mark.parametrize("kernel", ["math", "sdpa", "flex"])
-@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "opt"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "opt", "bloom"])
 def test_every_cpu_kernel_leaves_padding_finite(family, kernel, tiny_model, random_batch):
     model = tiny_model(family)
     install(model, kernel)
@@ -188,7 +188,7 @@ def test_recomputation_runs_what_it_says(mode, kept, tiny_model, random_batch):
     assert Count.norms == 2 * 2  # two norms per layer; the final one is kept
 
 
-@pytest.mark.parametrize("family", ["gpt2", "opt", "llama", "gemma2"])
+@pytest.mark.parametrize("family", ["gpt2", "opt", "bloom", "llama", "gemma2"])
 def test_dropout_is_a_function_of_the_row(family, tiny_model, random_batch):
     """The same rows in one micro-batch or three, in another order: the same bits. Another seed: others."""
     batch = random_batch(lengths_per_row=DOCUMENTS)
@@ -210,7 +210,7 @@ def test_dropout_is_a_function_of_the_row(family, tiny_model, random_batch):
     assert not torch.allclose(whole, plain)  # it does drop
 
 
-@pytest.mark.parametrize("family", ["gpt2", "opt"])
+@pytest.mark.parametrize("family", ["gpt2", "opt", "bloom"])
 def test_every_dropout_of_a_family_is_seeded(family, tiny_model, random_batch, monkeypatch):
     """In one document of one row, ours is called where plain transformers calls torch's, with its rate."""
     torch_calls, our_calls, names = [], [], []
@@ -274,7 +274,7 @@ def test_check_stage_refuses_documents_that_leak(tiny_model, monkeypatch):
         check_stage(stage)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "opt"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "opt", "bloom"])
 def test_autocast(family, tiny_model, random_batch, relative):
     """Products in bfloat16 over float32 weights: near float32, recomputed alike, and no false alarm."""
     batch = random_batch(lengths_per_row=DOCUMENTS)

@@ -24,10 +24,11 @@ from conftest import FAMILIES, tiny_model_, tiny_tokenizer_
 from peft import LoraConfig, get_peft_model
 from tiny_runs import tiny_config, write_rows
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.functional import cross_entropy, softmax
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from luthier.adapters.base import adapters_of, attach
+from luthier.adapters import adapters_of, attach
 from luthier.batch import IGNORE
 from luthier.config import AdapterConfig, OptimConfig, RunConfig
 from luthier.data.dataset import Dataset, prepare
@@ -159,10 +160,11 @@ def plain_step(model: Any, dataset: Dataset) -> Measured:
 
 @contextmanager
 def computing_in(dtype: torch.dtype) -> Iterator[None]:
-    """In float64 nothing shall be float32: gemma2's norms compute in float32 whatever they are given."""
+    """In float64 nothing shall be float32, as gemma2's norms and bloom's softmax are whatever they are given."""
     with pytest.MonkeyPatch.context() as patch:
         if dtype == torch.float64:
             patch.setattr(torch.Tensor, "float", torch.Tensor.double)
+            patch.setattr(functional, "softmax", lambda x, dim, **_: torch.softmax(x, dim))
         yield
 
 
