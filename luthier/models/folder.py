@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from luthier.errors import Refused, suggest
+from luthier.models.zoo import MODEL_TYPES, VOCABULARIES
 
 SINGLE = ("model.safetensors", "pytorch_model.bin")  # in the order of preference
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -31,6 +32,7 @@ TOKENIZER_FILES = (
     "vocab.txt",
     "spiece.model",
     "sentencepiece.bpe.model",
+    *VOCABULARIES,
 )
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8}
@@ -63,7 +65,8 @@ def find_folder(path: str | Path, *, code: bool = False) -> Path:
 def _download(name: str, code: bool) -> Path:
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"] + ["*.py"] * code
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
+    patterns += ["*.py"] * code
     try:
         folder = Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*"]))
         if not any(folder.glob("*.safetensors")):
@@ -87,7 +90,8 @@ def read_config(folder: Path, *, code: bool = False) -> dict[str, Any]:
     asked = f"model '{folder}' was asked for"
     if not isinstance(model_type, str):
         raise Refused(asked, "its config.json has no model_type", "give a Hugging Face folder")
-    remote = "AutoModelForCausalLM" in config.get("auto_map", {})
+    ours = model_type in MODEL_TYPES  # code that comes with them is not needed
+    remote = not ours and "AutoModelForCausalLM" in config.get("auto_map", {})
     if model_type not in CONFIG_MAPPING:
         if remote and not code:
             raise Refused(
@@ -101,7 +105,7 @@ def read_config(folder: Path, *, code: bool = False) -> dict[str, Any]:
                 f"its family '{model_type}' is not known to the installed transformers",
                 suggest(model_type, CONFIG_MAPPING.keys()) or "a newer transformers may know it",
             )
-    elif model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not remote:
+    elif model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not remote and not ours:
         raise Refused(
             asked,
             f"its family '{model_type}' is no causal language model",

@@ -31,13 +31,17 @@ from luthier.seeding import generator
 
 @dataclass(frozen=True)
 class GenerateOptions:
-    """How to answer. `top_k` 1 or `temperature` 0 is greedy; `top_k` 0 samples among all tokens."""
+    """How to answer. `top_k` 1 or `temperature` 0 is greedy; `top_k` 0 samples among all tokens.
+
+    `reserved`: positions of the model that are taken before a prompt begins (by a prefix adapter).
+    """
 
     max_new_tokens: int = 256
     top_k: int = 1
     top_p: float = 1.0
     temperature: float = 1.0
     seed: int = 0
+    reserved: int = 0
 
     @property
     def greedy(self) -> bool:
@@ -64,6 +68,7 @@ def generate(
     that leaves no position for an answer.
     """
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = None if limit is None else limit - options.reserved
     room = [
         min(options.max_new_tokens, limit - len(p)) if limit else options.max_new_tokens
         for p in prompts

@@ -205,7 +205,9 @@ def save_model(
 
     To be called inside `files.publish`. `dtype` is that of the saved weights (default: the model's).
     """
-    state = {name: t.detach() for name, t in model.state_dict().items() if ADAPTER not in name}
+    state = {
+        name: t.detach() for name, t in model.state_dict().items() if ADAPTER not in f".{name}"
+    }
     if dtype is not None:
         made: dict[int, Tensor] = {}  # tied tensors stay one tensor
         for name, tensor in state.items():

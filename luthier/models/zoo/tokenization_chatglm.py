@@ -1,0 +1,224 @@
+"""The tokenizer of ChatGLM-6B (v1): SentencePiece behind marks for line ends, tabs and runs of spaces.
+
+A text becomes its pieces, [gMASK], <sop>; a pair is followed by the second text's pieces and <eop>. Padding
+is on the left and comes with the original's mask [1, S, S] (True = hidden) and positions [2, S]. The vocabulary
+is the file ice_text.model. `Pieces`, what ChatGLM2's tokenizer shares, stands here too.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from transformers import PreTrainedTokenizer
+from transformers.utils.generic import PaddingStrategy
+
+from luthier.errors import Refused, need
+
+MAX_BLANKS = 80  # the longest run of spaces with a piece of its own
+
+
+class Pieces(PreTrainedTokenizer):
+    """A SentencePiece model; text is cut by it alone, so that no token is looked for in the text before.
+
+    Refused: no vocabulary file, one that is not SentencePiece's, and the package sentencepiece missing.
+    """
+
+    padding_side = "left"
+    model_input_names: ClassVar = ["input_ids", "attention_mask", "position_ids"]
+    origin: ClassVar[str]  # the hub name of a folder that has the vocabulary file
+
+    def __init__(self, vocab_file: str | None = None, **kwargs: Any) -> None:
+        name = self.vocab_files_names["vocab_file"]
+        if find_spec("sentencepiece") is None:
+            raise need("sentencepiece", "tokenizers", f"the tokenizer file {name}")
+        from sentencepiece import SentencePieceProcessor
+
+        asked = f"a {type(self).__name__} was asked for"
+        if vocab_file is None or not Path(vocab_file).is_file():
+            where = vocab_file or "the folder"
+            raise Refused(
+                asked, f"{where} has no {name}", f"copy {name} from {self.origin} into it"
+            )
+        self.vocab_file = str(vocab_file)
+        self.pieces = SentencePieceProcessor()
+        try:
+            self.pieces.Load(self.vocab_file)
+        except RuntimeError as error:
+            raise Refused(
+                asked,
+                f"{vocab_file} is not a SentencePiece model",
+                f"copy {name} from {self.origin} again (git-lfs may have left a pointer file)",
+            ) from error
+        super().__init__(**kwargs)
+
+    def get_vocab(self) -> dict[str, int]:
+        return {self._convert_id_to_token(i): i for i in range(self.vocab_size)}
+
+    def tokenize(self, text: str, **kwargs: Any) -> list[str]:
+        return self.pieces.EncodeAsPieces(text)
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        return self.pieces.DecodePieces(tokens)
+
+    @staticmethod
+    def missing(
+        size: int, max_length: int | None, strategy: PaddingStrategy, multiple: int | None
+    ) -> int:
+        """How many pads a row of `size` ids needs."""
+        if strategy == PaddingStrategy.DO_NOT_PAD:
+            return 0
+        wanted = max_length if strategy == PaddingStrategy.MAX_LENGTH and max_length else size
+        multiple = multiple or 1
+        return max(-(-wanted // multiple) * multiple - size, 0)
+
+    def refuse_right(self, padding_side: str | None) -> None:
+        if (padding_side or self.padding_side) != "left":
+            raise Refused(
+                "padding on the right was asked for",
+                f"{type(self).__name__} pads on the left only",
+                "use padding_side='left'",
+            )
+
+    def save_vocabulary(
+        self, save_directory: str, filename_prefix: str | None = None
+    ) -> tuple[str]:
+        """Copy the vocabulary file."""
+        name = self.vocab_files_names["vocab_file"]
+        target = Path(save_directory) / (f"{filename_prefix}-{name}" if filename_prefix else name)
+        if target.resolve() != Path(self.vocab_file).resolve():
+            shutil.copyfile(self.vocab_file, target)
+        return (str(target),)
+
+
+class ChatGLMTokenizer(Pieces):
+    """`num_image_tokens` ids stand before those of the file: 20000 in the first release, 0 since then.
+
+    Refused, beside what `Pieces` refuses: a vocabulary without the special tokens.
+    """
+
+    vocab_files_names: ClassVar = {"vocab_file": "ice_text.model"}
+    origin = "THUDM/chatglm-6b"
+
+    def __init__(
+        self,
+        vocab_file: str | None = None,
+        bos_token: str = "<sop>",
+        eos_token: str = "<eop>",
+        end_token: str = "</s>",
+        mask_token: str = "[MASK]",
+        gmask_token: str = "[gMASK]",
+        pad_token: str = "<pad>",
+        unk_token: str = "<unk>",
+        num_image_tokens: int = 0,
+        clean_up_tokenization_spaces: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        self.num_image_tokens = num_image_tokens
+        # `from_pretrained` hands these two over as special tokens, which they are not in the original:
+        # skip_special_tokens keeps them
+        own = {"gmask_token": gmask_token, "end_token": end_token}
+        own |= kwargs.pop("model_specific_special_tokens", None) or {}
+        self.gmask_token, self.end_token = str(own["gmask_token"]), str(own["end_token"])
+        super().__init__(
+            vocab_file,
+            bos_token=bos_token,
+            eos_token=eos_token,
+            mask_token=mask_token,
+            pad_token=pad_token,
+            unk_token=unk_token,
+            clean_up_tokenization_spaces=clean_up_tokenization_spaces,
+            **kwargs,
+        )
+        self.init_kwargs.pop("model_specific_special_tokens", None)
+        self.init_kwargs.update(own, num_image_tokens=num_image_tokens)
+        special = (bos_token, eos_token, mask_token, pad_token, self.gmask_token, self.end_token)
+        lacking = [str(t) for t in special if self.pieces.PieceToId(str(t)) == self.pieces.unk_id()]
+        if lacking:
+            raise Refused(
+                "a ChatGLMTokenizer was asked for",
+                f"{vocab_file} lacks {', '.join(lacking)}",
+                f"copy ice_text.model from {self.origin}",
+            )
+
+    @property
+    def vocab_size(self) -> int:
+        return self.pieces.GetPieceSize() + self.num_image_tokens
+
+    @property
+    def gmask_token_id(self) -> int:
+        return self._convert_token_to_id(self.gmask_token)
+
+    @property
+    def end_token_id(self) -> int:
+        return self._convert_token_to_id(self.end_token)
+
+    def _convert_token_to_id(self, token: str) -> int:
+        return self.pieces.PieceToId(token) + self.num_image_tokens
+
+    def _convert_id_to_token(self, index: int) -> str:
+        if index < self.num_image_tokens:
+            return f"<image_{index}>"
+        return self.pieces.IdToPiece(index - self.num_image_tokens)
+
+    def tokenize(self, text: str, **kwargs: Any) -> list[str]:
+        text = text.replace("\n", "<n>").replace("\t", "<|tab|>")
+        runs = f" {{2,{MAX_BLANKS}}}"
+        return super().tokenize(
+            re.sub(runs, lambda run: f"<|blank_{len(run[0])}|>", text), **kwargs
+        )
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        text = super().convert_tokens_to_string(tokens)
+        text = text.replace("<n>", "\n").replace("<|tab|>", "\t")
+        return re.sub(r"<\|blank_(\d\d?)\|>", lambda blanks: " " * int(blanks[1]), text)
+
+    def _decode(self, token_ids: int | list[int], *args: Any, **kwargs: Any) -> str:
+        ids = [token_ids] if isinstance(token_ids, int) else token_ids
+        return super()._decode([i for i in ids if i != self.pad_token_id], *args, **kwargs)
+
+    def build_inputs_with_special_tokens(
+        self, token_ids_0: list[int], token_ids_1: list[int] | None = None
+    ) -> list[int]:
+        bos, eos = (self._convert_token_to_id(str(t)) for t in (self.bos_token, self.eos_token))
+        prompt = [*token_ids_0, self.gmask_token_id, bos]
+        return prompt if token_ids_1 is None else [*prompt, *token_ids_1, eos]
+
+    def _pad(
+        self,
+        encoded_inputs: Any,
+        max_length: int | None = None,
+        padding_strategy: PaddingStrategy = PaddingStrategy.DO_NOT_PAD,
+        pad_to_multiple_of: int | None = None,
+        padding_side: str | None = None,
+        return_attention_mask: bool | None = None,
+    ) -> dict[str, Any]:
+        """One row, padded on the left; the original adds mask and positions only where a length is known."""
+        ids = encoded_inputs["input_ids"]
+        self.refuse_right(padding_side)
+        if max_length is None and padding_strategy == PaddingStrategy.DO_NOT_PAD:
+            return encoded_inputs
+        pads = self.missing(len(ids), max_length, padding_strategy, pad_to_multiple_of)
+        mask, positions = self._mask_and_positions(ids)
+        encoded_inputs["input_ids"] = [self.pad_token_id] * pads + ids
+        encoded_inputs["attention_mask"] = np.pad(
+            mask, ((0, 0), (pads, 0), (pads, 0)), constant_values=True
+        )
+        encoded_inputs["position_ids"] = np.pad(positions, ((0, 0), (pads, 0)))
+        return encoded_inputs
+
+    def _mask_and_positions(self, ids: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        """[1, S, S], True = hidden, and [2, S] of one row; here [MASK] goes before [gMASK]."""
+        size = len(ids)
+        context = ids.index(self.bos_token_id) if self.bos_token_id in ids else size
+        hidden = np.triu(np.ones((1, size, size), dtype=bool), k=1)
+        hidden[:, :, :context] = False
+        places = np.arange(size)
+        token = self.mask_token_id if self.mask_token_id in ids else self.gmask_token_id
+        if token in ids:
+            places[context:] = ids.index(token)
+        return hidden, np.stack([places, np.clip(np.arange(size) - context + 1, 0, None)])
