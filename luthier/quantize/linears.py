@@ -1,0 +1,367 @@
+"""Frozen quantised weights as modules: a linear layer, and a stack of matrices (fused experts).
+
+Codes and scales are parameters that need no gradient, not buffers, because FSDP shards parameters only.
+Where rows hold whole blocks they keep the weight's dimensions: what cuts a dense weight by outputs or
+inputs cuts them alike. A product dequantises tile by tile, forward and again backward; a dense
+weight is never kept. The numbers are `codes.py`'s; which layers are replaced is the caller's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Self, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers.pytorch_utils import Conv1D
+
+from luthier.errors import Refused
+from luthier.quantize import codes
+from luthier.quantize.codes import Spec, make_spec
+
+# numbers dequantised at a time on CPU: a product with less of the weight is slower, by a quarter at 2**20
+_TILE = 2**22
+
+
+class QuantizedTensor(nn.Module):
+    """A frozen weight [..., out, in] as codes and scales (`Spec.layout` names and describes them)."""
+
+    codes: nn.Parameter
+    absmax: nn.Parameter
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        scheme: str,
+        block_size: int | None = None,
+        double_quant: bool = False,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """Storage without values, on `device`; fill it with `load_from` or `load_state_dict`.
+
+        `dtype` is that of the weight it stands for (default: torch's). Refused as `make_spec` says.
+        """
+        super().__init__()
+        self.spec = make_spec(scheme, shape, block_size, double_quant)
+        self.dtype = dtype or torch.get_default_dtype()
+        for name, (size, kind) in self.spec.layout.items():
+            values = torch.empty(size, dtype=kind, device=device)
+            self.register_parameter(name, nn.Parameter(values, requires_grad=False))
+
+    @staticmethod
+    def from_weight(
+        weight: Tensor, scheme: str, block_size: int | None = None, double_quant: bool = False
+    ) -> QuantizedTensor:
+        """The quantised `weight` [..., out, in], on its device."""
+        made = QuantizedTensor(
+            tuple(weight.shape), scheme, block_size, double_quant, dtype=weight.dtype, device="meta"
+        )
+        made.load_from(weight)
+        return made
+
+    @property
+    def scheme(self) -> str:
+        return self.spec.scheme
+
+    @property
+    def block_size(self) -> int:
+        return self.spec.block_size
+
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
+    def load_from(self, weight: Tensor) -> None:
+        """Quantise `weight` (this shape, any floating type), where it is, into this storage.
+
+        A storage on the meta device takes the weight's. Refused: another shape, numbers that are not
+        finite, and weights that are quantised already.
+        """
+        if tuple(weight.shape) != self.spec.shape:
+            raise Refused(
+                f"quantising a weight of shape {list(weight.shape)}",
+                f"the layer's is {list(self.spec.shape)}",
+                "give the weights that belong to this model",
+            )
+        for name, values in codes.quantize(weight, self.spec).items():
+            self._put(name, values)
+
+    def dequantize(self, dtype: torch.dtype | None = None, index: int | None = None) -> Tensor:
+        """The dense weight [..., out, in]; with `index`, one matrix [out, in] of a stack. Without gradient."""
+        first, last = self._rows(index)
+        out = torch.empty(
+            last - first, self.spec.shape[-1], dtype=dtype or self.dtype, device=self.device
+        )
+        scale, width = codes.scales(self.tensors(), self.spec), self.spec.shape[-1]
+        codes.dequantize_range(self.codes, scale, self.spec, first * width, last * width, out)
+        return out.view(self.spec.shape if index is None else self.spec.shape[-2:])
+
+    def product(self, x: Tensor, addend: Tensor | None = None, index: int | None = None) -> Tensor:
+        """addend + x W^T with a gradient for x [..., in] and addend ([..., out] or [out]), not for W.
+
+        In half precision too the sum is rounded once. `index` selects one matrix of a stack.
+        Computed in x's type, or autocast's.
+        """
+        kind = x.device.type
+        if torch.is_autocast_enabled(kind):
+            x = x.to(torch.get_autocast_dtype(kind))
+        rows = self._rows(index)
+        lead = x.shape[:-1]
+        if addend is not None:
+            addend = addend.to(x.dtype)
+            addend = addend if addend.dim() == 1 else addend.reshape(-1, addend.shape[-1])
+        x = x.reshape(-1, x.shape[-1])  # [N, in]
+        y = _Product.apply(x, addend, self.spec, rows, *self.tensors().values())
+        return cast(Tensor, y).view(*lead, rows[1] - rows[0])
+
+    def multiply(self, x: Tensor, addend: Tensor | None = None, index: int | None = None) -> Tensor:
+        """addend + x W^T, [N, out], for x [N, in], outside autograd: for nodes that compute more with it."""
+        return _times_transposed(
+            x, addend, self.spec, self._rows(index), list(self.tensors().values())
+        )
+
+    def multiply_back(
+        self, g: Tensor, addend: Tensor | None = None, index: int | None = None
+    ) -> Tensor:
+        """addend + g W, [N, in], for g [N, out], outside autograd: the gradient of x in such a node."""
+        return _times(g, addend, self.spec, self._rows(index), list(self.tensors().values()))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The stored tensors by name."""
+        return {name: getattr(self, name) for name in self.spec.layout}
+
+    def extra_repr(self) -> str:
+        double = ", double_quant=True" if self.spec.double_quant else ""
+        return f"{list(self.spec.shape)}, {self.scheme}, block_size={self.block_size}{double}"
+
+    def _rows(self, index: int | None) -> tuple[int, int]:
+        """Rows of the flattened matrix [rows, in] that a matrix of the stack has, or all."""
+        total, each = self.spec.numel // self.spec.shape[-1], self.spec.shape[-2]
+        if index is None:
+            return 0, total
+        if not 0 <= index < total // each:
+            raise IndexError(f"matrix {index} of a stack of {total // each}")
+        return index * each, (index + 1) * each
+
+    def _put(self, name: str, values: Tensor) -> None:
+        held = getattr(self, name)
+        if held.device.type == "meta":
+            kept = nn.Parameter(values, requires_grad=held.requires_grad)
+            setattr(self, name, kept)
+        else:
+            held.data.copy_(values)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # `.to(bfloat16)` and `.half()` are meant for the model's weights; scales stay exact
+        exact = {name: t.data for name, t in self.tensors().items() if t.dtype == torch.float32}
+        super()._apply(fn, recurse)
+        for name, values in exact.items():
+            held = getattr(self, name)
+            if held.dtype != values.dtype:
+                held.data = values.to(held.device)
+        return self
+
+
+class QuantizedLinear(QuantizedTensor):
+    """In place of an `nn.Linear`, or of a `Conv1D`, whose weight it keeps transposed, as [out, in].
+
+    It has no `weight`: what reads one would read codes. `bias` stays in the base's type.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        scheme: str,
+        block_size: int | None = None,
+        double_quant: bool = False,
+        *,
+        bias: bool = False,
+        transposed: bool = False,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """As `QuantizedTensor`. `transposed`: the layer it stands for keeps its weight as [in, out]."""
+        shape = (out_features, in_features)
+        super().__init__(shape, scheme, block_size, double_quant, dtype=dtype, device=device)
+        self.in_features, self.out_features = in_features, out_features
+        self.transposed = transposed
+        values = torch.zeros(out_features, dtype=self.dtype, device=device) if bias else None
+        self.bias = None if values is None else nn.Parameter(values, requires_grad=False)
+
+    @classmethod
+    def meta(
+        cls,
+        in_features: int,
+        out_features: int,
+        scheme: str,
+        block_size: int | None = None,
+        double_quant: bool = False,
+        *,
+        bias: bool = False,
+        transposed: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> Self:
+        """A layer without memory, for a loader that calls `load_from` when it has read the weight."""
+        return cls(
+            in_features,
+            out_features,
+            scheme,
+            block_size,
+            double_quant,
+            bias=bias,
+            transposed=transposed,
+            dtype=dtype,
+            device="meta",
+        )
+
+    @classmethod
+    def from_linear(
+        cls,
+        layer: nn.Module,
+        scheme: str,
+        block_size: int | None = None,
+        double_quant: bool = False,
+    ) -> Self:
+        """The quantised form of `layer`, on its device; on the meta device, the form without values.
+
+        Refused: a layer that is quantised already, or is no linear layer; and what `make_spec` and
+        `load_from` refuse.
+        """
+        if isinstance(layer, QuantizedTensor):
+            raise Refused(
+                f"quantising a layer in {scheme}",
+                f"it is quantised already, in {layer.scheme}",
+                "start from the model in its original precision",
+            )
+        if not isinstance(layer, nn.Linear | Conv1D):
+            raise Refused(
+                f"quantising a layer of type {type(layer).__name__}",
+                "only linear layers (Linear, Conv1D) are quantised",
+                "leave it out of quantize.modules: it stays in full precision",
+            )
+        weight, bias = layer.weight, layer.bias
+        transposed = isinstance(layer, Conv1D)
+        num_out, num_in = weight.shape[::-1] if transposed else weight.shape
+        made = cls.meta(
+            num_in,
+            num_out,
+            scheme,
+            block_size,
+            double_quant,
+            bias=bias is not None,
+            transposed=transposed,
+            dtype=weight.dtype if weight.is_floating_point() else None,
+        )
+        made.train(layer.training)
+        if weight.device.type != "meta":
+            made.load_from(weight, bias)
+        return made
+
+    def load_from(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        """Quantise `weight`, in the orientation of the layer it stands for, and take `bias` [out] over."""
+        super().load_from(weight.t() if self.transposed else weight)
+        if bias is not None:
+            self._put("bias", bias.detach().to(self.dtype).clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> x W^T + bias, [..., out], in x's type."""
+        return self.product(x, self.bias)
+
+    def matmul_with(self, x: Tensor, addend: Tensor) -> Tensor:
+        """addend [..., out] + x W^T + bias. Addend and product are summed before they are rounded.
+
+        That is how an adapter's delta, mostly smaller than a rounding step of the output in half precision,
+        survives.
+        """
+        y = self.product(x, addend)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+class _Product(torch.autograd.Function):
+    """addend + x W^T of rows of a quantised matrix. What it saves for backward is codes and scales."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,  # [N, in]
+        addend: Tensor | None,  # [N, out] or [out]
+        spec: Spec,
+        rows: tuple[int, int],
+        *tensors: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        ctx.spec, ctx.rows = spec, rows
+        return _times_transposed(x, addend, spec, rows, tensors)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (g,) = grads  # [N, out]
+        rest = [None] * (2 + len(ctx.spec.layout))
+        for_x = None
+        if ctx.needs_input_grad[0]:
+            for_x = _times(g, None, ctx.spec, ctx.rows, ctx.saved_tensors)
+        # where the addend was [out], autograd sums
+        return for_x, g if ctx.needs_input_grad[1] else None, *rest
+
+
+def _times_transposed(
+    x: Tensor, addend: Tensor | None, spec: Spec, rows: tuple[int, int], tensors: Sequence[Tensor]
+) -> Tensor:
+    """addend + x W^T, [N, out], where W is the rows `rows` of the matrix that `tensors` store."""
+    scale = codes.scales(dict(zip(spec.layout, tensors, strict=True)), spec)
+    (first, last), width = rows, spec.shape[-1]
+    y = x.new_empty(len(x), last - first)  # [N, out]
+    step = _step(last - first, width, spec.unit // math.gcd(spec.unit, width), x.device)
+    buffer = x.new_empty(step, width)
+    for start in range(first, last if len(x) else first, step):
+        stop = min(start + step, last)
+        tile = buffer[: stop - start]  # [rows, in]
+        codes.dequantize_range(tensors[0], scale, spec, start * width, stop * width, tile)
+        part = slice(start - first, stop - first)
+        if addend is None:
+            torch.mm(x, tile.t(), out=y[:, part])
+        else:
+            torch.addmm(addend[..., part], x, tile.t(), out=y[:, part])
+    return y
+
+
+def _times(
+    g: Tensor, addend: Tensor | None, spec: Spec, rows: tuple[int, int], tensors: Sequence[Tensor]
+) -> Tensor:
+    """addend + g W, [N, in]: the other way."""
+    scale = codes.scales(dict(zip(spec.layout, tensors, strict=True)), spec)
+    (first, last), width = rows, spec.shape[-1]
+    if not spec.by_rows:
+        # blocks run on over the ends of rows: columns cannot be had alone, and summing over tiles of rows
+        # would round each time
+        tile = g.new_empty(last - first, width)
+        codes.dequantize_range(tensors[0], scale, spec, first * width, last * width, tile)
+        return g @ tile if addend is None else torch.addmm(addend, g, tile)
+    packed, scale = (t.flatten(0, -2)[first:last] for t in (tensors[0], scale))
+    step = _step(width, last - first, math.lcm(codes.column_step(spec), 64), g.device)
+    y = g.new_empty(len(g), width)  # [N, in]
+    buffer = g.new_empty((last - first) * step)
+    for start in range(0, width, step):
+        stop = min(start + step, width)
+        tile = buffer[: (last - first) * (stop - start)].view(-1, stop - start)  # [out, columns]
+        codes.dequantize_columns(packed, scale, spec, start, stop, tile)
+        if addend is None:
+            torch.mm(g, tile, out=y[:, start:stop])
+        else:
+            torch.addmm(addend[..., start:stop], g, tile, out=y[:, start:stop])
+    return y
+
+
+def _step(length: int, other: int, multiple: int, device: torch.device) -> int:
+    """How many rows (or columns) of length `other` a tile has, a multiple of `multiple`; on a GPU all."""
+    if device.type != "cpu":
+        return length
+    return min(length, max(1, _TILE // other // multiple) * multiple)
