@@ -27,7 +27,7 @@ usage: luthier COMMAND ...
   show     FILE [...]                            the resolved config and where each value comes from
   preview  FILE [...] [--rows N]                 rows as coloured tokens: what is trained and what is not
   verify   CHECK FILE [...]                      prove on your model and data: data, packing, loss
-  convert  SOURCE OUT                            GGUF file or training checkpoint -> Hugging Face / PEFT folder
+  convert  SOURCE OUT                            GGUF, checkpoint, PaddleNLP adapter -> Hugging Face / PEFT folder
   example  [NAME]                                list ready configs, or print one
   schema                                         JSON schema of the config, for editors
   env                                            versions and devices
@@ -167,9 +167,13 @@ def verify(words: list[str]) -> None:
 MERGE_ALIASES = {
     "model_name_or_path": "base",
     "lora_path": "adapter",
+    "vera_path": "adapter",
+    "lokr_path": "adapter",
     "output_path": "out",
     "merge_model_path": "out",
     "merge_lora_model_path": "out",
+    "merge_vera_model_path": "out",
+    "merge_lokr_model_path": "out",
 }
 
 
@@ -222,13 +226,23 @@ def merge(words: list[str]) -> None:
 
 
 def convert(words: list[str]) -> None:
-    if len(words) != 2:
-        raise Refused(
-            "luthier convert", f"{len(words)} words were given", "luthier convert SOURCE OUT"
-        )
+    parser = argparse.ArgumentParser(
+        prog="luthier convert", allow_abbrev=False, exit_on_error=False
+    )
+    parser.add_argument("paths", nargs="*")
+    parser.add_argument("--base")
+    usage = "luthier convert SOURCE OUT [--base BASE]"
+    try:
+        args, unknown = parser.parse_known_args(words)
+    except argparse.ArgumentError as error:
+        raise Refused("luthier convert", str(error), usage) from error
+    if unknown:
+        raise Refused(f"luthier convert {unknown[0]}", "there is no such option", usage)
+    if len(args.paths) != 2:
+        raise Refused("luthier convert", f"{len(args.paths)} folders were given", usage)
     from luthier.convert import convert as run
 
-    run(words[0], words[1])
+    run(*args.paths, base=args.base)
 
 
 def example(words: list[str]) -> None:

@@ -10,20 +10,23 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from luthier.adapters.base import fold_into
-from luthier.adapters.store import layers_of_base, load_adapter, read_adapter_config
+from luthier.adapters import fold_into
+from luthier.adapters.facts import layers_of_base, read_adapter_config
+from luthier.adapters.store import load_adapter
 from luthier.assemble import keep_stops
 from luthier.config import ModelConfig
 from luthier.data.encode import Renderer
 from luthier.errors import Failed, LuthierError, Refused
 from luthier.files import MANIFEST, check_writable, damage, publish, write_json
 from luthier.interop.gguf import convert_gguf, is_gguf
+from luthier.interop.paddlenlp_folder import convert_adapter, is_paddle_adapter
 from luthier.models.folder import fingerprint
 from luthier.models.load import (
     build_model,
@@ -65,6 +68,12 @@ def merge(
     model does not compute what base and adapter do.
     """
     folder, target = Path(adapter), Path(out)
+    if folder.is_dir() and is_paddle_adapter(folder):
+        with TemporaryDirectory() as made:
+            facts = convert_adapter(folder, Path(made) / "adapter", base)
+            say(f"{adapter}: PaddleNLP's, taken as {facts['kind']}")
+            result = merge(base, str(Path(made) / "adapter"), out, device=device, say=say)
+        return result | {"adapter": adapter}
     fields = read_adapter_config(folder)
     base = base or fields.get("base_model_name_or_path")
     if not base:
@@ -172,23 +181,35 @@ def _note_in_report(run: Path, target: Path, check: MergeCheck) -> None:
     write_report(run, facts)
 
 
-def convert(source: str, out: str, say: Any = print) -> dict[str, Any]:
-    """GGUF file, or checkpoint of a run -> a folder that transformers or PEFT loads."""
+def convert(source: str, out: str, *, base: str | None = None, say: Any = print) -> dict[str, Any]:
+    """GGUF file, checkpoint of a run, or PaddleNLP's adapter -> a folder that transformers or PEFT loads.
+
+    `base` is the model that a PaddleNLP adapter was trained on, where it does not name it rightly.
+    """
     path, target = Path(source), Path(out)
     if not path.exists():
         raise Refused(f"convert {source}", "there is no such file or folder", "check the path")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise Refused(f"convert into {target}", "it exists and is not empty", "name a new folder")
     check_writable(f"convert into {target}", target.parent)
-    if is_gguf(path):
+    paddle = path.is_dir() and is_paddle_adapter(path)
+    if base is not None and not paddle:
+        raise Refused(
+            f"convert {source} --base {base}",
+            "only the conversion of a PaddleNLP adapter reads a base",
+            "leave it out",
+        )
+    if paddle:
+        facts = convert_adapter(path, target, base)
+    elif is_gguf(path):
         facts = convert_gguf(path, target)
     elif (path / "training_state.json").is_file():
         facts = _convert_checkpoint(path, target)
     else:
         raise Refused(
             f"convert {source}",
-            "it is neither a GGUF file nor a checkpoint of a run (a folder with training_state.json)",
-            "give model.gguf, or RUN/checkpoints/step-N",
+            "it is no GGUF file, no checkpoint of a run (with training_state.json) and no adapter of PaddleNLP",
+            "give model.gguf, RUN/checkpoints/step-N, or a folder with lora_config.json",
         )
     say(f"{target}: " + ", ".join(f"{key} {value}" for key, value in facts.items()))
     return facts

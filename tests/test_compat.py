@@ -67,9 +67,10 @@ def test_plain_options(calls: list[list[str]]) -> None:
     assert calls == [["evaluate", *words]]
 
 
-def test_merging(calls: list[list[str]]) -> None:
-    words = ["--model_name_or_path", "m", "--lora_path", "a", "--output_path", "o"]
-    assert start("merge_lora_params.py", *words) == 0
+@pytest.mark.parametrize("kind", ["lora", "vera", "lokr"])
+def test_merging(calls: list[list[str]], kind: str) -> None:
+    words = ["--model_name_or_path", "m", f"--{kind}_path", "a", "--output_path", "o"]
+    assert start(f"merge_{kind}_params.py", *words) == 0
     assert calls == [["merge", *words]]
 
 
@@ -79,6 +80,8 @@ def test_merging(calls: list[list[str]]) -> None:
         ("run_finetune.py", ["missing.json"]),
         ("finetune_generation.py", ["--lora_rang", "3", "--lora"]),
         ("merge_lora_params.py", ["--lora_path", "a"]),
+        ("merge_vera_params.py", ["--merge_vera_model_path", "o"]),
+        ("merge_lokr_params.py", ["--lokr_path", "a", "--merge_lokr_model_path", "o", "--x", "1"]),
     ],
 )
 def test_bad_input_is_refused_with_code_2(script: str, words: list[str], tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ recognises the files and merges them with overrides.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from luthier.configfile import Layer
 from luthier.errors import Refused, suggest
 from luthier.interop.paddlenlp_arguments import FALSE, TRUE, Arguments, check, is_off
 from luthier.interop.paddlenlp_keys import PARALLEL
+from luthier.interop.paddlenlp_methods import adapter
 
 KEEP_ALL = 1_000_000  # checkpoint.keep for a file without save_total_limit
 
@@ -48,7 +48,7 @@ def translate(given: Mapping[str, Any], origins: Mapping[str, str]) -> tuple[Lay
     """Our keys for PaddleNLP's arguments (plain values or words), and remarks. Raises `Refused`."""
     arguments, remarks = check(given, origins)
     t = Translation(arguments, remarks=remarks)
-    for part in (_model, _data, _adapter, _optim, _course, _evaluation, _checkpoints, _log):
+    for part in (_model, _data, adapter, _optim, _course, _evaluation, _checkpoints, _log):
         part(t, arguments)
     parallel = [
         f"{name}={arguments.values[name]}"
@@ -191,17 +191,6 @@ def _template(t: Translation, a: Arguments) -> None:
                 "give none, a file or its folder",
             )
         t.put("data.template", str(file), "chat_template")
-
-
-def _adapter(t: Translation, a: Arguments) -> None:
-    if a["lora"]:
-        t.put("adapter.method", "lora", "lora")
-        t.put("adapter.rank", a["lora_rank"], "lora_rank")
-        if a["rslora"]:  # its scale is 4 / sqrt(rank), ours alpha / rank
-            t.put("adapter.alpha", 4 * math.sqrt(max(a["lora_rank"], 0)), "rslora")
-        t.copy("adapter.path", "lora_path")
-    elif "lora_path" in a:
-        t.remarks.append("lora_path is not read because lora is not true, as in PaddleNLP")
 
 
 def _optim(t: Translation, a: Arguments) -> None:

@@ -35,6 +35,28 @@ READ: dict[str, tuple[type, Any]] = {
     "lora_path": (str, None),
     "lora_rank": (int, 8),
     "rslora": (bool, False),
+    "lora_plus_scale": (float, 1.0),
+    "pissa": (bool, False),
+    "lora_use_mixer": (bool, False),
+    "use_mora": (bool, False),
+    "prefix_tuning": (bool, False),
+    "prefix_path": (str, None),
+    "num_prefix_tokens": (int, 128),
+    "vera": (bool, False),
+    "vera_rank": (int, 8),
+    "lokr": (bool, False),
+    "lokr_path": (str, None),
+    "lokr_dim": (int, 8),
+    "reft": (bool, False),
+    "layers": (str, "all"),
+    "position": (str, "f7"),
+    "intervention_type": (str, "LoreftIntervention"),
+    "rank": (int, 8),
+    "act_fn": (str, "linear"),
+    "add_bias": (bool, False),
+    "dropout": (float, 0.0),
+    "neftune": (bool, False),
+    "neftune_noise_alpha": (float, 5.0),
     # data
     "dataset_name_or_path": (str, None),
     "task_name": (str, None),
@@ -131,8 +153,6 @@ INERT = names("""
     release_grads offload_optim scale_loss amp_master_grad
     from_aistudio aistudio_repo_id aistudio_repo_private aistudio_repo_license aistudio_token
     weight_blocksize weight_double_quant weight_double_quant_block_size
-    vera_rank lokr_path lokr_dim prefix_path num_prefix_tokens neftune_noise_alpha
-    layers position intervention_type rank act_fn add_bias dropout
     rope_scaling_factor strategy_type strategy_name ssa_group_size_ratio
     quant_type fp8_type skip_list_names weight_quant_method act_quant_method cachekv_quant_method
     search_alpha_min search_alpha_max search_scale_min search_scale_max ptq_step
@@ -183,21 +203,13 @@ class Switch:
     do: str
 
 
-_PLAIN_LORA = "train plain LoRA: leave it out and set lora=true"
 _LATER = "is not there yet"
 _QUANTISE = "fine-tune without it; compress the result with another tool for now"
 
 OFF: dict[str, Switch] = {
-    "prefix_tuning": Switch(bool, False, f"prefix tuning {_LATER}", _PLAIN_LORA),
-    "reft": Switch(bool, False, f"ReFT {_LATER}", _PLAIN_LORA),
-    "vera": Switch(bool, False, f"VeRA {_LATER}", _PLAIN_LORA),
-    "lokr": Switch(bool, False, f"LoKr {_LATER}", _PLAIN_LORA),
-    "use_mora": Switch(bool, False, f"MoRA {_LATER}", _PLAIN_LORA),
-    "pissa": Switch(bool, False, f"PiSSA {_LATER}", _PLAIN_LORA),
-    "rslora_plus": Switch(bool, False, f"LoRA+ {_LATER}", "give rslora=true without it"),
-    "lora_plus_scale": Switch(float, 1.0, f"LoRA+ {_LATER}", "leave it out, or set it to 1"),
-    "lora_use_mixer": Switch(bool, False, f"MosLoRA {_LATER}", _PLAIN_LORA),
-    "neftune": Switch(bool, False, f"NEFTune noise {_LATER}", "leave it out"),
+    "rslora_plus": Switch(
+        bool, False, "fine-tuning never had it", "give rslora=true and lora_plus_scale"
+    ),
     "weight_quantize_algo": Switch(
         str, None, f"a quantised base (QLoRA) {_LATER}", "leave it out: LoRA on a bf16 base"
     ),

@@ -162,7 +162,32 @@ CASES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"resume_from_checkpoint": "true", "overwrite_output_dir": True}, {"checkpoint.resume": "auto"}),
     ({"report_to": "none"}, {"log.sinks": []}),
     ({"report_to": ["wandb", "visualdl"]}, {"log.sinks": ["wandb", "tensorboard"]}),
-    ({"rslora": True, "lora": True, "lora_rank": 16}, {"adapter.alpha": 16.0}),  # 4 / sqrt(16) = 16 / 16
+    ({"rslora": True, "lora": True, "lora_rank": 16}, {"adapter.rslora": True, "adapter.alpha": 4.0}),
+    ({"lora": True, "lora_plus_scale": 16}, {"adapter.lora_plus": 16.0}),
+    ({"lora": True, "pissa": True, "rslora": True}, {"adapter.pissa": True, "adapter.alpha": 8.0}),
+    ({"lora": True, "lora_use_mixer": True}, {"adapter.mixer": True}),
+    ({"lora": True, "use_mora": True}, {"adapter.method": "mora", "adapter.form": "paddlenlp"}),
+    (
+        {"prefix_tuning": True, "num_prefix_tokens": 20, "prefix_path": "p"},
+        {"adapter.method": "prefix", "adapter.form": "paddlenlp", "adapter.num_prefix_tokens": 20, "adapter.path": "p"},
+    ),
+    ({"prefix_tuning": True}, {"adapter.num_prefix_tokens": 128}),
+    ({"vera": True, "vera_rank": 4}, {"adapter.method": "vera", "adapter.form": "paddlenlp", "adapter.rank": 4}),
+    ({"lokr": True, "lokr_rank": 4}, {"adapter.method": "lokr", "adapter.form": "paddlenlp", "adapter.rank": 4}),
+    ({"lokr": True, "lokr_dim": 4, "lokr_path": "k"}, {"adapter.path": "k"}),
+    (
+        {"reft": True, "layers": "0;3", "position": "f2+l4", "intervention_type": "TinyIntervention", "rank": 2},
+        {"adapter.method": "reft", "adapter.form": "tiny", "adapter.layers": "0;3"}
+        | {"adapter.positions": "f2+l4", "adapter.rank": 2, "adapter.tied": True},
+    ),
+    (
+        {"reft": True, "intervention_type": "LoReftIntervention", "act_fn": "relu", "dropout": 0.1},
+        {"adapter.form": "loreft", "adapter.positions": "f7", "adapter.act_fn": "relu", "adapter.dropout": 0.1},
+    ),
+    (
+        {"neftune": True, "neftune_noise_alpha": 3},
+        {"adapter.neftune_alpha": 3.0, "adapter.neftune_scaling": "paddlenlp"},
+    ),
     ({"learning_rate": None}, {"optim.lr": 5e-5}),
 ]  # fmt: skip
 
@@ -274,7 +299,14 @@ def test_arguments_of_other_jobs_are_refused_by_name(here: Path, name: str) -> N
             {"load_best_model_at_end": True, "do_eval": True, "greater_is_better": True},
             ["the best loss is the smallest"],
         ),
-        ({"vera": True, "neftune": True, "x": 1}, ["3 errors", "VeRA", "NEFTune", "x=1"]),
+        (
+            {"do_gptq": True, "weight_quantize_algo": "nf4", "x": 1},
+            ["3 errors", "GPTQ", "QLoRA", "x=1"],
+        ),
+        ({"vera": True, "lora": True}, ["lora=true and vera=true", "keep one"]),
+        ({"lora": True, "use_mora": True, "pissa": True}, ["use_mora=true with pissa"]),
+        ({"reft": True, "intervention_type": "Loreft"}, ["intervention_type=Loreft", "TinyInter"]),
+        ({"reft": True, "position": "first"}, ["adapter.positions=first", "PaddleNLP position"]),
         ({"dataset_name_or_path": None}, ["data.path is needed"]),
     ],
 )

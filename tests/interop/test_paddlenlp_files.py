@@ -1,4 +1,4 @@
-"""The argument files that PaddleNLP publishes: SFT and LoRA translate, other methods are refused by name.
+"""The argument files that PaddleNLP publishes: training of weights and adapters translates, the rest is refused by name.
 
 The files are read from LUTHIER_CONFIGS; without it, these tests are skipped.
 """
@@ -45,29 +45,34 @@ def test_every_key_of_the_published_files_is_known() -> None:
     assert len(keys) > 100 and keys - NAMES == set()
 
 
+ADAPTERS = {
+    "lora_argument": "lora",
+    "pt_argument": "prefix",
+    "vera_argument": "vera",
+    "lokr_argument": "lokr",
+    "reft_argument": "reft",
+}
+
+
 @needs_corpus
 @pytest.mark.parametrize(
     "path",
-    [p for p in corpus() if p.stem in ("sft_argument", "lora_argument", "sft_pp_argument")]
+    [p for p in corpus() if p.stem in ADAPTERS or p.stem in ("sft_argument", "sft_pp_argument")]
     + [p for p in corpus() if p.parent.name == "flashmask" and p.stem in ("sft", "lora")],
     ids=lambda path: "/".join(path.parts[-3:]),
 )
-def test_published_sft_and_lora_files_translate(path: Path) -> None:
+def test_published_fine_tuning_files_translate(path: Path) -> None:
     given = json.loads(path.read_text("utf-8"))
     config = read_config([path]).config
     assert config.model.path == given["model_name_or_path"]
     assert config.lr == given["learning_rate"]
     rows = given["per_device_train_batch_size"] * given["gradient_accumulation_steps"]
     assert config.batch == rows
-    assert (config.adapter.method == "lora") == bool(given.get("lora"))
+    assert config.adapter.method == ADAPTERS.get(path.stem, "lora" if given.get("lora") else "none")
     assert config.data.length == given.get("max_length", 2048)
 
 
 METHODS = {
-    "pt_argument": "prefix tuning",
-    "vera_argument": "VeRA",
-    "lokr_argument": "LoKr",
-    "reft_argument": "ReFT",
     "qlora_argument": "QLoRA",
     "wint8_lora_argument": "QLoRA",
     "ptq_argument": "quantisation",

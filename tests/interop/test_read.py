@@ -86,7 +86,7 @@ def test_words_of_the_documents(here: Path) -> None:
         ({"do_train": False, "do_eval": True}, ["evaluate"]),
         ({"do_train": False, "do_predict": True}, ["predict"]),
         ({"do_train": False}, ["finetune"]),
-        ({"vera": True, "do_train": False, "do_eval": True}, ["finetune"]),  # which refuses it
+        ({"do_gptq": True, "do_train": False, "do_eval": True}, ["finetune"]),  # which refuses it
     ],
 )
 def test_commands_of_the_script(here: Path, arguments: dict[str, Any], want: list[str]) -> None:
