@@ -20,6 +20,7 @@ _HOMES = {
     "merge": "convert",
     "convert": "convert",
     "load": "api",
+    "Adapters": "adapters.several",
     "RunConfig": "config",
     "LuthierError": "errors",
     "Refused": "errors",
@@ -33,6 +34,7 @@ __all__ = [  # noqa: RUF022 - as a user meets them
     "merge",
     "convert",
     "load",
+    "Adapters",
     "RunConfig",
     "LuthierError",
     "Refused",
@@ -41,6 +43,7 @@ __all__ = [  # noqa: RUF022 - as a user meets them
 ]
 
 if TYPE_CHECKING:
+    from luthier.adapters.several import Adapters as Adapters
     from luthier.api import load as load
     from luthier.config import RunConfig as RunConfig
     from luthier.convert import convert as convert

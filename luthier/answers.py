@@ -59,7 +59,7 @@ class Evaluator:
             self.built.model,
             self.text.renderer,
             rows,
-            generate_options(self.config),
+            generate_options(self.config, self.built),
             pad_id=self.text.pad_id,
             micro_batch=self.config.evaluate_micro_batch,
             progress=count,
@@ -70,9 +70,11 @@ class Evaluator:
         return scores
 
 
-def generate_options(config: RunConfig) -> GenerateOptions:
+def generate_options(config: RunConfig, built: Built) -> GenerateOptions:
     e = config.evaluate
-    return GenerateOptions(e.max_new_tokens, e.top_k, e.top_p, e.temperature, config.train.seed)
+    return GenerateOptions(
+        e.max_new_tokens, e.top_k, e.top_p, e.temperature, config.train.seed, built.reserved
+    )
 
 
 def rows_to_answer(config: RunConfig) -> list[list[Message]]:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from luthier.adapters.store import layers_of_base, load_adapter
+from luthier.adapters.facts import layers_of_base
+from luthier.adapters.store import load_adapter
 from luthier.config import ModelConfig
 from luthier.errors import Refused
 from luthier.models.folder import fingerprint

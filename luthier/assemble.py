@@ -18,16 +18,21 @@ import torch
 from torch.nn import Parameter
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from luthier.adapters.base import ADAPTERS, adapter_parameters, adapters_of, attach, lr_scales
-from luthier.adapters.store import (
-    base_options,
-    load_adapter,
-    load_tensors,
-    read_adapter_config,
-    save_adapter,
+from luthier.adapters import (
+    ADAPTERS,
+    adapter_parameters,
+    adapters_of,
+    add_noise,
+    attach,
+    lr_scales,
+    plan_of,
+    retract,
+    whole_parameters,
 )
+from luthier.adapters.facts import base_options, read_adapter_config
+from luthier.adapters.store import load_adapter, load_tensors, save_adapter
 from luthier.batch import Batch
-from luthier.config import MINIMISED, AdapterConfig, RunConfig
+from luthier.config import GENERAL, MINIMISED, AdapterConfig, RunConfig
 from luthier.data.dataset import Dataset, LazyDataset, prepare
 from luthier.data.loader import Loader, evaluation_batches
 from luthier.errors import Refused
@@ -95,7 +100,14 @@ class Built:
 
     @property
     def num_base(self) -> int:
-        return sum(p.numel() for n, p in self.model.named_parameters() if ".adapter." not in n)
+        return sum(
+            p.numel() for n, p in self.model.named_parameters() if ".adapter." not in f".{n}"
+        )
+
+    @property
+    def reserved(self) -> int:
+        """Positions of the model that the adapter takes from every document."""
+        return ADAPTERS[self.adapter.method].reserve(self.adapter) if self.adapter else 0
 
 
 def check_training(config: RunConfig, text: Text) -> None:
@@ -110,7 +122,10 @@ def check_training(config: RunConfig, text: Text) -> None:
     elif config.adapter.method != "none" and not code:
         with torch.device("meta"), quiet():
             blueprint = AutoModelForCausalLM.from_config(copy.deepcopy(text.model_config))
-        ADAPTERS[config.adapter.method].plan(blueprint, config.adapter)
+        plan_of(blueprint, config.adapter)
+        limit = getattr(text.model_config.get_text_config(), "max_position_embeddings", None)
+        method = ADAPTERS[config.adapter.method]
+        method.check_length(config.adapter, config.data.length, limit)
 
 
 def build(
@@ -168,6 +183,7 @@ def build(
     built.stage.autocast = None if chosen.autocast == "none" else getattr(torch, chosen.autocast)
     check_stage(built.stage)
     if train:
+        add_noise(model, config.adapter, seed=config.train.seed)
         seed_dropout(model, config.train.seed)
         set_recompute(built.stage, config.train.recompute)
         if config.train.compile:
@@ -180,16 +196,22 @@ def _options_of_folder(asked: AdapterConfig, found: AdapterConfig, path: str) ->
     """Going on with an adapter takes its own options. Another one that is set is refused; a default that
     differs is a remark."""
     remarks = []
-    for key in ("rank", "alpha", "dropout", "targets"):
-        wanted, has = getattr(asked, key), getattr(found, key)
-        default = AdapterConfig.model_fields[key].default
-        if wanted != default and wanted != has:
+    for key, wanted in asked.changed().items():
+        has = getattr(found, key)
+        if wanted != has and key not in GENERAL:
             raise Refused(
                 f"adapter.{key}={wanted} with adapter.path={path}",
                 f"that adapter has {key}={has}",
                 f"leave adapter.{key} out: training goes on with the adapter's own",
             )
-        if key in ("rank", "dropout") and wanted != has:
+    if asked.method != found.method:
+        raise Refused(
+            f"adapter.method={asked.method} with adapter.path={path}",
+            f"that adapter is {found.method}",
+            f"give adapter.method={found.method}",
+        )
+    for key, has in found.changed().items():
+        if key not in GENERAL | {"targets", "alpha"} and getattr(asked, key) != has:
             remarks.append(f"adapter.{key} is {has}, from {path}")
     return remarks
 
@@ -330,13 +352,15 @@ def make_updater(config: RunConfig, built: Built) -> Updater:
     optimizer = make_optimizer(master.named, config.optim, config.lr, scales, head_dim=head_dim)
     half = torch.float16 in (built.model.dtype, built.stage.autocast)
     # from what was asked for, not from requires_grad: the gate compares the two
-    adapting = built.adapter is not None
-    every = adapter_parameters(built.model) if adapting else dict(built.model.named_parameters())
+    every: dict[str, Parameter] = dict(built.model.named_parameters())
+    if built.adapter is not None:
+        every = {**adapter_parameters(built.model), **whole_parameters(built.model)}
+        optimizer.register_step_post_hook(lambda *_: retract(built.model))
     expected = set(every)
     excused = {
-        f"{layer}.adapter.{name}"
+        f"{layer}.adapter.{name}".removeprefix(".")
         for layer, adapter in adapters_of(built.model).items()
-        for name in adapter.zero_at_start
+        for name in adapter.zero_at_start | adapter.may_idle
     }
     return Updater(
         stage=built.stage,
@@ -353,7 +377,7 @@ IDENTITY = {
     "model": {"path", "dtype", "autocast", "master_dtype", "num_layers", "init"},
     "data": {"path", "format", "columns", "template", "length", "source_length", "overlong"}
     | {"packing", "lazy", "validation_share"},
-    "adapter": {"method", "path", "rank", "alpha", "dropout", "targets"},
+    "adapter": None,
     "optim": None,
 }
 

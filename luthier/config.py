@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from luthier.config_adapter import GENERAL as GENERAL
+from luthier.config_adapter import AdapterConfig as AdapterConfig
 from luthier.config_optim import SCHEDULES as SCHEDULES
 from luthier.config_optim import OptimConfig, Positive, Section
 
@@ -130,33 +132,6 @@ class DataConfig(Section):
         0.0,
         description="Share of the training rows held out for evaluation when there is no dev file.",
     )
-
-
-class AdapterConfig(Section):
-    method: Literal["none", "lora"] = Field(
-        "none", description="Adapter to train; `none` trains all weights."
-    )
-    path: str | None = Field(
-        None, description="PEFT adapter folder to continue from, evaluate or predict with."
-    )
-    rank: int = Field(8, ge=1, description="Rank of the update.")
-    alpha: float | None = Field(
-        None,
-        gt=0,
-        description="Scale: the update is multiplied by alpha / rank. Default: 2 x rank.",
-    )
-    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.0, description="Dropout before the update."
-    )
-    targets: str | tuple[str, ...] = Field(
-        "all-linear",
-        description="Layers to adapt: `all-linear` (all but the head), a name or regular expression, or a list of them.",
-    )
-
-    @property
-    def scale_alpha(self) -> float:
-        """`alpha`, or its default of twice the rank."""
-        return 2.0 * self.rank if self.alpha is None else self.alpha
 
 
 class TrainConfig(Section):
@@ -307,11 +282,10 @@ class RunConfig(Section):
                 "data.validation_share cannot be taken from lazy data; give data.validation_path"
             )
         if self.adapter.method == "none" and self.adapter.path is None:
-            for name, field in AdapterConfig.model_fields.items():
-                if getattr(self.adapter, name) != field.default:
-                    raise ValueError(
-                        f"adapter.{name} has no meaning for adapter.method=none; add adapter.method=lora"
-                    )
+            for name in self.adapter.changed().keys() - GENERAL:
+                raise ValueError(
+                    f"adapter.{name} has no meaning for adapter.method=none; add adapter.method=lora"
+                )
         return self
 
     @property

@@ -17,6 +17,7 @@ import yaml
 from pydantic import ValidationError
 
 from luthier.config import RunConfig
+from luthier.config_adapter import USUAL
 from luthier.configkeys import KEYS, SECTIONS, admits, expected, near_choice, nearest_key
 from luthier.configtext import Parsed, dump_value, parse_file, parse_value
 from luthier.errors import Refused
@@ -221,7 +222,8 @@ def computed(config: RunConfig) -> dict[str, tuple[Any, str]]:
         kind = "full fine-tuning" if config.adapter.method == "none" else "adapters"
         found["optim.lr"] = (config.lr, f"default of {kind}")
     if config.adapter.alpha is None and config.adapter.method != "none":
-        found["adapter.alpha"] = (config.adapter.scale_alpha, "2 x rank")
+        alpha, rank = config.adapter.scale_alpha, config.adapter.rank
+        found["adapter.alpha"] = (alpha, "the rank" if alpha == rank else "2 x rank")
     if config.train.accumulation is not None:
         found["train.batch"] = (config.batch, "micro_batch x accumulation")
     if config.train.micro_batch is None:
@@ -235,13 +237,19 @@ def show(resolved: Resolved) -> str:
     """The resolved tree, one key a line with its value and where it comes from; then the remarks."""
     extra = computed(resolved.config)
     rows: list[tuple[str, str, str]] = []  # key, value, origin
-    current = ""
+    current, hidden = "", 0  # options of single adapter methods are left out until one is set
     for section, key, value in _entries(resolved.config):
         if section != current:
             rows += [(section, "", "")] if section else []
             current = section
         name = f"{section}.{key}" if section else key
         origin = resolved.origins.get(name, "default")
+        if section == "adapter" and key not in USUAL and origin == "default":
+            hidden += 1
+            continue
+        if hidden and section != "adapter":
+            rows.insert(len(rows) - 1, ("  ...", f"{hidden} more", "default"))
+            hidden = 0
         if name in extra:
             value, why = extra[name]
             origin = f"computed: {why}"

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from luthier.adapters.store import check_base
+from luthier.adapters.facts import check_base
 from luthier.answers import Evaluator
 from luthier.assemble import (
     Data,
@@ -31,6 +31,7 @@ from luthier.assemble import (
     write_model,
 )
 from luthier.config import RunConfig
+from luthier.config_adapter import USUAL_RATES
 from luthier.configfile import Resolved, from_mapping, to_yaml
 from luthier.data.dataset import LazyDataset
 from luthier.errors import Refused
@@ -151,6 +152,11 @@ def _finetune(
     total = expected_steps(config, data, plan)
     if 1 < warmup_steps(config.optim, total) >= total:
         remarks.append(f"optim.warmup takes all {total} steps: the peak rate is never reached")
+    usual = USUAL_RATES.get(config.adapter.method)
+    if config.optim.lr is None and usual is not None:
+        remarks.append(
+            f"optim.lr is {config.lr:g}, the default of adapters; {config.adapter.method} usually learns at about {usual:g}"
+        )
     checkpoints = Checkpoints(output, keep=config.checkpoint.keep, identity=identity(config))
 
     output.mkdir(parents=True, exist_ok=True)

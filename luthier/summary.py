@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 import luthier
+from luthier.adapters import ADAPTERS, adapters_of
 from luthier.assemble import Built, Data
 from luthier.config import RunConfig
 from luthier.train.metrics import Memory
@@ -37,13 +38,28 @@ def device_name(device: torch.device) -> str:
     return f"{device.type}, {torch.get_num_threads()} threads, {platform.machine()}"
 
 
+NAMES = {
+    **{"lora": "LoRA", "mora": "MoRA", "vera": "VeRA", "lokr": "LoKr", "reft": "ReFT"},
+    **{"prefix": "prefix tuning", "prompt": "prompt tuning", "ia3": "(IA)3"},
+}
+LORA_WORDS = {"rslora": "rsLoRA", "pissa": "PiSSA", "dora": "DoRA", "mixer": "MoSLoRA"}
+
+
 def method_words(config: RunConfig, built: Built) -> str:
     """The adapter in words, or `full fine-tuning`."""
     if built.adapter is None:
         return "full fine-tuning"
-    a = built.adapter
-    layers = sum(name.endswith(".lora_A") for name, _ in built.trained)
-    return f"LoRA, rank {a.rank}, alpha {a.scale_alpha:g}, on {layers} layers"
+    a, layers = built.adapter, len(adapters_of(built.model))
+    uses = ADAPTERS[a.method].uses
+    words = [NAMES[a.method] if a.form is None else f"{NAMES[a.method]} ({a.form})"]
+    words += [name for key, name in LORA_WORDS.items() if getattr(a, key)]
+    words += [f"LoRA+ {a.lora_plus:g}"] if a.lora_plus != 1 else []
+    words += [f"{a.num_prefix_tokens} virtual tokens"] if "num_prefix_tokens" in uses else []
+    words += [f"rank {a.rank}"] if "rank" in uses else []
+    words += [f"alpha {a.scale_alpha:g}"] if "alpha" in uses else []
+    words += [f"positions {a.positions}"] if "positions" in uses else []
+    words += [f"on {layers} layers"] if layers > 1 else []
+    return ", ".join(words)
 
 
 def facts_of(

@@ -128,7 +128,7 @@ def predict(source: Source, overrides: Sequence[str] = ()) -> list[dict[str, str
         ids = generate(
             built.model,
             prompts,
-            generate_options(config),
+            generate_options(config, built),
             pad_id=text.pad_id,
             stop_ids=text.renderer.stop_ids,
             micro_batch=config.evaluate_micro_batch,

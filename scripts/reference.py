@@ -1,7 +1,7 @@
 """Make what the docs take from code and results files.
 
 docs/reference: config.md and config.schema.json from luthier/config.py, paddlenlp.md from its table. The
-table in docs/tasks/packing.md from benchmarks/packing/results. `--check` writes nothing and fails when a file
+tables in docs/tasks/packing.md and adapters.md from benchmarks/packing and benchmarks/methods. `--check` writes nothing and fails when a file
 is not what the code says; CI runs that.
 """
 
@@ -19,7 +19,13 @@ from luthier.interop.paddlenlp_keys import ALIASES, CODE_DEFAULTS, INERT, JOBS, 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "docs" / "reference"
 PACKING = ROOT / "docs" / "tasks" / "packing.md"
+ADAPTERS = ROOT / "docs" / "tasks" / "adapters.md"
 RESULTS = ROOT / "benchmarks" / "packing" / "results"
+METHODS = ROOT / "benchmarks" / "methods" / "results"
+METHOD_MARKS = (
+    "<!-- methods table: python scripts/reference.py -->",
+    "<!-- end of methods table -->",
+)
 MARKS = ("<!-- packing table: python scripts/reference.py -->", "<!-- end of packing table -->")
 SETS = {"advertisegen": "AdvertiseGen", "alpaca": "Alpaca demo"}
 HEAD = """\
@@ -97,11 +103,72 @@ def _listed(names: Iterable[str]) -> str:
 
 def packing() -> str:
     """The page with the table of padding shares between its marks; one table per results file."""
-    text = PACKING.read_text("utf-8")
-    before, rest = text.split(MARKS[0])
-    after = rest.split(MARKS[1])[1]
-    tables = [_padding(path) for path in sorted(RESULTS.glob("*.json"))]
-    return f"{before}{MARKS[0]}\n\n" + "\n".join(tables) + f"\n{MARKS[1]}{after}"
+    return _between(PACKING, MARKS, [_padding(path) for path in sorted(RESULTS.glob("*.json"))])
+
+
+def adapters() -> str:
+    """The page with the tables of the methods' learning and speed between its marks."""
+    tables = [_learning(path) for path in sorted(METHODS.glob("learning-*.json"))]
+    tables += [_speed(path) for path in sorted(METHODS.glob("speed-*.json"))]
+    return _between(ADAPTERS, METHOD_MARKS, tables)
+
+
+def _between(page: Path, marks: tuple[str, str], tables: list[str]) -> str:
+    before, rest = page.read_text("utf-8").split(marks[0])
+    after = rest.split(marks[1])[1]
+    return f"{before}{marks[0]}\n\n" + "\n".join(tables) + f"\n{marks[1]}{after}"
+
+
+def _learning(path: Path) -> str:
+    found = json.loads(path.read_text("utf-8"))
+    lines = [
+        "| method | held-out loss | BLEU-4 | ROUGE-L | trained | tokens/s | peak memory, GB | folder, MB | rate |",
+        "|---" * 9 + "|",
+    ]
+    for r in found["table"]:
+        if r["method"] == "base":
+            lines.append(
+                f"| the base | {r['loss']:.3f} | {r['bleu4']:.3f} | {r['rougel']:.3f} | | | | | |"
+            )
+            continue
+        rate = next(o.partition("=")[2] for o in r["options"] if o.startswith("optim.lr="))
+        lines.append(
+            f"| {r['method']} | {r['loss']:.3f} | {r['bleu4']:.3f} | {r['rougel']:.3f} | {r['trained']:,} "
+            f"| {r['tokens_per_second']:.0f} | {r['peak_memory'] / 1e9:.2f} | {r['folder_bytes'] / 1e6:.2f} | {rate} |"
+        )
+    config = found["config"]
+    lines += [
+        "",
+        f"{config['steps']} optimiser steps on the demo's data, {config['model']} in bfloat16, the same batches for all, "
+        f"{config['rows']} held-out rows; {found['device']}, torch {found['versions']['torch']}. One run each: differences "
+        f"of a few thousandths are chance. Tokens per second and memory are of whole runs on a shared machine. "
+        f"`benchmarks/methods/results/{path.name}`.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _speed(path: Path) -> str:
+    found = json.loads(path.read_text("utf-8"))
+    lines = [
+        "| a step of | times the frozen base's | spread | peak memory, GB |",
+        "|---|---|---|---|",
+    ]
+    names = {"frozen": "the frozen base: forward and input gradients", "peft": "PEFT's LoRA"}
+    for r in found["table"]:
+        low, high = r["of_frozen_spread"]
+        lines.append(
+            f"| {names.get(r['method'], r['method'])} | {r['of_frozen']:.2f} | {low:.2f} to {high:.2f} "
+            f"| {r['peak_memory'] / 1e9:.2f} |"
+        )
+    config = found["config"]
+    shape = "two layers of a 1B Llama's shape" if config["shape"] == "1b" else config["model"]
+    lines += [
+        "",
+        f"{shape}, bfloat16, one row of 1,024 tokens in 8 documents, {config['repeats']} turns in alternating order, each in a "
+        f"process of its own; {found['device']}, torch {found['versions']['torch']}, PEFT {found['versions']['peft']}. "
+        f"`benchmarks/methods/results/{path.name}`.",
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def _padding(path: Path) -> str:
@@ -135,6 +202,7 @@ def main() -> int:
         FOLDER / "config.md": reference(),
         FOLDER / "paddlenlp.md": arguments(),
         PACKING: packing(),
+        ADAPTERS: adapters(),
         FOLDER / "config.schema.json": json.dumps(json_schema(), indent=2) + "\n",
     }
     stale = [p for p, text in files.items() if not p.is_file() or p.read_text("utf-8") != text]

@@ -7,11 +7,12 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from luthier.config import RunConfig
+from luthier.config_adapter import METHODS, USUAL, AdapterConfig
 from luthier.configfile import from_mapping, json_schema, read, show, split_overrides, to_yaml
 from luthier.configkeys import KEYS, SECTIONS, nearest_key
 from luthier.configtext import dump_value, parse_file, parse_value
@@ -344,7 +345,13 @@ def test_show_names_every_key_and_origin(run: Path) -> None:
     resolved = read([run], ["adapter.method=lora", "train.micro_batch=4", "train.accumulation=2"])
     text = show(replace(resolved, remarks=["look here"]))
     rows = {line.split()[0]: line for line in text.splitlines() if line}
-    assert set(rows) >= {key.rpartition(".")[2] for key in KEYS} | set(SECTIONS)
+    hidden = {f"adapter.{key}" for key in AdapterConfig.model_fields} - {
+        f"adapter.{k}" for k in USUAL
+    }
+    assert set(rows) >= {key.rpartition(".")[2] for key in KEYS.keys() - hidden} | set(SECTIONS)
+    assert rows["..."].split()[1:] == [str(len(hidden)), "more", "default"]
+    assert "mora" in show(read([run], ["adapter.method=mora", "adapter.form=type1"]))
+    assert "type1" in show(read([run], ["adapter.method=mora", "adapter.form=type1"]))
     assert rows["length"].split()[1:] == ["1024", "run.yaml:5"]
     assert rows["alpha"].endswith("computed: 2 x rank") and "16.0" in rows["alpha"]
     assert rows["batch"].split()[1:3] == ["8", "computed:"]
@@ -376,7 +383,7 @@ def test_examples(path: Path) -> None:
 
 def test_there_is_an_example_of_each_method_and_format() -> None:
     configs = [read([path]).config for path in EXAMPLES]
-    assert {c.adapter.method for c in configs} == {"none", "lora"}
+    assert {c.adapter.method for c in configs} == set(get_args(METHODS))
     assert any(c.data.lazy for c in configs) and any(c.predict.input for c in configs)
     assert {"messages", "text"} <= {c.data.format for c in configs}
 

@@ -73,6 +73,7 @@ def models(tmp_path_factory: pytest.TempPathFactory, tiny_model: Any, tiny_token
 def sandbox(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current folder, with models and data."""
     shutil.copytree(models, tmp_path, dirs_exist_ok=True)
+    shutil.copytree(ROOT / "tests/golden/data/paddlenlp_adapters", tmp_path / "paddle")
     pairs = [{"src": src, "tgt": tgt} for src, tgt in PAIRS]
     chats = [
         {

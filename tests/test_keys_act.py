@@ -161,6 +161,8 @@ class Row:
 
 
 FULL = {"adapter__method": None, "adapter__rank": None}
+NO_RANK = {"adapter__rank": None}
+PREFIX = {"adapter__method": "prefix", "adapter__num_prefix_tokens": 2, **NO_RANK}
 SAMPLING = {"evaluate__top_k": 0, "evaluate__max_new_tokens": 6}
 GREEDY = {"evaluate__max_new_tokens": 6}
 LAZY = {"data__lazy": True, "evaluate__every": "never"}
@@ -202,6 +204,31 @@ TABLE = [
     Row("adapter.alpha", 1.0, trained),
     Row("adapter.dropout", 0.3, trained),
     Row("adapter.targets", "q_proj", trained),
+    Row("adapter.form", "type1", trained, {"adapter__method": "mora"}),
+    Row("adapter.layers", "0", trained),
+    Row("adapter.rank_pattern", {"q_proj": 3}, trained),
+    Row("adapter.alpha_pattern", {"q_proj": 1.0}, trained),
+    Row("adapter.modules_to_save", ["norm"], trained),
+    Row("adapter.rslora", True, trained),
+    Row("adapter.lora_plus", 16.0, trained),
+    Row("adapter.pissa", True, trained),
+    Row("adapter.dora", True, trained),
+    Row("adapter.mixer", True, trained),
+    Row("adapter.factor", 4, trained, {"adapter__method": "lokr"}),
+    Row("adapter.decompose_both", True, trained, {"adapter__method": "lokr"}),
+    Row("adapter.d_initial", 0.5, trained, {"adapter__method": "vera"}),
+    Row("adapter.projection_seed", 7, trained, {"adapter__method": "vera"}),
+    Row("adapter.save_projection", True, trained, {"adapter__method": "vera"}),
+    Row("adapter.positions", "f1", trained, {"adapter__method": "reft"}),
+    Row("adapter.tied", True, trained, {"adapter__method": "reft"}),
+    Row("adapter.act_fn", "relu", trained, {"adapter__method": "reft"}),
+    Row("adapter.add_bias", False, trained, {"adapter__method": "reft"}),
+    Row("adapter.num_prefix_tokens", 3, trained, PREFIX),
+    Row("adapter.prefix_projection", True, trained, PREFIX),
+    Row("adapter.projection_size", 8, trained, {**PREFIX, "adapter__prefix_projection": True}),
+    Row("adapter.feedforward", ["up_proj"], trained, {"adapter__method": "ia3", **NO_RANK}),
+    Row("adapter.neftune_alpha", 5.0, trained),
+    Row("adapter.neftune_scaling", "paddlenlp", trained, {"adapter__neftune_alpha": 5.0}),
     Row("optim.name", "sgd", trained),
     Row("optim.lr", 1e-3, trained),
     Row("optim.betas", [0.5, 0.9], trained),

@@ -1,174 +1,210 @@
-"""LoRA (Hu et al. 2021, arXiv:2106.09685): y = W x + b + (alpha / rank) B A drop(x).
+"""LoRA (Hu et al. 2021, arXiv:2106.09685): y = W x + b + s B A drop(x), s = alpha / rank, and its variants.
 
-A [rank, in] starts uniform within 1/sqrt(in) of zero, B [out, rank] at zero. Also here: what PEFT's
-LoRA folders say in adapter_config.json, read and written.
+A [rank, in] starts uniform within 1/sqrt(in) of zero, B [out, rank] at zero. rsLoRA (arXiv:2312.03732):
+s = alpha / sqrt(rank). LoRA+ (arXiv:2402.12354): B learns at a multiple of A's rate. MoSLoRA
+(arXiv:2406.11909): B M A with a trained M. PiSSA (arXiv:2404.02948): A and B start as the principal part of W.
+DoRA (arXiv:2402.09353): each output's weights V = W + s B A are scaled to a trained norm, m V / ||V||.
+Folders of PEFT are read and written in `peft_lora.py`.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from pydantic import ValidationError
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
-from luthier.adapters.base import ADAPTERS, Adapter, Additive
+from luthier.adapters import peft_lora
+from luthier.adapters.base import ADAPTERS, Adapter, Additive, LowRank, check_rank
+from luthier.adapters.svd import principal
 from luthier.adapters.targets import features
 from luthier.config import AdapterConfig
-from luthier.errors import Refused
 
-# what PEFT's options mean for a loaded adapter: read here or by the store; without effect on its output;
-# not supported. Options of later versions of PEFT are in none of these lists
-_READ = {"r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora"}
-_READ |= {"init_lora_weights", "peft_type", "base_model_name_or_path", "modules_to_save", "bias"}
-_INERT = {
-    *("task_type", "inference_mode", "revision", "auto_mapping", "peft_version", "megatron_core"),
-    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
-    *("fan_in_fan_out", "qalora_group_size", "runtime_config", "ensure_weight_tying"),
-    *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),
-}
-_UNSUPPORTED = {
-    *("use_dora", "lora_bias", "use_qalora", "use_bdlora", "layer_replication", "kasa_config"),
-    *("trainable_token_indices", "alora_invocation_tokens", "arrow_config", "megatron_config"),
-    *("velora_config", "monteclora_config", "target_parameters"),
-}
-# initialisations that leave the base as it is; the others (pissa, olora, ...) subtract from it
-_INITS = (True, False, "gaussian", "eva", "orthogonal")
+MAGNITUDE = "lora_magnitude_vector"  # DoRA's m, in PEFT's name
 
 
 @ADAPTERS.register("lora")
 class LoRA(Additive):
-    """A low-rank update of one linear layer."""
+    """A low-rank update of one linear layer.
 
-    uses = frozenset({"rank", "alpha", "dropout", "targets"})
-    follows: ClassVar = {"colwise": {"lora_B": 0}, "rowwise": {"lora_A": 1}}
-    peft_type = "LORA"
-    zero_at_start = frozenset({"lora_A"})
-    suffixes = ("lora_A.weight", "lora_B.weight")
+    PiSSA's split of W into a residual and s B0 A0 is not made: beside the trained A and B stand the first
+    ones, A0 and B0, and the update is s (B A - B0 A0), which is the same. The base stays as it is,
+    in its precision, and the update is exactly zero at first. In the file it is a plain LoRA of twice the rank,
+    [B, -B0] [A; A0], for the original base.
+    Dropout acts before the update alone, also with DoRA, where PEFT drops before the base's share as well.
+    """
+
+    uses = frozenset(
+        {
+            *("rank", "alpha", "dropout", "targets", "rank_pattern", "alpha_pattern"),
+            *("rslora", "lora_plus", "pissa", "dora", "mixer"),
+        }
+    )
+    follows: ClassVar = {
+        "colwise": {"lora_B": 0, "first_B": 0, MAGNITUDE: 0},
+        "rowwise": {"lora_A": 1, "first_A": 1},
+    }
+    peft_types = (peft_lora.LORA, peft_lora.MIXER)
+    suffixes = ("lora_A.weight", "lora_B.weight", "lora_AB.weight", MAGNITUDE)
+    first_A: Tensor
+    first_B: Tensor
+    norms: Tensor | None
 
     def __init__(self, layer: nn.Module, config: AdapterConfig, *, name: str, seed: int) -> None:
         super().__init__(layer, config, name=name, seed=seed)
         num_in, num_out = features(layer)
-        self.transposed = isinstance(layer, Conv1D)
-        self.scale = config.scale_alpha / config.rank
-        self.lora_A = self.new_parameter(layer, config.rank, num_in)  # [R, in]
-        self.lora_B = self.new_parameter(layer, num_out, config.rank)  # [out, R]
+        rank = config.rank
+        self.scale = config.scale_alpha / (math.sqrt(rank) if config.rslora else rank)
+        self.lora_A = self.new_parameter(layer, rank, num_in)  # [R, in]
+        self.lora_B = self.new_parameter(layer, num_out, rank)  # [out, R]
+        zero = {"lora_A"}
+        if config.mixer:
+            self.lora_AB = self.new_parameter(layer, rank, rank)  # [R, R]
+            zero.add("lora_AB")
+        if config.pissa:
+            self.register_buffer("first_A", self.new_tensor(layer, rank, num_in))
+            self.register_buffer("first_B", self.new_tensor(layer, num_out, rank))
+            zero.clear()
+        if config.dora:
+            self.register_parameter(MAGNITUDE, self.new_parameter(layer, num_out))
+            # squared norms of the base's outputs [out], once its weights are read: at the first forward
+            self.register_buffer("norms", None, persistent=False)
+            # past nn.Module's registration: the layer is no part of its adapter
+            vars(self)["layer"] = layer
+            # a norm is over all inputs: the layer can be cut by its outputs only
+            vars(self)["follows"] = {"colwise": self.follows["colwise"]}
+        self.zero_at_start = frozenset(zero)
 
     @classmethod
     def plan(cls, model: nn.Module, config: AdapterConfig) -> dict[str, AdapterConfig]:
         plan = super().plan(model, config)
-        for name in plan:
-            num_in, num_out = features(model.get_submodule(name))
-            if config.rank > min(num_in, num_out):
-                raise Refused(
-                    f"adapter.rank={config.rank}",
-                    f"layer '{name}' is {num_in} -> {num_out}: its weight has rank {min(num_in, num_out)} at most",
-                    f"give adapter.rank={min(num_in, num_out)} or less, or leave this layer out of adapter.targets",
-                )
+        check_rank(model, plan)
         return plan
 
+    def low_rank(self) -> LowRank:
+        down, up = self._factors()
+        return LowRank(down, up, self._gain(down, up) if self.config.dora else None)
+
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        """(down [K, in], up [out, K]) with up down = the update of the weight; K is the rank, PiSSA's twice."""
+        down, up = self.lora_A, self.lora_B
+        if self.config.mixer:
+            up = up @ self.lora_AB
+        if self.config.pissa:
+            # not [B, -B0] [A; A0]: their sum is a small difference of large numbers, which half precision
+            # cannot hold. B (A - A0) + (B - B0) A0 is the same, made of small differences
+            down = torch.cat([down - self.first_A, self.first_A])
+            up = torch.cat([up, up - self.first_B], 1)
+        return down, self.scale * up
+
+    def _gain(self, down: Tensor, up: Tensor) -> Tensor:
+        """m / ||W + up down|| - 1 [out]; the norm is a constant to the gradient (the paper's section 4.3).
+
+        ||W + up down||^2 is taken apart, so that no matrix of W's size is made.
+        """
+        down, up = down.detach(), up.detach()
+        layer = vars(self)["layer"]
+        weight = layer.get_parameter("weight").detach()
+        if self.norms is None:
+            self.norms = self.weight_of(layer).square().sum(1)
+        rows = down.to(weight.dtype)
+        image = rows @ weight if self.transposed else rows @ weight.t()  # [K, out]
+        cross = (up * image.t().to(up.dtype)).sum(1)
+        square = self.norms + 2 * cross + (up * (up @ (down @ down.t()))).sum(1)
+        return _excess(self.get_parameter(MAGNITUDE), square.clamp_min(0).sqrt())
+
     def delta(self, x: Tensor) -> Tensor:
-        low = F.linear(self.drop(x), self.lora_A.to(x.dtype))  # [..., R]
-        return F.linear(low, (self.scale * self.lora_B).to(x.dtype))  # [..., out]
+        down, up = self._factors()
+        low = F.linear(self.drop(x), down.to(x.dtype))  # [..., K]
+        return F.linear(low, up.to(x.dtype))  # [..., out]
+
+    def after(self, x: Tensor, y: Tensor) -> Tensor:
+        y = super().after(x, y)
+        if not self.config.dora:
+            return y
+        bias = getattr(vars(self)["layer"], "bias", None)
+        plain = y if bias is None else y - bias
+        return torch.addcmul(y, plain, self._gain(*self._factors()).to(y.dtype))
+
+    def update(self) -> Tensor:
+        down, up = self._factors()
+        return up @ down
 
     def fold(self, weight: Tensor) -> Tensor:
-        update = (self.scale * self.lora_B).to(weight.dtype) @ self.lora_A.to(weight.dtype)
-        return weight + (update.t() if self.transposed else update)
+        folded = super().fold(weight)
+        if not self.config.dora:
+            return folded
+        axis = 0 if self.transposed else 1
+        magnitude = self.get_parameter(MAGNITUDE).to(folded.dtype)
+        gain = _excess(magnitude, folded.norm(dim=axis)).unsqueeze(axis)
+        return torch.addcmul(folded, folded, gain)
 
     def initialise(self, layer: nn.Module, generator: torch.Generator) -> None:
-        bound = 1 / math.sqrt(self.lora_A.shape[1])
-        # drawn on the CPU in float32: the same values on every device and for every precision of the base
-        drawn = torch.empty(self.lora_A.shape).uniform_(-bound, bound, generator=generator)
-        self.lora_A.copy_(drawn)
-        self.lora_B.zero_()
+        if self.config.pissa:
+            u, s, v = principal(self.weight_of(layer), self.config.rank, generator)
+            root = (s / self.scale).sqrt()  # so that scale * B A is the principal part
+            for name, value in {"A": (v * root).t(), "B": u * root}.items():
+                getattr(self, f"lora_{name}").copy_(value)
+                getattr(self, f"first_{name}").copy_(value)
+        else:
+            _draw(self.lora_A, generator)
+            self.lora_B.zero_()
+        if self.config.mixer:
+            _draw(self.lora_AB, generator)
+        if self.config.dora:
+            self.norms = self.weight_of(layer).square().sum(1)
+            self.get_parameter(MAGNITUDE).copy_(self.norms.sqrt())
+
+    def lr_scale(self, parameter: str) -> float:
+        return self.config.lora_plus if parameter == "lora_B" else 1.0
+
+    def tensors(self) -> dict[str, Tensor]:
+        A, B = self.lora_A, self.lora_B
+        if self.config.pissa:
+            A, B = torch.cat([A, self.first_A]), torch.cat([B, -self.first_B], 1)
+        found = {"lora_A.weight": A, "lora_B.weight": B}
+        if self.config.mixer:
+            found["lora_AB.weight"] = self.lora_AB
+        if self.config.dora:
+            found[MAGNITUDE] = self.get_parameter(MAGNITUDE)
+        return found
+
+    def take(self, tensors: Mapping[str, Tensor]) -> None:
+        if not self.config.pissa:
+            return super().take(tensors)
+        A, first_A = tensors["lora_A.weight"].chunk(2)
+        B, first_B = tensors["lora_B.weight"].chunk(2, 1)
+        self.lora_A.copy_(A)
+        self.first_A.copy_(first_A)
+        self.lora_B.copy_(B)
+        self.first_B.copy_(-first_B)
+        if self.config.dora:
+            self.get_parameter(MAGNITUDE).copy_(tensors[MAGNITUDE])
 
     @classmethod
     def to_peft(cls, config: AdapterConfig, adapters: Mapping[str, Adapter]) -> dict[str, Any]:
         options = {name: adapter.config for name, adapter in adapters.items()}
-        usual = _number(config.scale_alpha)
-        return {
-            "r": config.rank,
-            "lora_alpha": usual,
-            "lora_dropout": config.dropout,
-            "rank_pattern": {
-                re.escape(n): o.rank for n, o in options.items() if o.rank != config.rank
-            },
-            "alpha_pattern": {
-                re.escape(n): _number(o.scale_alpha)
-                for n, o in options.items()
-                if o.scale_alpha != usual
-            },
-            "fan_in_fan_out": any(getattr(a, "transposed", False) for a in adapters.values()),
-            "use_rslora": False,
-            "use_dora": False,
-            "bias": "none",
-            "modules_to_save": None,
-            "init_lora_weights": True,
-        }
+        transposed = any(isinstance(a, Additive) and a.transposed for a in adapters.values())
+        return peft_lora.write_options(config, options, transposed)
 
     @classmethod
     def from_peft(
         cls, fields: Mapping[str, Any], layers: list[str]
     ) -> tuple[AdapterConfig, dict[str, AdapterConfig], list[str]]:
-        remarks = []
-        for key, value in fields.items():
-            if key in _UNSUPPORTED and value:
-                raise _unsupported(key, value)
-            if key not in _READ | _INERT | _UNSUPPORTED:
-                remarks.append(f"adapter_config.json has an unknown option {key}={value}: ignored")
-        init = fields.get("init_lora_weights", True)
-        if init not in _INITS:
-            raise _unsupported("init_lora_weights", init)
-        rank, alpha = fields.get("r", 8), fields.get("lora_alpha", 8)
-        ranks, alphas = fields.get("rank_pattern") or {}, fields.get("alpha_pattern") or {}
-        config = _options(fields, rank, alpha)
-        plan = {
-            name: _options(fields, _pattern(ranks, name, rank), _pattern(alphas, name, alpha))
-            for name in layers
-        }
-        return config, plan, remarks
+        return peft_lora.read_options(fields, layers)
 
 
-def _options(fields: Mapping[str, Any], rank: Any, alpha: Any) -> AdapterConfig:
-    try:
-        # rsLoRA scales by alpha / sqrt(rank): plain LoRA with another alpha
-        alpha = alpha * math.sqrt(rank) if fields.get("use_rslora") else alpha
-        dropout = fields.get("lora_dropout", 0.0)
-        values = {"method": "lora", "rank": rank, "alpha": alpha, "dropout": dropout}
-        return AdapterConfig.model_validate(values)
-    except (ValidationError, TypeError, ValueError) as error:
-        raise Refused(
-            "reading adapter_config.json",
-            f"r={rank}, lora_alpha={alpha}, lora_dropout={fields.get('lora_dropout')} are no LoRA options",
-            "mend the file",
-        ) from error
+def _excess(magnitude: Tensor, norm: Tensor) -> Tensor:
+    """magnitude / norm - 1, exactly 0 where they are equal, also where both are 0."""
+    return (magnitude - norm) / norm.clamp_min(torch.finfo(norm.dtype).tiny)
 
 
-def _pattern(patterns: Any, name: str, usual: Any) -> Any:
-    """The value of the first pattern that matches the end of the path at a dot, as PEFT has it."""
-    try:
-        matches = (v for p, v in patterns.items() if re.fullmatch(rf"(.*\.)?({p})", name))
-        return next(matches, usual)
-    except (re.error, AttributeError) as error:
-        raise Refused(
-            "reading adapter_config.json",
-            f"{patterns} are no regular expressions with values ({error})",
-            "mend the file",
-        ) from error
-
-
-def _number(value: float) -> float | int:
-    return int(value) if value == int(value) else value
-
-
-def _unsupported(key: str, value: Any) -> Refused:
-    return Refused(
-        f"a LoRA folder with {key}={value}",
-        "this form of LoRA is not supported",
-        "let PEFT merge it into its base, or convert it to a plain LoRA",
-    )
+def _draw(parameter: Tensor, generator: torch.Generator) -> None:
+    """Uniform within 1 / sqrt(inputs) of zero."""
+    bound = 1 / math.sqrt(parameter.shape[1])
+    # drawn on the CPU in float32: the same values on every device and for every precision of the base
+    drawn = torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)
+    parameter.copy_(drawn)

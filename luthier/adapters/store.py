@@ -1,16 +1,16 @@
 """Adapter folders in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
 
 Tensors are named `base_model.model.<layer path>.<suffix>`; names and shapes decide whether an adapter
-fits a base. What PEFT would not understand (the base's hash) stands beside, in `luthier.json`. What the
-options of a method mean is said by its class (`to_peft`, `from_peft`). Nothing unpickles.
+fits a base. What else a folder says is `facts.py`'s; what the options of a method mean in PEFT's words is
+said by its class (`to_peft`, `from_peft`). Nothing unpickles.
 """
 
 from __future__ import annotations
 
-import json
 import pickle
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +19,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from luthier.adapters.base import ADAPTERS, Adapter, adapters_of, build, install, names_of
-from luthier.adapters.targets import shortest_targets
+from luthier.adapters.base import ADAPTERS, Adapter
+from luthier.adapters.facts import CONFIG, check_base, own_options, read_adapter_config, write_facts
+from luthier.adapters.placing import adapters_of, build, install, names_of, whole_parameters
+from luthier.adapters.targets import options_of, shortest_targets
 from luthier.config import AdapterConfig
 from luthier.errors import Refused
-from luthier.files import write_json
 
-CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"
-FACTS = "luthier.json"
 PREFIX = "base_model.model."
-
-Parts = dict[str, dict[str, Tensor]]  # layer path -> suffix -> tensor
 
 
 @dataclass(frozen=True)
@@ -42,6 +39,16 @@ class LoadedAdapter:
     remarks: tuple[str, ...]
 
 
+@dataclass
+class Contents:
+    """The tensors of an adapter's file."""
+
+    parts: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # layer -> suffix -> tensor
+    shared: dict[str, Tensor] = field(default_factory=dict)  # of no single layer
+    whole: dict[str, Tensor] = field(default_factory=dict)  # parameters of the base itself
+    misfits: dict[str, str] = field(default_factory=dict)  # name -> why it does not fit
+
+
 def save_adapter(
     model: nn.Module,
     folder: Path,
@@ -50,7 +57,7 @@ def save_adapter(
     base_hash: str | None,
     base_options: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write the model's adapters into `folder`, which exists or is made; PEFT loads it.
+    """Write the model's adapters into `folder`, which exists or is made; PEFT loads it if it has the method.
 
     `config` holds the options of most layers; those of others become patterns. Call it inside
     `files.publish`. Tensors are in the adapters' own type. `base_options`: how the base was made of its
@@ -58,29 +65,44 @@ def save_adapter(
     """
     adapters = adapters_of(model)
     method = ADAPTERS[config.method]
-    tensors = {
-        f"{PREFIX}{layer}.{suffix}": tensor.detach().cpu().contiguous()
-        for layer, adapter in adapters.items()
-        for suffix, tensor in adapter.tensors().items()
-    }
+    config = method.settle(config, adapters)
+    with torch.no_grad():
+        tensors = {
+            f"{PREFIX}{layer}.{suffix}": tensor
+            for layer, adapter in adapters.items()
+            for suffix, tensor in adapter.tensors().items()
+        }
+        tensors |= method.shared_tensors(adapters)
+    whole = [n for p in whole_parameters(model).values() for n in names_of(model, p)]
+    tensors |= {f"{PREFIX}{name}": model.get_parameter(name) for name in whole}
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    # a copy each: tied parameters are one tensor, and the format wants every name to hold its own
+    copies = {name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}
+    save_file(copies, folder / WEIGHTS, metadata={"format": "pt"})
+    modules = {name.rpartition(".")[0] for name in whole}
     fields = {
-        "peft_type": method.peft_type,
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_name,
-        "target_modules": shortest_targets(model, adapters),
         "inference_mode": True,
+        **({} if "" in adapters else {"target_modules": shortest_targets(model, adapters)}),
+        "modules_to_save": _ends(model, modules) or None,
         **method.to_peft(config, adapters),
     }
-    write_json(folder / CONFIG, fields)
-    facts = {
-        "format": 1,
-        "base_name": base_name,
-        "base_hash": base_hash,
-        "base_options": dict(base_options or {}),
-    }
-    write_json(folder / FACTS, facts)
+    config = _with_patterns(config, adapters)
+    write_facts(folder, fields, config, base_name, base_hash, base_options)
+
+
+def _with_patterns(config: AdapterConfig, adapters: Mapping[str, Adapter]) -> AdapterConfig:
+    """`config` with patterns that give every layer its own rank and alpha."""
+
+    def sizes(options: AdapterConfig) -> tuple[int, float]:
+        return options.rank, options.scale_alpha
+
+    if all(sizes(options_of(config, n)) == sizes(a.config) for n, a in adapters.items()):
+        return config
+    ranks = {re.escape(n): a.config.rank for n, a in adapters.items()}
+    alphas = {re.escape(n): a.config.scale_alpha for n, a in adapters.items()}
+    return config.model_copy(update={"rank_pattern": ranks, "alpha_pattern": alphas})
 
 
 def load_adapter(
@@ -105,67 +127,52 @@ def load_adapter(
     made_for = fields.get("base_model_name_or_path")
     remarks = check_base(folder, made_for, base_name, base_hash)
     tensors = _read_tensors(folder)
-    parts, whole, misfits = _sort(tensors, model, method)
-    config, plan, more = method.from_peft(fields, list(parts))
-    _refuse_misfits(folder, made_for, misfits, len(tensors))
+    contents = _sort(tensors, model, method, fields.get("modules_to_save") or ())
+    layers = list(contents.parts)
+    config = own_options(folder, fields)
+    if config is None:
+        config, plan, more = method.from_peft(fields, layers)
+        remarks += more
+    else:
+        plan = {name: options_of(config, name) for name in layers or [""]}
+    _refuse_misfits(folder, made_for, contents.misfits, len(tensors))
     adapters = build(model, plan, seed=seed)
-    _refuse_misfits(folder, made_for, _compare(parts, adapters), len(tensors))
-    _refuse_whole(folder, model, list(whole), trainable)
-    install(model, adapters)
+    _refuse_misfits(folder, made_for, _compare(contents.parts, adapters), len(tensors))
+    _refuse_whole(folder, model, contents.whole, fields.get("modules_to_save"), trainable)
     with torch.no_grad():
+        method.take_shared(adapters, contents.shared)
         for layer, adapter in adapters.items():
-            for suffix, tensor in adapter.tensors().items():
-                tensor.copy_(parts[layer][suffix])
+            adapter.take(contents.parts.get(layer, {}))
             adapter.requires_grad_(trainable)
-        for name, tensor in whole.items():
-            model.get_parameter(name).copy_(tensor)
-    if whole:
-        remarks.append(f"{', '.join(whole)}: taken from the adapter's folder, not from the base")
-    targets = tuple(shortest_targets(model, adapters))
-    return LoadedAdapter(config.model_copy(update={"targets": targets}), (*remarks, *more))
+    install(model, adapters, contents.whole)
+    with torch.no_grad():
+        for name, tensor in contents.whole.items():
+            model.get_parameter(name).requires_grad_(trainable).copy_(tensor)
+    if contents.whole:
+        names = ", ".join(contents.whole)
+        remarks.append(f"{names}: taken from the adapter's folder, not from the base")
+    if layers and "targets" in method.uses:
+        targets = tuple(shortest_targets(model, adapters))
+        config = config.model_copy(update={"targets": targets, "layers": "all"})
+    return LoadedAdapter(config, tuple(remarks))
 
 
 def load_tensors(model: nn.Module, folder: Path) -> None:
     """Copy the tensors that `save_adapter` wrote into the adapters that `model` has, bit for bit."""
     saved = _read_tensors(folder)
+    adapters = adapters_of(model)
     with torch.no_grad():
-        for layer, adapter in adapters_of(model).items():
-            for suffix, tensor in adapter.tensors().items():
-                tensor.copy_(saved[f"{PREFIX}{layer}.{suffix}"])
-
-
-def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """adapter_config.json of a PEFT folder; Refused when there is none."""
-    if not folder.is_dir():
-        raise Refused(f"the adapter folder {folder}", "there is no such folder", "check the path")
-    path = folder / CONFIG
-    if not path.is_file():
-        names = sorted(p.name for p in folder.iterdir())
-        raise Refused(
-            f"the adapter folder {folder}",
-            f"it has no {CONFIG}; it holds {', '.join(names[:8]) or 'nothing'}",
-            "give a folder in PEFT's format",
-        )
-    fields = _read_json(path)
-    if not fields.get("peft_type"):
-        raise Refused(f"reading {path}", "it has no peft_type", "give a folder in PEFT's format")
-    return fields
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text("utf-8"))
-        if not isinstance(value, dict):
-            raise ValueError("not an object")
-    except (OSError, ValueError) as error:
-        raise Refused(
-            f"reading {path}", f"it is no JSON object ({error})", "copy the folder again"
-        ) from error
-    return value
+        for method in {type(adapter) for adapter in adapters.values()}:
+            shared = {name: saved[name] for name in method.shared_names if name in saved}
+            method.take_shared(adapters, shared)
+        for layer, adapter in adapters.items():
+            adapter.take({s: saved[f"{PREFIX}{layer}.{s}"] for s in adapter.tensors()})
+        for name, parameter in whole_parameters(model).items():
+            parameter.copy_(saved[f"{PREFIX}{name}"])
 
 
 def _method(fields: Mapping[str, Any]) -> type[Adapter]:
-    known = {method.peft_type: method for _, method in ADAPTERS.items()}
+    known = {kind: method for _, method in ADAPTERS.items() for kind in method.peft_types}
     kind = str(fields["peft_type"])
     if kind not in known:
         raise Refused(
@@ -174,41 +181,6 @@ def _method(fields: Mapping[str, Any]) -> type[Adapter]:
             "let PEFT merge it into its base and use the merged model",
         )
     return known[kind]
-
-
-def check_base(
-    folder: Path, made_for: Any, base_name: str | None, base_hash: str | None
-) -> list[str]:
-    """Refuse a base of another hash than the one recorded in `folder`; another name is a remark."""
-    facts = _read_json(folder / FACTS) if (folder / FACTS).is_file() else {}
-    recorded = facts.get("base_hash")
-    if recorded and base_hash and recorded != base_hash:
-        raise Refused(
-            f"the adapter {folder} on {base_name or 'this base'}",
-            f"it was trained on a base with other weights (hash {recorded[:12]}, here {base_hash[:12]})",
-            f"give the base it was trained on: {made_for}",
-        )
-    if made_for and base_name and made_for != base_name:
-        return [f"the adapter was trained on a base named {made_for}, here it is {base_name}"]
-    return []
-
-
-def base_options(folder: Path) -> dict[str, Any]:
-    """How the adapter's base was made of its folder: `num_layers` and `init` as in `model`."""
-    facts = _read_json(folder / FACTS) if (folder / FACTS).is_file() else {}
-    return {"num_layers": None, "init": "pretrained", **(facts.get("base_options") or {})}
-
-
-def layers_of_base(folder: Path) -> dict[str, int | None]:
-    """`num_layers` of the base for use without the run's config. Refused where no folder holds that base."""
-    options = base_options(folder)
-    if options["init"] == "random":
-        raise Refused(
-            f"the adapter {folder}",
-            "it was trained on random weights (model.init=random), which are in no folder",
-            "use it through the config of its run",
-        )
-    return {"num_layers": options["num_layers"]}
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -247,49 +219,76 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def _sort(
-    tensors: Mapping[str, Tensor], model: nn.Module, method: type[Adapter]
-) -> tuple[Parts, dict[str, Tensor], dict[str, str]]:
-    """The file's tensors: those of adapters by layer and suffix, whole parameters of the base, and misfits
-    (name -> why)."""
+    tensors: Mapping[str, Tensor],
+    model: nn.Module,
+    method: type[Adapter],
+    modules_to_save: Collection[str],
+) -> Contents:
+    """The file's tensors by what they belong to. Parameters of the base that are as the base has them are
+    left out (PEFT saves heads too), unless they belong to `modules_to_save`."""
     modules = dict(model.named_modules())
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    parts: Parts = {}
-    whole: dict[str, Tensor] = {}
-    misfits: dict[str, str] = {}
+    found = Contents()
     for name, tensor in tensors.items():
         path = name.removeprefix(PREFIX)
         suffix = next((s for s in method.suffixes if path.endswith(f".{s}")), None)
-        parameter = parameters.get(path.replace(".base_layer.", "."))
-        if suffix is not None:
+        plain = path.replace(".base_layer.", ".")
+        parameter = parameters.get(plain)
+        if name in method.shared_names:
+            found.shared[name] = tensor
+        elif suffix is not None:
             layer = path.removesuffix(f".{suffix}")
             if layer not in modules:
-                misfits[name] = "the base has no such layer"
+                found.misfits[name] = "the base has no such layer"
             elif not method.accepts(modules[layer]):
-                misfits[name] = f"this layer is a {type(modules[layer]).__name__}"
+                found.misfits[name] = f"this layer is a {type(modules[layer]).__name__}"
             else:
-                parts.setdefault(layer, {})[suffix] = tensor
+                found.parts.setdefault(layer, {})[suffix] = tensor
         elif parameter is None:
-            misfits[name] = "neither base nor adapter has such a tensor"
+            found.misfits[name] = "neither base nor adapter has such a tensor"
         elif parameter.shape != tensor.shape:
-            misfits[name] = f"its shape is {_shape(tensor)}, the base's is {_shape(parameter)}"
-        elif not torch.equal(parameter.cpu(), tensor.to(parameter.dtype)):  # PEFT saves heads too
-            whole[path.replace(".base_layer.", ".")] = tensor
-    return parts, whole, misfits
+            shapes = f"its shape is {_shape(tensor)}, the base's is {_shape(parameter)}"
+            found.misfits[name] = shapes
+        elif _inside(plain, modules_to_save) or not torch.equal(
+            parameter.cpu(), tensor.to(parameter.dtype)
+        ):
+            found.whole[plain] = tensor
+    return found
 
 
-def _compare(parts: Parts, adapters: Mapping[str, Adapter]) -> dict[str, str]:
+def _inside(parameter: str, modules: Collection[str]) -> bool:
+    """Whether a parameter belongs to one of these modules: what PEFT compares are the ends of paths, so that
+    "norm" is also an input_layernorm."""
+    owner, names = "", []
+    for part in parameter.split(".")[:-1]:
+        owner = f"{owner}.{part}".removeprefix(".")
+        names.append(owner)
+    return any(name.endswith(tuple(modules)) for name in names)
+
+
+def _ends(model: nn.Module, modules: Collection[str]) -> list[str]:
+    """Names that mean exactly these modules as PEFT compares them (`_inside`)."""
+    last = tuple({name.rpartition(".")[2] for name in modules})
+    same = {name for name, _ in model.named_modules() if name.endswith(last)} if last else set()
+    return sorted(last if same == set(modules) else modules)
+
+
+def _compare(
+    parts: Mapping[str, Mapping[str, Tensor]], adapters: Mapping[str, Adapter]
+) -> dict[str, str]:
     """Tensors that are missing, too many or of another shape (name -> why)."""
     misfits = {}
     for layer, adapter in adapters.items():
         wanted = adapter.tensors()
-        for suffix in sorted(wanted.keys() | parts[layer].keys()):
+        has = parts.get(layer, {})
+        for suffix in sorted(wanted.keys() | has.keys()):
             name = f"{PREFIX}{layer}.{suffix}"
-            if suffix not in parts[layer]:
+            if suffix not in has:
                 misfits[name] = "the file lacks it"
             elif suffix not in wanted:
                 misfits[name] = f"{CONFIG} knows no such tensor"
-            elif parts[layer][suffix].shape != wanted[suffix].shape:
-                found, fit = _shape(parts[layer][suffix]), _shape(wanted[suffix])
+            elif has[suffix].shape != wanted[suffix].shape:
+                found, fit = _shape(has[suffix]), _shape(wanted[suffix])
                 misfits[name] = f"its shape is {found}, {fit} would fit"
     return misfits
 
@@ -306,17 +305,23 @@ def _refuse_misfits(folder: Path, made_for: Any, misfits: Mapping[str, str], tot
         )
 
 
-def _refuse_whole(folder: Path, model: nn.Module, names: list[str], trainable: bool) -> None:
-    """Whole parameters of the base (PEFT's modules_to_save, trained biases) can be used, not trained on."""
-    for name in names:
-        shared = names_of(model, model.get_parameter(name))
-        if trainable:
+def _refuse_whole(
+    folder: Path,
+    model: nn.Module,
+    whole: Mapping[str, Tensor],
+    modules_to_save: Collection[str] | None,
+    trainable: bool,
+) -> None:
+    """Whole parameters of the base: those of modules_to_save can be trained on, trained biases only used."""
+    for name, tensor in whole.items():
+        if trainable and not _inside(name, modules_to_save or ()):
             raise Refused(
                 f"going on training the adapter {folder}",
-                f"it holds a whole tensor of the base, {name} (PEFT's modules_to_save or bias)",
+                f"it holds a tensor of the base, {name}, that is in no module of modules_to_save (PEFT's bias)",
                 "merge it into its base and train a new adapter on the result",
             )
-        if len(shared) > 1:
+        shared = names_of(model, model.get_parameter(name))
+        if any(n not in whole or not torch.equal(whole[n], tensor) for n in shared):
             raise Refused(
                 f"the adapter {folder} on this base",
                 f"it holds {name} of its own, but here {' and '.join(shared)} are one tensor",

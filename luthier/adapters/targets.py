@@ -1,4 +1,5 @@
-"""Which layers an adapter goes to: `all-linear`, names, regular expressions.
+"""Which layers an adapter goes to: `all-linear`, names, regular expressions, decoder layers; and what is
+trained whole beside it.
 
 A linear layer is an `nn.Linear` (weight [out, in]) or the `Conv1D` of gpt2 (weight [in, out]). Layers
 are named by their path in the model. What is done to them is `base.py`'s.
@@ -7,12 +8,17 @@ are named by their path in the model. What is done to them is `base.py`'s.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
+from typing import TypeVar
 
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
+from luthier.config import AdapterConfig
 from luthier.errors import Refused, suggest
+
+Value = TypeVar("Value", int, float)
 
 ALL_LINEAR = "all-linear"
 
@@ -33,12 +39,15 @@ def head_name(model: nn.Module) -> str | None:
     return next((name for name, module in model.named_modules() if module is head), None)
 
 
-def select_targets(model: nn.Module, targets: str | Iterable[str]) -> list[str]:
+def select_targets(
+    model: nn.Module, targets: str | Iterable[str], layers: Collection[int] | None = None
+) -> list[str]:
     """Paths of the linear layers that `targets` asks for, in the model's order.
 
     `all-linear` is every one but the output layer and those with a single input or output. Anything else is a name, compared with the end of
     the path at a dot ("q_proj", "mlp.c_proj"), or else a regular expression for the whole path; a list
-    is their union. Refused when one of them matches no linear layer.
+    is their union. `layers` keeps those of these decoder layers only. Refused when one of the targets
+    matches no linear layer, or when there is no such decoder layer.
     """
     modules = dict(model.named_modules())
     linear = [name for name, module in modules.items() if isinstance(module, nn.Linear | Conv1D)]
@@ -53,7 +62,90 @@ def select_targets(model: nn.Module, targets: str | Iterable[str]) -> list[str]:
         if not found:
             raise _no_match(item, modules, linear)
         chosen |= found
+    if layers is not None:
+        stems = [f"{decoders(model, layers)[number]}." for number in sorted(layers)]
+        chosen = {name for name in chosen if name.startswith(tuple(stems))}
+        if not chosen:
+            raise Refused(
+                f"adapter.layers with adapter.targets={targets}",
+                "the targets lie in other layers",
+                "give targets inside of decoder layers, or adapter.layers=all",
+            )
     return [name for name in linear if name in chosen]
+
+
+def decoders(model: nn.Module, wanted: Collection[int] | None = None) -> list[str]:
+    """Paths of all decoder layers, in order. Refused when `wanted` names one that is not there."""
+    found = [n for n, m in model.named_modules() if isinstance(m, GradientCheckpointingLayer)]
+    beyond = sorted(number for number in wanted or () if number >= len(found))
+    if beyond:
+        raise Refused(
+            f"adapter.layers with layer {beyond[0]}",
+            f"the model has {len(found)} decoder layers, counted from 0",
+            f"give numbers up to {len(found) - 1}, or all",
+        )
+    return found
+
+
+def options_of(config: AdapterConfig, name: str) -> AdapterConfig:
+    """The options of layer `name`: those of `config` with its rank and alpha patterns applied.
+
+    A pattern is compared with the end of the path at a dot, as a regular expression; the first that
+    matches counts. A layer with a rank of its own and no alpha keeps the alpha of the others.
+    """
+    if not config.rank_pattern and not config.alpha_pattern:
+        return config
+    rank = pattern_value(config.rank_pattern, name, config.rank)
+    alpha = pattern_value(config.alpha_pattern, name, config.scale_alpha)
+    none: dict[str, int] = {}
+    changes = {"rank": rank, "alpha": alpha, "rank_pattern": none, "alpha_pattern": none}
+    return config.model_copy(update=changes)
+
+
+def pattern_value(patterns: Mapping[str, Value], name: str, usual: Value) -> Value:
+    """The value of the first pattern that matches the end of the path at a dot, as PEFT has it."""
+    try:
+        matches = (v for p, v in patterns.items() if re.fullmatch(rf"(.*\.)?({p})", name))
+        return next(matches, usual)
+    except (re.error, AttributeError) as error:  # a file may hold anything
+        raise Refused(
+            f"the patterns {patterns}",
+            f"they are no regular expressions ({error})",
+            "give names like q_proj, or regular expressions like .*mlp.*",
+        ) from error
+
+
+def select_whole(
+    model: nn.Module, modules: Iterable[str], adapted: Collection[str] = ()
+) -> list[str]:
+    """Paths of the parameters of `modules` (names at the end of paths), which are trained whole.
+
+    Refused when a name matches nothing, a module without parameters, or a layer that is `adapted`.
+    """
+    named = dict(model.named_modules())
+    found: list[str] = []
+    for item in modules:
+        paths = [n for n in named if n == item or n.endswith(f".{item}")]
+        inside = {p: [f"{p}.{n}" for n, _ in named[p].named_parameters()] for p in paths}
+        parameters = [n for names in inside.values() for n in names]
+        if not parameters:
+            known = sorted(
+                {n.rpartition(".")[2] for n, m in named.items() if not list(m.children())}
+            )
+            raise Refused(
+                f"adapter.modules_to_save '{item}'",
+                "no module with parameters has this name",
+                suggest(item, known) or f"modules are {', '.join(known[:12])}",
+            )
+        clash = sorted(n for n in adapted if any(n == p or n.startswith(f"{p}.") for p in paths))
+        if clash:
+            raise Refused(
+                f"adapter.modules_to_save '{item}'",
+                f"layer '{clash[0]}' is to get an adapter: it cannot be trained whole beside it",
+                "leave it out of adapter.targets or of adapter.modules_to_save",
+            )
+        found += [n for n in parameters if n not in found]
+    return found
 
 
 def shortest_targets(model: nn.Module, names: Collection[str]) -> list[str]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from luthier.adapters.base import adapter_parameters
+from luthier.adapters import adapter_parameters
 from luthier.assemble import Built, build, make_updater, name_of
 from luthier.batch import IGNORE, Batch
 from luthier.config import OptimConfig

@@ -26,11 +26,27 @@ from luthier.adapters.store import load_tensors
 from luthier.batch import Batch
 from luthier.models.stage import Stage, decoder_layers, set_recompute
 
-each_method = pytest.mark.parametrize("row", METHODS)
+
+def _rows(**wanted: Any) -> Any:
+    found = [
+        n for n, row in METHODS.items() if all(getattr(row, k) == v for k, v in wanted.items())
+    ]
+    return pytest.mark.parametrize("row", found)
+
+
+each_method = _rows()
+on_linear = _rows(on="linear")
+folding = _rows(folds=True)
+folding_linear = _rows(folds=True, on="linear")
+dropping = _rows(dropout=True)
+unchanging = _rows(unchanged=True)
+ranked = _rows(rank=True)
+drawing = _rows(drawn=True)
+on_linear_by_derivative = _rows(on="linear", derivative=True)
 each_family = pytest.mark.parametrize("family", FAMILIES)
 
 
-@each_method
+@unchanging
 @each_family
 def test_the_output_is_unchanged_at_first(
     tiny_model: Any, random_batch: Any, row: str, family: str
@@ -42,7 +58,7 @@ def test_the_output_is_unchanged_at_first(
         assert torch.equal(run(model, batch), before)
 
 
-@each_method
+@unchanging
 def test_the_output_is_unchanged_at_first_in_half_precision(
     tiny_model: Any, random_batch: Any, row: str
 ) -> None:
@@ -53,7 +69,7 @@ def test_the_output_is_unchanged_at_first_in_half_precision(
         assert torch.equal(run(model, batch), before)
 
 
-@each_method
+@on_linear
 def test_a_biased_layer_in_half_precision_changes_by_rounding_only(row: str) -> None:
     x = torch.randn(1, 40, 32).bfloat16()
     for layer in (nn.Linear(32, 48), Conv1D(48, 32)):
@@ -101,7 +117,7 @@ def test_gradients_of_the_first_step(tiny_model: Any, random_batch: Any, row: st
         assert {n for n, grad in gradients.items() if not grad.any()} == adapter.zero_at_start
 
 
-@each_method
+@folding
 @each_family
 def test_fold_equals_hooks(tiny_model: Any, random_batch: Any, row: str, family: str) -> None:
     batch = random_batch()
@@ -127,7 +143,7 @@ def test_fold_equals_hooks(tiny_model: Any, random_batch: Any, row: str, family:
         assert error(adapted, base) > 1e-3  # the adapter did something
 
 
-@each_method
+@folding_linear
 @pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
 def test_fold_rounds_once(row: str, kind: Any) -> None:
     """The update of a half-precision weight is computed in float32."""
@@ -183,7 +199,7 @@ def test_tensors_are_read_back_bit_for_bit(tiny_model: Any, tmp_path: Path, row:
         assert all(torch.equal(p, wanted[n]) for n, p in adapter_parameters(model).items())
 
 
-@each_method
+@on_linear_by_derivative
 @pytest.mark.parametrize("kind", ["linear", "biased", "conv1d"])
 def test_gradients_are_finite_differences(row: str, kind: str) -> None:
     layer = {
@@ -199,7 +215,7 @@ def test_gradients_are_finite_differences(row: str, kind: str) -> None:
     assert torch.autograd.gradcheck(lambda *_: layer(x), (x, *mine))
 
 
-@each_method
+@dropping
 @each_family
 def test_dropout_follows_the_row_not_the_micro_batch(
     tiny_model: Any, random_batch: Any, row: str, family: str
@@ -231,7 +247,7 @@ def test_recomputed_layers_give_the_same_gradients(
     tiny_model: Any, random_batch: Any, row: str, family: str
 ) -> None:
     model, batch = tiny_model(family), random_batch()
-    attach(model, options(row, dropout=0.2), seed=1)
+    attach(model, options(row, **({"dropout": 0.2} if METHODS[row].dropout else {})), seed=1)
     fill(model)
     stage = Stage(model.train())
     grads = {}
@@ -255,6 +271,11 @@ def test_adapters_of_a_half_precision_base_are_float32(
     reference = tiny_model(family, torch.bfloat16).float()
     attach(reference, options(row), seed=1)
     fill(reference)
+    if not METHODS[row].unchanged:  # its first values are the model's own, as it rounds them
+        mine = adapter_parameters(model)
+        with torch.no_grad():
+            for name, wide in adapter_parameters(reference).items():
+                wide.copy_(mine[name])
     for (name, ours), wide in zip(
         adapter_parameters(model).items(), adapter_parameters(reference).values(), strict=True
     ):
@@ -287,7 +308,7 @@ def test_detach_leaves_the_base_as_it_was(tiny_model: Any, random_batch: Any, ro
         assert not any(m._forward_pre_hooks for m in layers)
 
 
-@each_method
+@drawing
 def test_first_values_depend_on_seed_and_name_alone(tiny_model: Any, row: str) -> None:
     def values(dtype: torch.dtype = torch.float32, seed: int = 1, **changes: Any) -> dict[str, Any]:
         model = tiny_model("llama", dtype)
@@ -296,7 +317,11 @@ def test_first_values_depend_on_seed_and_name_alone(tiny_model: Any, row: str) -
         return {n: p.detach().float() for n, p in adapter_parameters(model).items()}
 
     first = values()
-    for same in (values(torch.bfloat16), values(torch.float64), values(targets="down_proj")):
+    if METHODS[row].unchanged:
+        again = (values(torch.bfloat16), values(torch.float64), values(targets="down_proj"))
+    else:  # its first values are the model's own, as it rounds them
+        again = (values(),)
+    for same in again:
         assert all(torch.equal(first[name], value) for name, value in same.items())
     drawn = [value for value in first.values() if value.any()]
     assert len({value.flatten()[0].item() for value in drawn}) == len(drawn)  # no two alike
@@ -318,7 +343,7 @@ def test_a_copied_model_is_on_its_own(tiny_model: Any, random_batch: Any, row: s
     assert torch.equal(run(model, batch), before)
 
 
-@each_method
+@ranked
 def test_tensor_parallel_pieces_make_the_whole(row: str) -> None:
     """`follows`: each rank's layer with its part of the adapter, put together as the style says."""
     x = torch.randn(3, 8, dtype=torch.float64)
@@ -345,11 +370,12 @@ def test_tensor_parallel_pieces_make_the_whole(row: str) -> None:
 
 @each_method
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch's own
+@pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated:DeprecationWarning")
 def test_compiled_layers_give_the_same(tiny_model: Any, random_batch: Any, row: str) -> None:
     batch = random_batch()
     for dtype in (torch.float32, torch.bfloat16):
         model = tiny_model("llama", dtype)
-        attach(model, options(row, dropout=0.2), seed=1)
+        attach(model, options(row, **({"dropout": 0.2} if METHODS[row].dropout else {})), seed=1)
         fill(model)
         stage = Stage(model.train())
         before = stage(batch)
@@ -360,7 +386,7 @@ def test_compiled_layers_give_the_same(tiny_model: Any, random_batch: Any, row: 
         assert torch.equal(stage(batch), before)
 
 
-@each_method
+@on_linear
 @pytest.mark.parametrize("autocast", [False, True])
 def test_a_small_update_survives_half_precision(row: str, autocast: bool) -> None:
     """Updates far below a step of the rounded output still act, on average over its elements."""
@@ -372,7 +398,7 @@ def test_a_small_update_survives_half_precision(row: str, autocast: bool) -> Non
         wide = copy.deepcopy(model).float()
         for each in (model, wide):
             attach(each, options(row), seed=1)
-            fill(each, size=3e-3)
+            fill(each, size=METHODS[row].small)
         half, given = (wide, x.float()) if autocast else (model, x)
         with torch.no_grad():
             wanted = wide["layer"](x.float())

@@ -22,8 +22,10 @@ from luthier.adapters import (
     fold_into,
     load_adapter,
     save_adapter,
+    whole_parameters,
 )
-from luthier.adapters.store import CONFIG, FACTS, PICKLED, WEIGHTS
+from luthier.adapters.facts import CONFIG, FACTS
+from luthier.adapters.store import PICKLED, WEIGHTS
 from luthier.errors import Refused
 
 PLAIN = {"r": 4, "lora_alpha": 6, "task_type": "CAUSAL_LM", "init_lora_weights": False}
@@ -297,8 +299,8 @@ def test_an_adapter_of_another_model(tiny_model: Any, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"peft_type": "BOFT"}, "type BOFT.*supported are LORA"),
-        ({"use_dora": True}, "use_dora=True"),
+        ({"peft_type": "BOFT"}, "type BOFT.*supported are .*LORA"),
+        ({"use_dora": True}, "lora_magnitude_vector: the file lacks it"),
         ({"lora_bias": True}, "lora_bias=True"),
         ({"target_parameters": ["experts"]}, "target_parameters"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights=pissa"),
@@ -322,15 +324,27 @@ def test_unsupported_options(
 def test_whole_tensors_of_the_base(tiny_model: Any, tmp_path: Path) -> None:
     fields = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
     peft_folder(tiny_model("llama"), tmp_path / "a", **fields)
-    refused(tiny_model, tmp_path / "a", "lm_head.weight .*modules_to_save", trainable=True)
-    loaded = load_adapter(tiny_model("llama"), tmp_path / "a")
-    assert any("lm_head.weight: taken from" in remark for remark in loaded.remarks)
+    for trainable in (False, True):
+        model = tiny_model("llama")
+        loaded = load_adapter(model, tmp_path / "a", trainable=trainable)
+        assert any("lm_head.weight: taken from" in remark for remark in loaded.remarks)
+        assert whole_parameters(model).keys() == {"lm_head.weight"}
+        assert model.lm_head.weight.requires_grad == trainable
     # a tied head of its own would change the embedding as well
     tied = tiny_model("llama", tie_word_embeddings=True)
     tied.tie_weights()
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     with pytest.raises(Refused, match=r"model.embed_tokens.weight and lm_head.weight are one"):
         load_adapter(tied, tmp_path / "b")
+
+
+def test_trained_biases_of_the_base(tiny_model: Any, tmp_path: Path) -> None:
+    wanted = peft_folder(tiny_model("qwen2"), tmp_path, target_modules=["q_proj"], bias="all")
+    model = tiny_model("qwen2")
+    load_adapter(model, tmp_path)
+    assert error(logits(model), wanted) < CLOSE
+    with pytest.raises(Refused, match=r"_proj.bias.*PEFT's bias"):
+        load_adapter(tiny_model("qwen2"), tmp_path, trainable=True)
 
 
 def test_whole_tensors_that_are_the_base_s_own(tiny_model: Any, tmp_path: Path) -> None:

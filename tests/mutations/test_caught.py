@@ -19,12 +19,13 @@ from conftest import CHAT_TEMPLATE, tiny_model_, tiny_tokenizer_
 from safetensors.torch import load_file, save_file
 from tiny_runs import copy_model, resolved, tiny_config, write_data
 
-import luthier.adapters.base
+import luthier.adapters.placing
 import luthier.assemble
 import luthier.data.encode
 import luthier.data.loader
 import luthier.models.kernels
 import luthier.recipes
+from luthier.adapters.base import LowRank
 from luthier.adapters.lora import LoRA
 from luthier.batch import IGNORE, PADDING, Batch
 from luthier.convert import merge
@@ -285,13 +286,13 @@ def test_a_head_that_loses_a_token(run: Any, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def after_install(monkeypatch: pytest.MonkeyPatch, spoil: Callable[[Any], None]) -> None:
-    right = luthier.adapters.base.install
+    right = luthier.adapters.placing.install
 
-    def wrong(model: Any, adapters: Any) -> None:
-        right(model, adapters)
+    def wrong(model: Any, *parts: Any) -> None:
+        right(model, *parts)
         spoil(model)
 
-    monkeypatch.setattr(luthier.adapters.base, "install", wrong)
+    monkeypatch.setattr(luthier.adapters.placing, "install", wrong)
 
 
 def test_one_frozen_layer_trained(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -327,10 +328,14 @@ def test_one_layer_frozen_in_full_fine_tuning(run: Any, monkeypatch: pytest.Monk
 
 def test_an_adapter_that_does_not_act(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     name = "model.layers.0.self_attn.q_proj"
-    right = LoRA.delta
-    monkeypatch.setattr(
-        LoRA, "delta", lambda self, x: right(self, x) * (0 if self.name == name else 1)
-    )
+    right = LoRA.low_rank
+
+    def wrong(self: LoRA) -> LowRank | None:
+        factors = right(self)
+        assert factors is not None
+        return factors if self.name != name else factors._replace(up=0 * factors.up)
+
+    monkeypatch.setattr(LoRA, "low_rank", wrong)
     caught(
         run(), Failed, "trained but its gradient is zero: model.layers.0.self_attn.q_proj.adapter"
     )

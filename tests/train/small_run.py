@@ -17,7 +17,7 @@ import torch
 from conftest import VOCAB, random_batch_, tiny_model_, tiny_tokenizer_
 from safetensors.torch import load_file
 
-from luthier.adapters.base import attach
+from luthier.adapters import attach
 from luthier.adapters.store import save_adapter
 from luthier.batch import TENSORS, Batch
 from luthier.config import AdapterConfig, OptimConfig, RunConfig

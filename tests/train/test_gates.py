@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import luthier.models.stage as stage_module
-from luthier.adapters.base import attach
+from luthier.adapters import attach
 from luthier.batch import IGNORE, PADDING, Batch, Layout
 from luthier.config import AdapterConfig
 from luthier.errors import Failed
@@ -85,7 +85,7 @@ def test_every_single_wrong_label_is_found(batch: Batch) -> None:
             check_batch(with_changed(batch, "labels", row, position, wrong))
 
 
-FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gpt2", "opt"]
+FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gpt2", "opt", "bloom"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

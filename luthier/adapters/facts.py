@@ -1,0 +1,134 @@
+"""What an adapter folder says besides its tensors: PEFT's adapter_config.json, and facts of our own.
+
+`luthier.json` holds what PEFT would not understand: the base's hash, how the base was made, and the options
+as the user gave them. The options count only while adapter_config.json is as it was written with them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from luthier.config import AdapterConfig
+from luthier.errors import Refused
+from luthier.files import write_json
+
+CONFIG = "adapter_config.json"
+FACTS = "luthier.json"
+
+
+def write_facts(
+    folder: Path,
+    fields: Mapping[str, Any],
+    config: AdapterConfig,
+    base_name: str,
+    base_hash: str | None,
+    base_options: Mapping[str, Any] | None,
+) -> None:
+    """Write both files; `fields` are those of adapter_config.json."""
+    write_json(folder / CONFIG, dict(fields))
+    facts = {
+        "format": 1,
+        "base_name": base_name,
+        "base_hash": base_hash,
+        "base_options": dict(base_options or {}),
+        "options": {"method": config.method, **config.model_dump(mode="json", include=set(config.changed()))},
+        "options_of": _digest(fields),
+    }  # fmt: skip
+    write_json(folder / FACTS, facts)
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """adapter_config.json of a PEFT folder; Refused when there is none."""
+    if not folder.is_dir():
+        raise Refused(f"the adapter folder {folder}", "there is no such folder", "check the path")
+    path = folder / CONFIG
+    if not path.is_file():
+        names = sorted(p.name for p in folder.iterdir())
+        raise Refused(
+            f"the adapter folder {folder}",
+            f"it has no {CONFIG}; it holds {', '.join(names[:8]) or 'nothing'}",
+            "give a folder in PEFT's format; luthier convert makes one of PaddleNLP's",
+        )
+    fields = _read_json(path)
+    if not fields.get("peft_type"):
+        raise Refused(f"reading {path}", "it has no peft_type", "give a folder in PEFT's format")
+    return fields
+
+
+def own_options(folder: Path, fields: Mapping[str, Any]) -> AdapterConfig | None:
+    """The options that the folder was trained with; None where it is not ours, or was edited since."""
+    facts = _facts(folder)
+    if "options" not in facts or facts.get("options_of") != _digest(fields):
+        return None
+    try:
+        return AdapterConfig.model_validate(facts["options"])
+    except ValidationError as error:
+        raise Refused(
+            f"reading {folder / FACTS}",
+            f"its options are not valid ({error.errors()[0]['msg']})",
+            f"copy the folder again, or remove {FACTS}",
+        ) from error
+
+
+def check_base(
+    folder: Path, made_for: Any, base_name: str | None, base_hash: str | None
+) -> list[str]:
+    """Refuse a base of another hash than the one recorded in `folder`; another name is a remark."""
+    recorded = _facts(folder).get("base_hash")
+    if recorded and base_hash and recorded != base_hash:
+        raise Refused(
+            f"the adapter {folder} on {base_name or 'this base'}",
+            f"it was trained on a base with other weights (hash {recorded[:12]}, here {base_hash[:12]})",
+            f"give the base it was trained on: {made_for}",
+        )
+    if made_for and base_name and made_for != base_name:
+        return [f"the adapter was trained on a base named {made_for}, here it is {base_name}"]
+    return []
+
+
+def base_options(folder: Path) -> dict[str, Any]:
+    """How the adapter's base was made of its folder: `num_layers` and `init` as in `model`."""
+    return {
+        "num_layers": None,
+        "init": "pretrained",
+        **(_facts(folder).get("base_options") or {}),
+    }
+
+
+def layers_of_base(folder: Path) -> dict[str, int | None]:
+    """`num_layers` of the base for use without the run's config. Refused where no folder holds that base."""
+    options = base_options(folder)
+    if options["init"] == "random":
+        raise Refused(
+            f"the adapter {folder}",
+            "it was trained on random weights (model.init=random), which are in no folder",
+            "use it through the config of its run",
+        )
+    return {"num_layers": options["num_layers"]}
+
+
+def _facts(folder: Path) -> dict[str, Any]:
+    return _read_json(folder / FACTS) if (folder / FACTS).is_file() else {}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text("utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError("not an object")
+    except (OSError, ValueError) as error:
+        raise Refused(
+            f"reading {path}", f"it is no JSON object ({error})", "copy the folder again"
+        ) from error
+    return value
+
+
+def _digest(fields: Mapping[str, Any]) -> str:
+    text = json.dumps(fields, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
