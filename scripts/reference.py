@@ -153,7 +153,11 @@ def _speed(path: Path) -> str:
         "| a step of | times the frozen base's | spread | peak memory, GB |",
         "|---|---|---|---|",
     ]
-    names = {"frozen": "the frozen base: forward and input gradients", "peft": "PEFT's LoRA"}
+    names = {
+        "frozen": "the frozen base: forward and input gradients",
+        "peft": "PEFT's LoRA in the same stage",
+    }
+    names["peft, plain transformers"] = "PEFT's LoRA, transformers' forward and loss"
     for r in found["table"]:
         low, high = r["of_frozen_spread"]
         lines.append(
@@ -164,7 +168,7 @@ def _speed(path: Path) -> str:
     shape = "two layers of a 1B Llama's shape" if config["shape"] == "1b" else config["model"]
     lines += [
         "",
-        f"{shape}, bfloat16, one row of 1,024 tokens in 8 documents, {config['repeats']} turns in alternating order, each in a "
+        f"{shape}, bfloat16, one row of 512 tokens in 8 documents, {config['repeats']} turns in alternating order, each in a "
         f"process of its own; {found['device']}, torch {found['versions']['torch']}, PEFT {found['versions']['peft']}. "
         f"`benchmarks/methods/results/{path.name}`.",
     ]

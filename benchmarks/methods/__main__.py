@@ -22,6 +22,7 @@ import peft
 import torch
 import transformers
 
+from benchmarks.methods.step import PEFT
 from benchmarks.methods.table import METHODS
 from luthier.files import write_json
 
@@ -55,7 +56,7 @@ def main() -> None:
         table = (
             learning(args, chosen)
             if part == "learning"
-            else speed(args, ["frozen", "peft", *chosen])
+            else speed(args, ["frozen", *PEFT, *chosen])
         )
         RESULTS.mkdir(exist_ok=True)
         path = RESULTS / f"{part}-{args.name}.json"

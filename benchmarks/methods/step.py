@@ -3,7 +3,8 @@
     python -m benchmarks.methods.step NAME MODEL SHAPE
 
 NAME is a method of the table, `frozen` (forward and the gradient with respect to the embeddings' output, with no
-adapter), or `peft` (PEFT's LoRA of the same rank on the same layers, in the same stage). SHAPE `1b` takes two
+adapter), `peft` (PEFT's LoRA of the same rank on the same layers, in the same stage), or `peft, plain
+transformers` (with transformers' own forward and loss over the same packed row). SHAPE `1b` takes two
 layers of Llama-3.2-1B's shape with random weights.
 """
 
@@ -18,6 +19,7 @@ from typing import Any
 
 import peft
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.methods.table import METHODS
@@ -29,8 +31,9 @@ from luthier.models.stage import Stage
 from luthier.train.loss import token_loss
 from luthier.train.metrics import memory
 
-LENGTHS = (230, 180, 140, 120, 110, 90, 80, 74)  # documents of one row of 1,024 tokens
-STEPS, WARM = 5, 2
+LENGTHS = (140, 110, 90, 70, 50, 30, 14, 8)  # documents of one row of 512 tokens
+PEFT = ("peft", "peft, plain transformers")
+STEPS, WARM = 5, 1
 BIG: dict[str, Any] = {
     **{"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 2, "vocab_size": 32000},
     **{"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64},
@@ -44,7 +47,10 @@ def main() -> None:
         model: Any = AutoModelForCausalLM.from_config(LlamaConfig(**BIG), dtype=torch.bfloat16)
     else:
         model = AutoModelForCausalLM.from_pretrained(Path(folder), dtype=torch.bfloat16)
-    attention.install(model, "auto", train=True)
+    if name == PEFT[1]:
+        model.set_attn_implementation("sdpa")
+    else:
+        attention.install(model, "auto", train=True)
     stage = Stage(model.train())
     trained = prepare(stage, name)
     batch = make_batch(model.config.vocab_size)
@@ -52,7 +58,7 @@ def main() -> None:
     times = []
     for _ in range(STEPS + WARM):
         begin = time.perf_counter()
-        loss = token_loss(stage(batch), batch.labels, stage.head) / batch.num_supervised
+        loss = plain_loss(model, batch) if name == PEFT[1] else stage_loss(stage, batch)
         loss.backward()
         if optimizer is not None:
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -60,6 +66,25 @@ def main() -> None:
             optimizer.zero_grad()
         times.append(time.perf_counter() - begin)
     print(json.dumps({"seconds": statistics.median(times[WARM:]), "peak": memory().peak or 0}))
+
+
+def stage_loss(stage: Stage, batch: Batch) -> Tensor:
+    """Luthier's: attention per document, the head over supervised tokens only."""
+    return token_loss(stage(batch), batch.labels, stage.head) / batch.num_supervised
+
+
+def plain_loss(model: Any, batch: Batch) -> Tensor:
+    """transformers' own: sdpa with the packed row's mask, all logits, its loss."""
+    labels = batch.input_ids.clone()
+    labels[:, 1:][batch.labels[:, :-1] == IGNORE] = IGNORE
+    labels[:, 0] = IGNORE
+    out = model(
+        input_ids=batch.input_ids,
+        position_ids=batch.position_ids,
+        labels=labels,
+        use_cache=False,
+    )
+    return out.loss
 
 
 def prepare(stage: Stage, name: str) -> list[torch.nn.Parameter]:
@@ -70,9 +95,12 @@ def prepare(stage: Stage, name: str) -> list[torch.nn.Parameter]:
         embedding = model.get_input_embeddings()
         embedding.register_forward_hook(lambda layer, args, out: out.requires_grad_(True))
         return []
-    if name == "peft":
-        options = peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
-        peft.inject_adapter_in_model(options, model)
+    if name in PEFT:
+        options = peft.LoraConfig(
+            r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"
+        )
+        wrapped: Any = model
+        peft.get_peft_model(wrapped, options)  # it changes the model in place
         return [p for p in model.parameters() if p.requires_grad]
     tree: dict[str, Any] = {"model": {"path": "x"}, "data": {"path": "x"}, "output": "x"}
     attach(model, from_mapping(tree, METHODS[name]).config.adapter, seed=0)

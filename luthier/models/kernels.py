@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from luthier import seeding
 from luthier.batch import PADDING, Layout, PrefixKeys
+from luthier.models import cpu_attention
 
 
 @dataclass(frozen=True)
@@ -214,6 +215,8 @@ def _sdpa_document(
     mask = None if plain else _mask(layout, document, scores, q.dtype, q.device)
     if plain and ahead:
         q = torch.cat([q.new_zeros(ahead, *q.shape[1:]), q])
+    if plain and cpu_attention.helps(q, k, v):
+        return cpu_attention.causal(q, k, v, scores.scale)[ahead:]
     out = F.scaled_dot_product_attention(
         q.transpose(0, 1)[None],
         k.transpose(0, 1)[None],
