@@ -10,6 +10,7 @@ from typing import Generic, TypeVar
 
 from luthier.errors import Refused, suggest
 
+Item = TypeVar("Item")
 T = TypeVar("T")
 
 
@@ -20,13 +21,13 @@ class Registry(Generic[T]):
         self.kind = kind
         self._items: dict[str, T] = {}
 
-    def register(self, name: str) -> Callable[[T], T]:
+    def register(self, name: str) -> Callable[[Item], Item]:
         """Decorator: `@FORMATS.register("alpaca")`. A name can be taken once."""
 
-        def add(item: T) -> T:
+        def add(item: Item) -> Item:
             if name in self._items:
                 raise ValueError(f"{self.kind} '{name}' is registered already")
-            self._items[name] = item
+            self._items[name] = item  # pyright: ignore[reportArgumentType]
             return item
 
         return add

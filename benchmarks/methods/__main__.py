@@ -28,9 +28,9 @@ from luthier.files import write_json
 
 RESULTS = Path(__file__).parent / "results"
 COMMON = (
-    *("model.dtype=bfloat16", "data.length=512", "train.batch=2", "optim.warmup=0.1"),
+    *("model.dtype=bfloat16", "data.length=256", "train.batch=2", "optim.warmup=0.1"),
     *("optim.schedule=cosine", "evaluate.every=end", "evaluate.generate=true"),
-    *("evaluate.max_new_tokens=32", "evaluate.micro_batch=10", "checkpoint.every=never"),
+    *("evaluate.max_new_tokens=16", "evaluate.micro_batch=10", "checkpoint.every=never"),
     *("checkpoint.best=none", "log.sinks=[]", "log.progress=none"),
 )
 
@@ -118,6 +118,11 @@ def speed(args: argparse.Namespace, names: list[str]) -> list[dict[str, Any]]:
             done = subprocess.run(command, check=True, capture_output=True, text=True)
             found[name].append(json.loads(done.stdout.splitlines()[-1]))
             print(turn, name, found[name][-1], flush=True)
+    return summary(found)
+
+
+def summary(found: dict[str, list[dict[str, float]]]) -> list[dict[str, Any]]:
+    """Rows of the table from the turns of each; ratios are those of one turn's neighbours."""
     table = []
     for name, turns in found.items():
         ratios = [a["seconds"] / b["seconds"] for a, b in zip(turns, found["frozen"], strict=True)]

@@ -106,7 +106,9 @@ class _LowRankProduct(Function):
             dgain = (dy * plain).sum(0)
             dy = torch.addcmul(dy, dy, gain)
         dlow = dy @ up  # [N, R]
-        ddown = dlow.t() @ (x if source is None else source)  # [R, in]
+        ddown = None  # [R, in]; VeRA's is not trained
+        if ctx.needs_input_grad[4]:
+            ddown = dlow.t() @ (x if source is None else source)
         dup = (low.t() @ dy).t()  # [out, R]; this order reads dy along its rows
         dx = dsource = None
         if source is not None:

@@ -136,6 +136,12 @@ def load_adapter(
     else:
         plan = {name: options_of(config, name) for name in layers or [""]}
     _refuse_misfits(folder, made_for, contents.misfits, len(tensors))
+    if not layers and not contents.shared:
+        raise Refused(
+            f"the adapter {folder}",
+            f"it holds no tensor of an adapter, only {next(iter(tensors))}",
+            "copy the folder again",
+        )
     adapters = build(model, plan, seed=seed)
     _refuse_misfits(folder, made_for, _compare(contents.parts, adapters), len(tensors))
     _refuse_whole(folder, model, contents.whole, fields.get("modules_to_save"), trainable)

@@ -99,7 +99,8 @@ METHODS: dict[str, Row] = {
     ),
     "ia3": Row({"method": "ia3"}, dropout=False, rank=False, drawn=False, small=1e-3),
 }
-FAMILIES = ("llama", "qwen2", "gpt2", "opt")  # plain, biased and tied, Conv1D, flattened tokens
+# plain, biased and tied, Conv1D, flattened tokens, ALiBi and attention of its own
+FAMILIES = ("llama", "qwen2", "gpt2", "opt", "bloom")
 
 
 def options(row: str, **changes: Any) -> AdapterConfig:

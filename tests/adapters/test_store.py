@@ -356,6 +356,12 @@ def test_whole_tensors_that_are_the_base_s_own(tiny_model: Any, tmp_path: Path) 
     assert error(logits(model), wanted) < CLOSE
 
 
+def test_a_file_without_an_adapter(tiny_model: Any, folder: Path) -> None:
+    tensor = tiny_model("llama").lm_head.weight + 1
+    save_file({"base_model.model.lm_head.weight": tensor.detach()}, folder / WEIGHTS)
+    refused(tiny_model, folder, "no tensor of an adapter, only base_model.model.lm_head.weight")
+
+
 def test_a_second_adapter_is_refused(tiny_model: Any, folder: Path, random_batch: Any) -> None:
     model = tiny_model("llama")
     load_adapter(model, folder)

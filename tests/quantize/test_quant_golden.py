@@ -16,7 +16,9 @@ from torch import Tensor
 from luthier.quantize import codes, dequantize, make_spec, quantize
 from luthier.seeding import generator
 
-FOLDER = Path(os.environ.get("LUTHIER_GOLDEN", Path(__file__).parent / "golden")) / "data"
+FOLDER = (
+    Path(os.environ.get("LUTHIER_GOLDEN", Path(__file__).parents[1] / "golden" / "data")) / "data"
+)
 
 
 def cases(*methods: str) -> list[Any]:
