@@ -17,8 +17,8 @@ _HOMES = {
     "evaluate": "use",
     "predict": "use",
     "preview": "use",
-    "merge": "convert",
-    "convert": "convert",
+    "merge": "exchange",
+    "convert": "exchange",
     "load": "api",
     "Adapters": "adapters.several",
     "RunConfig": "config",
@@ -46,11 +46,11 @@ if TYPE_CHECKING:
     from luthier.adapters.several import Adapters as Adapters
     from luthier.api import load as load
     from luthier.config import RunConfig as RunConfig
-    from luthier.convert import convert as convert
-    from luthier.convert import merge as merge
     from luthier.errors import Failed as Failed
     from luthier.errors import LuthierError as LuthierError
     from luthier.errors import Refused as Refused
+    from luthier.exchange import convert as convert
+    from luthier.exchange import merge as merge
     from luthier.recipes import finetune as finetune
     from luthier.use import evaluate as evaluate
     from luthier.use import predict as predict

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from luthier.adapters.facts import layers_of_base
+from luthier.adapters.several import HOME
 from luthier.adapters.store import load_adapter
 from luthier.config import ModelConfig
 from luthier.errors import Refused
@@ -36,6 +38,8 @@ def load(
     options = {} if adapter is None else layers_of_base(Path(adapter))
     config = ModelConfig.model_validate({"path": str(path), "dtype": name, **options})
     model = build_model(config, seed=0)
+    # for `Adapters`, which compares the base's hash when it loads one
+    vars(model)[HOME] = (str(path), partial(fingerprint, path))
     if adapter is not None:
         load_adapter(model, adapter, base_name=str(path), base_hash=fingerprint(path))
     return model, load_tokenizer(path)

@@ -29,10 +29,11 @@ from luthier.adapters import (
     retract,
     whole_parameters,
 )
+from luthier.adapters.continuing import take_options
 from luthier.adapters.facts import base_options, read_adapter_config
 from luthier.adapters.store import load_adapter, load_tensors, save_adapter
 from luthier.batch import Batch
-from luthier.config import GENERAL, MINIMISED, AdapterConfig, RunConfig
+from luthier.config import MINIMISED, AdapterConfig, RunConfig
 from luthier.data.dataset import Dataset, LazyDataset, prepare
 from luthier.data.loader import Loader, evaluation_batches
 from luthier.errors import Refused
@@ -171,15 +172,21 @@ def build(
             base_name=chosen.path,
             base_hash=built.base_hash,
         )
-        if train:
-            built.remarks += _options_of_folder(config.adapter, loaded.config, adapter)
         built.adapter = loaded.config
+        if train:
+            asked = config.adapter
+            built.adapter, remarks = take_options(model, asked, loaded.config, adapter)
+            built.remarks += remarks
         built.remarks += loaded.remarks
     elif train and adapting:
         attach(model, config.adapter, seed=config.train.seed)
         built.adapter = config.adapter
     elif train:
         model.requires_grad_(True)
+    if built.adapter is not None:
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        method = ADAPTERS[built.adapter.method]
+        method.check_length(built.adapter, config.data.length, limit)
     built.stage.autocast = None if chosen.autocast == "none" else getattr(torch, chosen.autocast)
     check_stage(built.stage)
     if train:
@@ -190,30 +197,6 @@ def build(
             compile_layers(built.stage)
         model.train()
     return built
-
-
-def _options_of_folder(asked: AdapterConfig, found: AdapterConfig, path: str) -> list[str]:
-    """Going on with an adapter takes its own options. Another one that is set is refused; a default that
-    differs is a remark."""
-    remarks = []
-    for key, wanted in asked.changed().items():
-        has = getattr(found, key)
-        if wanted != has and key not in GENERAL:
-            raise Refused(
-                f"adapter.{key}={wanted} with adapter.path={path}",
-                f"that adapter has {key}={has}",
-                f"leave adapter.{key} out: training goes on with the adapter's own",
-            )
-    if asked.method != found.method:
-        raise Refused(
-            f"adapter.method={asked.method} with adapter.path={path}",
-            f"that adapter is {found.method}",
-            f"give adapter.method={found.method}",
-        )
-    for key, has in found.changed().items():
-        if key not in GENERAL | {"targets", "alpha"} and getattr(asked, key) != has:
-            remarks.append(f"adapter.{key} is {has}, from {path}")
-    return remarks
 
 
 def write_model(built: Built, text: Text, folder: Path) -> None:

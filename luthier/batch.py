@@ -118,7 +118,12 @@ class Layout:
     @cached_property
     def prompt_lengths(self) -> tuple[int, ...]:
         """Tokens of each document of `segments` that stand before its last answer: what a model is given
-        when it is to generate that answer. The whole document where nothing is supervised."""
+        when it is to generate that answer. The whole document where nothing is supervised. With two
+        position axes the context and the token that opens the answer, which may be trained itself."""
+        if self.in_context is not None:
+            context = self.in_context.cpu()
+            counts = [(int(context[s.row, s.start : s.stop].sum()), s) for s in self.segments]
+            return tuple(min(count + 1, s.stop - s.start) for count, s in counts)
         if self.labels is None:
             return tuple(s.stop - s.start for s in self.segments)
         supervised = (self.labels != IGNORE).cpu()

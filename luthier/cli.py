@@ -219,7 +219,7 @@ def merge(words: list[str]) -> None:
             "it takes three folders",
             "luthier merge BASE ADAPTER OUT",
         )
-    from luthier.convert import merge as run
+    from luthier.exchange import merge as run
 
     device = "cuda" if args.device == "gpu" else str(args.device)
     run(found.get("base"), found["adapter"], found["out"], device=device)
@@ -240,7 +240,7 @@ def convert(words: list[str]) -> None:
         raise Refused(f"luthier convert {unknown[0]}", "there is no such option", usage)
     if len(args.paths) != 2:
         raise Refused("luthier convert", f"{len(args.paths)} folders were given", usage)
-    from luthier.convert import convert as run
+    from luthier.exchange import convert as run
 
     run(*args.paths, base=args.base)
 
@@ -271,7 +271,7 @@ def schema(words: list[str]) -> None:
 
 
 def env(words: list[str]) -> None:
-    from luthier.convert import env as run
+    from luthier.exchange import env as run
 
     run()
 

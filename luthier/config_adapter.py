@@ -139,6 +139,11 @@ class AdapterConfig(Section):
     def _grammar_of_layers(cls, value: str | tuple[int, ...]) -> str | tuple[int, ...]:
         if isinstance(value, str) and not _LAYERS.fullmatch(value):
             raise ValueError(f"'{value}' is none of: all, numbers and ranges such as 0-11,20")
+        pairs = re.findall(r"(\d+)-(\d+)", value) if isinstance(value, str) else []
+        if any(not int(a) <= int(b) < 10_000 for a, b in pairs):
+            raise ValueError(
+                f"'{value}' holds a range that does not run from a smaller number to a larger"
+            )
         if not isinstance(value, str) and (not value or min(value) < 0):
             raise ValueError(f"{list(value)} is no list of layers counted from 0")
         return value

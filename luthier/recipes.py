@@ -2,7 +2,7 @@
 
 Every recipe takes a config (a path, a mapping, a `RunConfig` or what `read_config` gave), prints what a
 user should see and returns it. The parts come from `assemble.py`; nothing is computed here. Merging and
-converting, which need no config, are `convert.py`.
+converting, which need no config, are `exchange.py`.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from luthier.assemble import (
     read_model,
     write_model,
 )
+from luthier.batch import Layout
 from luthier.config import RunConfig
 from luthier.config_adapter import USUAL_RATES
 from luthier.configfile import Resolved, from_mapping, to_yaml
@@ -124,6 +125,14 @@ def _finetune(
     for batch in first:
         check_batch(batch)
 
+    if config.adapter.method == "reft" and config.adapter.positions != "all":
+        lengths = [n for batch in first for n in Layout.of(batch).prompt_lengths]
+        if max(lengths, default=0) < 2:
+            raise Refused(
+                f"adapter.positions={config.adapter.positions}",
+                "no document of the first step has a prompt of two tokens or more: nothing would be edited",
+                "give rows with prompts, or adapter.positions=all",
+            )
     built = build(config, train=True)
     loaded = memory(built.device)
     if found.path is not None and built.adapter is not None:

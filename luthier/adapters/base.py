@@ -19,7 +19,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from luthier import seeding
-from luthier.adapters.targets import features, options_of, select_targets
+from luthier.adapters.targets import (
+    features,
+    options_of,
+    refuse_idle_patterns,
+    select_targets,
+)
 from luthier.batch import current_layout
 from luthier.config import AdapterConfig
 from luthier.errors import Failed, Refused
@@ -90,6 +95,7 @@ class Adapter(nn.Module):
     def plan(cls, model: nn.Module, config: AdapterConfig) -> dict[str, AdapterConfig]:
         """Layers to adapt -> the options of each. Refused if that is impossible."""
         names = select_targets(model, config.targets, config.layer_numbers)
+        refuse_idle_patterns(config, names)
         return {name: options_of(config, name) for name in names}
 
     @classmethod

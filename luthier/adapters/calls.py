@@ -9,7 +9,8 @@ cache. What is done at a position is the method's.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import MethodType
@@ -63,6 +64,16 @@ _generation: ContextVar[Generation | None] = ContextVar("luthier_generation", de
 def current_call() -> Call | None:
     """The plain call that is running on a watched model, or None: in a stage, or outside of any call."""
     return None if current_layout() is not None else _call.get()
+
+
+@contextmanager
+def given_prompts(model: nn.Module, lengths: Sequence[int]) -> Iterator[None]:
+    """Plain calls of `model` inside: row i's prompt is its first `lengths[i]` tokens, whatever follows."""
+    token = _generation.set(Generation(model, None, [(0, length) for length in lengths]))
+    try:
+        yield
+    finally:
+        _generation.reset(token)
 
 
 def watch_calls(model: nn.Module) -> list[Removable]:

@@ -114,7 +114,20 @@ def layers_of_base(folder: Path) -> dict[str, int | None]:
 
 
 def _facts(folder: Path) -> dict[str, Any]:
-    return _read_json(folder / FACTS) if (folder / FACTS).is_file() else {}
+    path = folder / FACTS
+    if not path.is_file():
+        return {}
+    facts = _read_json(path)
+    kinds = {"base_hash": str, "options": dict, "base_options": dict}
+    wrong = [key for key, kind in kinds.items() if not isinstance(facts.get(key), kind | None)]
+    layers = (facts.get("base_options") or {}).get("num_layers") if not wrong else None
+    if wrong or not isinstance(layers, int | None):
+        raise Refused(
+            f"reading {path}",
+            f"{wrong[0] if wrong else 'num_layers'} is of another type than it was written with",
+            f"copy the folder again, or remove {FACTS}",
+        )
+    return facts
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def _forward(layer: Any, x: Tensor) -> Tensor:
         dropped = adapter.drop(x)
         source = None if dropped is x else dropped.reshape(flat.shape)
         y = _LowRankProduct.apply(flat, source, matrix, bias, *low_rank)
-    return y.view(*x.shape[:-1], -1)
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 class _LowRankProduct(Function):

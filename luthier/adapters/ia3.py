@@ -183,7 +183,7 @@ def _forward(layer: Any, x: Tensor) -> Tensor:
     bias = None if bias is None else bias.to(dtype)
     rows = x.to(dtype).reshape(-1, x.shape[-1])  # [N, in]
     y: Any = _Scaled.apply(rows, matrix, bias, adapter.scale, adapter.at_input)
-    return y.view(*shape, -1)
+    return y.view(*shape, y.shape[-1])
 
 
 class _Scaled(torch.autograd.Function):

@@ -173,7 +173,14 @@ class ReFT(Adapter):
                 f"hidden states have {width} dimensions: there are no more directions to edit",
                 f"give adapter.rank={width} or less",
             )
-        numbers = sorted(config.layer_numbers or range(len(names)))
+        chosen = config.layer_numbers
+        numbers = list(range(len(names))) if chosen is None else sorted(chosen)
+        if numbers == [len(names) - 1] and parts_of(config) == ("first",):
+            raise Refused(
+                f"adapter.positions={config.positions} in the last layer alone",
+                "no answer is read from the first tokens there: nothing would be trained",
+                "give earlier layers too, or last positions (l7)",
+            )
         return {names[number]: config for number in numbers}
 
     @classmethod

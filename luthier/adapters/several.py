@@ -6,6 +6,7 @@ others wait off the model, so what is not in use costs memory and no time.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from luthier.adapters.placing import adapters_of, detach, install, whole_paramet
 from luthier.adapters.store import load_adapter
 from luthier.config import AdapterConfig
 from luthier.errors import Refused, suggest
+
+HOME = "luthier_home"  # attribute of a model that `luthier.load` made: its name, and a function for its hash
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,8 @@ class Adapters:
     ) -> tuple[str, ...]:
         """Read an adapter folder under `name`, without putting it to use; its remarks.
 
-        Raises Refused, with nothing changed, for a name that is taken and all that `load_adapter` refuses.
+        What the base is called and its hash are known of a model of `luthier.load`. Raises Refused, with
+        nothing changed, for a name that is taken and all that `load_adapter` refuses.
         """
         if name in self.held:
             raise Refused(
@@ -98,6 +102,9 @@ class Adapters:
                 "an adapter of this name is loaded",
                 "unload it first, or take another name",
             )
+        home = vars(self.model).get(HOME)
+        if home is not None:
+            base_name, base_hash = base_name or home[0], base_hash or home[1]()
         active = self.active
         self.use(None)
         try:
@@ -114,6 +121,14 @@ class Adapters:
 
         Refused, with nothing changed, for a name that is not loaded and a sum that has no meaning.
         """
+        if not isinstance(names, str | Mapping | None) or (
+            isinstance(names, Mapping) and not all(_is_weight(w) for w in names.values())
+        ):
+            raise Refused(
+                f"using the adapters {names}",
+                "expected a name, or a mapping of names to numbers",
+                "use('law'), use({'law': 0.7, 'tone': 0.3}) or use(None)",
+            )
         weights = {names: 1.0} if isinstance(names, str) else dict(names or {})
         for name in weights:
             if name not in self.held:
@@ -176,6 +191,10 @@ class Adapters:
             for layer, parts in by_layer.items()
         }
         install(self.model, mixes)
+
+
+def _is_weight(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def additive(adapter: Adapter) -> bool:

@@ -123,23 +123,30 @@ def load_adapter(
     """
     folder = Path(folder)
     fields = read_adapter_config(folder)
-    method = _method(fields)
+    method = method_of(fields)
     made_for = fields.get("base_model_name_or_path")
     remarks = check_base(folder, made_for, base_name, base_hash)
     tensors = _read_tensors(folder)
     contents = _sort(tensors, model, method, fields.get("modules_to_save") or ())
     layers = list(contents.parts)
-    config = own_options(folder, fields)
+    config = own = own_options(folder, fields)
     if config is None:
         config, plan, more = method.from_peft(fields, layers)
         remarks += more
     else:
         plan = {name: options_of(config, name) for name in layers or [""]}
     _refuse_misfits(folder, made_for, contents.misfits, len(tensors))
-    if not layers and not contents.shared:
+    if not layers and not contents.shared and not method.shared_names:
         raise Refused(
             f"the adapter {folder}",
             f"it holds no tensor of an adapter, only {next(iter(tensors))}",
+            "copy the folder again",
+        )
+    lost = [] if own is None else sorted(method.plan(model, own).keys() - plan.keys())
+    if lost:
+        raise Refused(
+            f"the adapter {folder}",
+            f"its file has no tensors for {len(lost)} of its layers; the first is {lost[0]}",
             "copy the folder again",
         )
     adapters = build(model, plan, seed=seed)
@@ -177,7 +184,8 @@ def load_tensors(model: nn.Module, folder: Path) -> None:
             parameter.copy_(saved[f"{PREFIX}{name}"])
 
 
-def _method(fields: Mapping[str, Any]) -> type[Adapter]:
+def method_of(fields: Mapping[str, Any]) -> type[Adapter]:
+    """The method of an adapter_config.json; Refused for a type that is not supported."""
     known = {kind: method for _, method in ADAPTERS.items() for kind in method.peft_types}
     kind = str(fields["peft_type"])
     if kind not in known:

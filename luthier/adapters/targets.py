@@ -102,6 +102,19 @@ def options_of(config: AdapterConfig, name: str) -> AdapterConfig:
     return config.model_copy(update=changes)
 
 
+def refuse_idle_patterns(config: AdapterConfig, names: Collection[str]) -> None:
+    """Refuse a rank or alpha pattern that fits none of the layers `names`."""
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(config, key):
+            if not any(pattern_value({pattern: 1}, name, 0) for name in names):
+                known = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
+                raise Refused(
+                    f"adapter.{key} '{pattern}'",
+                    f"it fits no adapted layer; these are {', '.join(known)}",
+                    suggest(pattern, known) or "give one of these, or a regular expression",
+                )
+
+
 def pattern_value(patterns: Mapping[str, Value], name: str, usual: Value) -> Value:
     """The value of the first pattern that matches the end of the path at a dot, as PEFT has it."""
     try:
@@ -137,7 +150,8 @@ def select_whole(
                 "no module with parameters has this name",
                 suggest(item, known) or f"modules are {', '.join(known[:12])}",
             )
-        clash = sorted(n for n in adapted if any(n == p or n.startswith(f"{p}.") for p in paths))
+        inner = {id(p) for path in paths for p in named[path].parameters()}
+        clash = [n for n in adapted if inner & {id(p) for p in named[n].parameters(recurse=False)}]
         if clash:
             raise Refused(
                 f"adapter.modules_to_save '{item}'",

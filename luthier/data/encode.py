@@ -8,7 +8,7 @@ The checks at the end prove labels and supervision on the arrays that training r
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +22,8 @@ from luthier.data.tokens import Tokens
 from luthier.data.truncation import Ids, cut_answer, cut_source, keep_rounds
 from luthier.data.turns import Conversation, Rendered, Round, Turn
 from luthier.errors import Failed, Refused
+
+Positions = Callable[[np.ndarray], np.ndarray]
 
 UNANSWERED = "the last question has no answer and was left out"
 
@@ -82,7 +84,7 @@ class Renderer:
             )
         self.template = choose(template, self.tokens, length, source_length)
         self.notes = self.template.notes
-        own = {self.tokens.eos, self.template.end_id, *stop_ids} - {None}
+        own = {self.tokens.eos, self.tokens.end, self.template.end_id, *stop_ids} - {None}
         self.stop_ids = tuple(sorted(i for i in own if i is not None))
         if not self.stop_ids:
             raise Refused(
@@ -123,8 +125,8 @@ class Renderer:
         """The ids of `prompt`, and how many tokens it lost."""
         if messages[0].role == "text":
             ids = self.tokens(messages[0].text)
-            kept = cut_source(ids, self.length, self.tokens.prefix)
-            return kept, len(ids) + len(self.tokens.prefix) - len(kept)
+            kept = cut_source(ids, self.length, self.tokens.opening)
+            return kept, len(ids) + len(self.tokens.opening) - len(kept)
         conversation = _conversation(messages)
         *earlier, asked = conversation.turns
         conversation = replace(conversation, turns=(*earlier, replace(asked, answer=None)))
@@ -139,6 +141,11 @@ class Renderer:
             )
         return ids, kept.cut
 
+    @property
+    def positions(self) -> Positions | None:
+        """Ids [n] of a document -> its positions [2, n], in families with two axes; None in all others."""
+        return getattr(self.tokens.tokenizer, "document_positions", None)
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of generated ids, without special tokens and without what follows the first stop token."""
         ends = [i for i, token in enumerate(ids) if int(token) in self.stop_ids]
@@ -150,7 +157,7 @@ class Renderer:
         return bool(len(trained)) and int(trained[-1]) in self.stop_ids
 
     def _encode_text(self, text: str) -> list[Example]:
-        prefix, ids = self.tokens.prefix, self.tokens.ended(text)
+        prefix, ids = self.tokens.opening, self.tokens.ended(text)
         room, cut = self.length - len(prefix), 0
         chunks = [ids]
         if len(ids) > room:
@@ -160,7 +167,7 @@ class Renderer:
             else:
                 chunks = [cut_answer(ids, room)]
                 cut = len(ids) - len(chunks[0])
-        pieces = [Rendered((Round([], chunk),), prefix, [], cut) for chunk in chunks]
+        pieces = [Rendered((Round(prefix, chunk),), [], [], cut) for chunk in chunks]
         if len(chunks) > 1 and len(prefix) + len(chunks[-1]) < 2:  # a lone EOS trains nothing
             pieces[-2:] = [replace(pieces[-2], cut=1)]
         return [self._example(piece, "") for piece in pieces]
@@ -231,7 +238,9 @@ class Renderer:
         trained = [False] * len(ids)
         for part in rendered.rounds:
             ids += part.prompt + part.answer
-            trained += [False] * len(part.prompt) + [part.supervised] * len(part.answer)
+            before = min(self.tokens.trained_before, len(part.prompt))
+            trained += [False] * (len(part.prompt) - before)
+            trained += [part.supervised] * (before + len(part.answer))
         if rendered.tail and len(ids) + len(rendered.tail) <= self.length:
             ids += rendered.tail
             trained += [False] * len(rendered.tail)
@@ -297,7 +306,7 @@ def check_supervision(renderer: Renderer, messages: Sequence[Message], example: 
     prompts = [renderer.prompt(messages[: i + 1]) for i in answers if messages[i].supervised]
     trained = example.labels != IGNORE
     starts = np.flatnonzero(trained & ~np.concatenate([[False], trained[:-1]])).tolist()
-    expected = [len(prompt) - 1 for prompt in prompts]
+    expected = [len(prompt) - 1 - renderer.tokens.trained_before for prompt in prompts]
     if LAST_ONLY in example.note:
         expected, prompts = expected[-1:], prompts[-1:]
     same = all(example.input_ids[: len(p)].tolist() == p for p in prompts)

@@ -22,7 +22,7 @@ from luthier.errors import Refused
 
 CLOCK = datetime.date(2024, 7, 26)  # what `strftime_now` of a template shows, so that runs repeat
 ANSWER = "7Zq3"  # a text that no template prints by itself
-LAST_ONLY = "only the last answer is trained: the chat template rewrites earlier turns"
+LAST_ONLY = "only the last answer is trained: its prompt rewrites earlier turns"
 
 
 class Jinja:

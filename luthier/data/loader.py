@@ -18,7 +18,7 @@ import torch
 from luthier.batch import IGNORE, PADDING, Batch
 from luthier.data.ahead import ahead
 from luthier.data.dataset import Dataset, LazyDataset
-from luthier.data.encode import check_labels
+from luthier.data.encode import Positions, check_labels
 from luthier.data.packing import Method, pack
 from luthier.data.sources import Order, permutation
 from luthier.data.streaming import Row, Step, Stream
@@ -49,6 +49,7 @@ class Loader:
     ) -> None:
         self.dataset, self.batch = dataset, batch
         self.micro_batch, self.pad_id = micro_batch, pad_id
+        self._positions = dataset.encoder.renderer.positions
         feed: Any = Stream if isinstance(dataset, LazyDataset) else _Memory
         self._feed: Stream | _Memory = feed(
             dataset, batch=batch, length=length, packing=packing, seed=seed, shuffle=shuffle
@@ -161,7 +162,9 @@ class Loader:
 
     def _batches(self, step: Step) -> list[Batch]:
         return [
-            collate(step.rows[i : i + self.micro_batch], self.pad_id, step.first + i)
+            collate(
+                step.rows[i : i + self.micro_batch], self.pad_id, step.first + i, self._positions
+            )
             for i in range(0, len(step.rows), self.micro_batch)
         ]
 
@@ -194,21 +197,25 @@ def evaluation_batches(
         dataset, batch=micro_batch, length=length, packing=packing, seed=0, shuffle=False, once=True
     )
     for step in feed.steps(feed.start):
-        yield collate(step.rows, pad_id, step.first)
+        yield collate(step.rows, pad_id, step.first, dataset.encoder.renderer.positions)
         if step.after["epoch"]:
             return
 
 
-def collate(rows: Sequence[Row], pad_id: int, first: int = 0) -> Batch:
+def collate(
+    rows: Sequence[Row], pad_id: int, first: int = 0, positions_of: Positions | None = None
+) -> Batch:
     """Rows of documents (ids and labels, [n] each) -> a `Batch` padded on the right to the longest row.
 
-    `first` is the serial number of the first row. Raises Failed for a label that is not the next token.
+    `first` is the serial number of the first row. `positions_of` gives the positions [2, n] of a document in
+    families with two axes; without it they are 0, 1, ... Raises Failed for a label that is not the next token.
     """
     width = max(sum(len(ids) for ids, _ in row) for row in rows)
     shape = (len(rows), width)
     input_ids = np.full(shape, pad_id, dtype=np.int64)  # [B, S]
     labels = np.full(shape, IGNORE, dtype=np.int64)
-    positions = np.zeros(shape, dtype=np.int64)
+    axes = () if positions_of is None else (2,)
+    positions = np.zeros((len(rows), *axes, width), dtype=np.int64)
     documents = np.full(shape, PADDING, dtype=np.int64)
     for r, row in enumerate(rows):
         start = 0
@@ -216,7 +223,7 @@ def collate(rows: Sequence[Row], pad_id: int, first: int = 0) -> Batch:
             span = slice(start, start + len(ids))
             input_ids[r, span] = ids
             labels[r, span] = wanted
-            positions[r, span] = np.arange(len(ids))
+            positions[r, ..., span] = positions_of(ids) if positions_of else np.arange(len(ids))
             documents[r, span] = d
             start += len(ids)
     check_labels(input_ids, labels, documents)

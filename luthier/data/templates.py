@@ -17,8 +17,9 @@ import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from luthier.data.formats import BadRow
+from luthier.data.infilling import Infilling
 from luthier.data.jinja import Jinja
-from luthier.data.tokens import Tokens
+from luthier.data.tokens import Tokens, has_own_prompts
 from luthier.data.truncation import cut_answer, cut_source, fit_rounds
 from luthier.data.turns import (
     Conversation,
@@ -143,6 +144,14 @@ class PaddleNLP:
 
 def choose(template: str, tokens: Tokens, length: int, source_length: int | None) -> Template:
     """The template that `data.template` names: auto, none, or a file. Raises Refused."""
+    if has_own_prompts(tokens.tokenizer):
+        if template not in ("auto", "none"):
+            raise Refused(
+                f"data.template={template} with a {type(tokens.tokenizer).__name__}",
+                "no chat template can print the special tokens of this family",
+                "use data.template=auto (the family's own prompts) or none",
+            )
+        return Infilling(tokens, length, source_length, rounds=template == "auto")
     if template == "none":
         return Plain(tokens, length, source_length)
     if template == "auto":

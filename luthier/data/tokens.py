@@ -14,9 +14,16 @@ from luthier.data.truncation import Ids
 PROBE = "a"
 
 
+def has_own_prompts(tokenizer: Any) -> bool:
+    """Whether it is one of those that `infilling.OwnPrompts` describes."""
+    return hasattr(tokenizer, "special_ids_around")
+
+
 class Tokens:
     """`tokenizer` is a transformers tokenizer; `prefix`, `suffix` the special ids it puts around a text
-    (a closing EOS is left out of `suffix`: an answer follows); `eos`, `bos` ids or None."""
+    (a closing EOS is left out of `suffix`: an answer follows); `eos`, `bos`, and `end`, which ends an
+    answer, are ids or None. `opening` are the ids before a text that is learnt as a whole; `trained_before`
+    is how many tokens before an answer are trained with it (see `infilling.py`)."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
@@ -28,6 +35,11 @@ class Tokens:
         start = starts[-1] if starts else len(full)
         self.prefix: Ids = full[:start]
         self.suffix: Ids = [i for i in full[start + len(bare) :] if i != self.eos]
+        self.end, self.opening, self.trained_before = self.eos, self.prefix, 0
+        if has_own_prompts(tokenizer):
+            before, behind = tokenizer.special_ids_around([])
+            self.end, self.opening = tokenizer.stop_ids[0], [*before, *behind]
+            self.trained_before = tokenizer.trained_before
         newline = self("\n")
         # SentencePiece tokenizers put a blank before a text; inside a rendered conversation it is wrong
         self._newline = newline if self("\n" + PROBE)[len(newline) :] != bare else None
@@ -37,9 +49,9 @@ class Tokens:
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def ended(self, text: str) -> Ids:
-        """Ids of an answer or document, ending in exactly one EOS."""
+        """Ids of an answer or document, ending in exactly one end token."""
         ids = self(text)
-        return ids if self.eos is None or ids[-1:] == [self.eos] else [*ids, self.eos]
+        return ids if self.end is None or ids[-1:] == [self.end] else [*ids, self.end]
 
     def after(self, text: str) -> Ids:
         """Ids of a text that goes on from an earlier piece."""

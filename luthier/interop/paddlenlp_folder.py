@@ -52,6 +52,26 @@ def convert_adapter(folder: Path, target: Path, base: str | None = None) -> dict
     `base` (folder or hub name) replaces the recorded name. It is read for PiSSA and VeRA only.
     Raises Refused for what has no equal here, and for what is missing.
     """
+    try:
+        tensors, fields, made_for = _read(folder, base)
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        why = str(error).splitlines()[0][:120] if str(error) else ""
+        raise Refused(
+            f"converting {folder}",
+            f"its files do not fit together ({type(error).__name__}: {why})",
+            "copy the whole folder again",
+        ) from error
+    fields |= {"task_type": "CAUSAL_LM", "base_model_name_or_path": made_for}
+    with publish(target, manifest=False) as partial:
+        copies = {n: t.float().clone().contiguous() for n, t in tensors.items()}
+        save_file(copies, partial / "adapter_model.safetensors", metadata={"format": "pt"})
+        write_json(partial / "adapter_config.json", fields | {"inference_mode": True})
+    kind = str(fields["peft_type"])
+    return {"kind": f"{kind} adapter", "tensors": len(tensors), "base": made_for or "not recorded"}
+
+
+def _read(folder: Path, base: str | None) -> tuple[dict[str, Tensor], dict[str, Any], str | None]:
+    """Tensors and fields of a PEFT folder, and the base's name."""
     name = next((name for name in CONFIGS if (folder / name).is_file()), "config.json")
     config = read_json(folder / name, folder)
     made_for = base or config.get("base_model_name_or_path")
@@ -69,13 +89,9 @@ def convert_adapter(folder: Path, target: Path, base: str | None = None) -> dict
         parts, fields = of[name](layers, config, made_for)
         tensors = {f"{PREFIX}{n}.{s}": t for n, part in parts.items() for s, t in part.items()}
         fields["target_modules"] = sorted(parts)
-    fields |= {"task_type": "CAUSAL_LM", "base_model_name_or_path": made_for}
-    with publish(target, manifest=False) as partial:
-        copies = {n: t.float().clone().contiguous() for n, t in tensors.items()}
-        save_file(copies, partial / "adapter_model.safetensors", metadata={"format": "pt"})
-        write_json(partial / "adapter_config.json", fields | {"inference_mode": True})
-    kind = str(fields["peft_type"])
-    return {"kind": f"{kind} adapter", "tensors": len(tensors), "base": made_for or "not recorded"}
+    if not all(int(fields.get(key, 1)) >= 1 for key in ("r", "rank", "num_virtual_tokens")):
+        raise ValueError(f"a rank of {fields.get('r')}")
+    return tensors, fields, made_for
 
 
 def _lora(layers: Layers, config: Mapping[str, Any], base: Any) -> tuple[Layers, dict[str, Any]]:

@@ -19,7 +19,8 @@ BLOCK = 128  # queries at a time: keys behind the block's last query are left ou
 def helps(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether `causal` is the faster way: gradients are wanted, in half precision, on a CPU."""
     wanted = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    return wanted and q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16)
+    half = q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16)
+    return wanted and half and q.shape[-1] == v.shape[-1]  # latent attention has two sizes
 
 
 def causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

@@ -26,6 +26,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from luthier.batch import IGNORE, Batch, Layout, current_layout, layout_scope
 from luthier.errors import Failed, Refused
 from luthier.models.families import family_of
+from luthier.models.zoo.glm_generation import context_mask
 
 # results that `selective` recomputation keeps: matrix products are dear to redo, the rest is cheap
 _KEPT = {
@@ -196,12 +197,12 @@ def check_stage(stage: Stage) -> None:
     device = next(model.parameters()).device
     ids = (torch.arange(13, device=device) * 7919 + 11) % vocab
     cuts = (5, 8)
-    positions = torch.cat([torch.arange(n, device=device) for n in cuts])
+    places = [_places(n, stage._family.position_axes).to(device) for n in cuts]
     documents = torch.repeat_interleave(
         torch.arange(len(cuts), device=device), torch.tensor(cuts, device=device)
     )
     labels = torch.full_like(ids, IGNORE)
-    batch = Batch(ids[None], labels[None], positions[None], documents[None], (0,))
+    batch = Batch(ids[None], labels[None], torch.cat(places, -1)[None], documents[None], (0,))
     seen: list[Tensor] = []
     hook = _output_layer(model).register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     model.eval()
@@ -210,14 +211,37 @@ def check_stage(stage: Stage) -> None:
             packed = stage(batch)[0].split(cuts)
             for part, hidden in zip(ids.split(cuts), packed, strict=True):
                 seen.clear()
-                row, whole = part[None], torch.ones_like(part[None])
                 with stage._products(device):
-                    out = model(input_ids=row, attention_mask=whole, use_cache=False)
+                    out = model(**plain_inputs(model, part[None]), use_cache=False)
                 _same(stage, "hidden states in a packed row", hidden, seen[0][0])
                 _same(stage, "logits", stage.head(seen[0][0]), out.logits[0])
     finally:
         hook.remove()
         model.train(training)
+
+
+def plain_inputs(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
+    """Arguments of a plain forward of any family over whole rows ids [B, S].
+
+    With two position axes their first half is context, whatever the ids are: no row has to hold a blank.
+    """
+    family = family_of(model.config.model_type)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if family.position_axes > 1:
+        places = _places(ids.shape[1], family.position_axes).to(ids.device)
+        inputs["position_ids"] = places.expand(len(ids), -1, -1)
+    if family.explicit_mask:
+        inputs["attention_mask"] = context_mask(inputs["position_ids"], None)
+    return inputs
+
+
+def _places(count: int, axes: int) -> Tensor:
+    """Positions of a document, [n], or with two axes [2, n]: its first half is context, the blank at its end."""
+    index = torch.arange(count)
+    if axes == 1:
+        return index
+    context = count // 2
+    return torch.stack([index.clamp(max=context - 1), (index - context + 1).clamp(min=0)])
 
 
 def _same(stage: Stage, what: str, ours: Tensor, plain: Tensor) -> None:

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from luthier.adapters import adapter_parameters
+from luthier.adapters import adapter_parameters, adapters_of
+from luthier.adapters.calls import given_prompts
 from luthier.assemble import Built, build, make_updater, name_of
 from luthier.batch import IGNORE, Batch
 from luthier.config import OptimConfig
@@ -85,17 +86,19 @@ def verify_loss(resolved: Resolved, say: Callable[[str], object] = print) -> dic
     built = build(config, train=True)
     _wake(built, config.train.seed)
     updater = make_updater(config, built)
-    whole = collate(packed, text.pad_id)
+    places = text.renderer.positions
+    whole = collate(packed, text.pad_id, positions_of=places)
     say(
         f"{len(documents)} documents of the first step, {whole.num_real_tokens} tokens, "
         f"{whole.num_supervised} of them trained; {name_of(built.model.dtype)} on {built.device}, "
         f"attention {built.kernel}, {built.num_trained:,} trained parameters"
     )
     one = _step(updater, [whole])
-    many = _step(updater, [collate([row], text.pad_id, i) for i, row in enumerate(packed)])
+    rows = [collate([row], text.pad_id, i, places) for i, row in enumerate(packed)]
+    many = _step(updater, rows)
     built.model.eval()  # without dropout, which depends on the row
     batch = _step(updater, [whole])
-    unpacked = _step(updater, [collate(alone, text.pad_id)])
+    unpacked = _step(updater, [collate(alone, text.pad_id, positions_of=places)])
     plain = _plain(built, documents, text.pad_id)
     found = {
         f"{number} micro-batches of 1 row = 1 batch of {number}": _compare(many, one),
@@ -202,12 +205,15 @@ def _plain(built: Built, documents: list[Document], pad_id: int) -> Measured:
     total = sum(int((labels != IGNORE).sum()) for _, labels in documents)
     scale = SCALE if torch.float16 in (model.dtype, built.stage.autocast) else 1.0
     gradients: dict[str, Tensor] = {}
-    model.set_attn_implementation("eager")
+    # virtual tokens come in through the house's attention, which is plain sdpa outside of a stage
+    virtual = built.adapter is not None and "" in adapters_of(model)
+    model.set_attn_implementation(attention.NAME if virtual else "eager")
     try:
         for group in _groups(documents, model.config.get_text_config().vocab_size):
             ids, mask, labels = (t.to(built.device) for t in _padded(group, pad_id))
             count = int((labels != IGNORE).sum())
-            with _autocast(built), quiet():
+            prompts = [_prompt(shifted) for _, shifted in group]
+            with _autocast(built), quiet(), given_prompts(model, prompts):
                 out = model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False)
             # torch's float32 softmax over 49,152 tokens is itself 3e-6 off, its gradient 5e-5
             exact = cross_entropy(
@@ -224,6 +230,13 @@ def _plain(built: Built, documents: list[Document], pad_id: int) -> Measured:
     finally:
         model.set_attn_implementation(attention.NAME)
     return Measured(loss, gradients)
+
+
+def _prompt(shifted: Any) -> int:
+    """Tokens before the last answer of a document, whose labels are shifted."""
+    marks = torch.as_tensor(shifted) != IGNORE
+    firsts = (marks & ~torch.cat([marks.new_zeros(1), marks[:-1]])).nonzero()
+    return int(firsts[-1]) + 1 if len(firsts) else len(marks)
 
 
 def _agree(theirs: float, exact: float) -> None:

@@ -77,7 +77,7 @@ def verify_packing(resolved: Resolved, say: Callable[[str], object] = print) -> 
         if changed
         else "  no row holds two documents: there is nothing to keep apart"
     )
-    worst = _check_alone(built, batch, text.pad_id)
+    worst = _check_alone(built, batch, text)
     allowed = ROUNDING[built.model.dtype]
     say(
         f"  packed or alone: hidden states differ by {worst:.1e} at most (rounding; allowed {allowed:g})"
@@ -136,7 +136,9 @@ def _first_pass(config: RunConfig, data: Data, pad_id: int) -> tuple[Counted, Ba
             f"one has {counted.longest} tokens",
             "report this",
         )
-    return counted, collate(taken or lone, pad_id)
+    return counted, collate(
+        taken or lone, pad_id, positions_of=data.train.encoder.renderer.positions
+    )
 
 
 def _count(counted: Counted, batch: Batch) -> None:
@@ -235,7 +237,7 @@ def _with_other_tokens(batch: Batch, part: list[Segment]) -> Batch:
     return replace(batch, input_ids=ids)
 
 
-def _check_alone(built: Built, batch: Batch, pad_id: int) -> float:
+def _check_alone(built: Built, batch: Batch, text: Text) -> float:
     """Largest relative difference of a document's hidden states packed and alone. Raises Failed."""
     worst = 0.0
     with evaluating(built.stage):
@@ -243,7 +245,8 @@ def _check_alone(built: Built, batch: Batch, pad_id: int) -> float:
         rows = documents_of(batch.to("cpu"))
         documents = [document for row in rows for document in row]
         for s, document in zip(Layout.of(batch).segments, documents, strict=True):
-            alone = built.stage(collate([[document]], pad_id).to(built.device))[0]
+            one = collate([[document]], text.pad_id, positions_of=text.renderer.positions)
+            alone = built.stage(one.to(built.device))[0]
             difference = relative(packed[s.row, s.start : s.stop], alone)
             worst = max(worst, difference)
             if not difference <= ROUNDING[built.model.dtype]:

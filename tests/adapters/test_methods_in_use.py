@@ -15,8 +15,8 @@ from torch import Tensor
 
 from luthier.adapters import adapter_parameters, adapters_of, attach
 from luthier.batch import IGNORE, Batch
-from luthier.convert import merge
 from luthier.errors import Refused
+from luthier.exchange import merge
 from luthier.models.stage import Stage
 from luthier.recipes import finetune
 from luthier.train.loss import token_loss

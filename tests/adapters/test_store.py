@@ -356,6 +356,14 @@ def test_whole_tensors_that_are_the_base_s_own(tiny_model: Any, tmp_path: Path) 
     assert error(logits(model), wanted) < CLOSE
 
 
+def test_layers_that_the_file_lacks(tiny_model: Any, folder: Path) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    save_file({n: t for n, t in tensors.items() if "layers.0." not in n}, folder / WEIGHTS)
+    refused(
+        tiny_model, folder, r"no tensors for 7 of its layers; the first is model.layers.0.*copy"
+    )
+
+
 def test_a_file_without_an_adapter(tiny_model: Any, folder: Path) -> None:
     tensor = tiny_model("llama").lm_head.weight + 1
     save_file({"base_model.model.lm_head.weight": tensor.detach()}, folder / WEIGHTS)

@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -20,12 +21,14 @@ from transformers import PreTrainedTokenizerFast
 from luthier.batch import IGNORE
 from luthier.data.encode import Dropped, Example, Renderer
 from luthier.data.formats import Message
+from luthier.data.loader import collate
+from luthier.models.zoo.chatglm import visible
+from luthier.models.zoo.tokenization_chatglm import two_axes
 
 FOLDER = Path(os.environ.get("LUTHIER_GOLDEN", Path(__file__).parent / "data"))
 FILE = FOLDER / "data" / "tokenization.json"
-TESTED = {"single_turn", "multi_round"}
+TESTED = {"single_turn", "multi_round", "prefix_lm_chatglm"}
 LATER = {
-    "prefix_lm_chatglm": "prefix labels of ChatGLM-6B, a family that does not exist here yet",
     "autoregressive": "PaddleNLP's autoregressive mode (EOS is an input, never a target)",
 }
 
@@ -106,6 +109,51 @@ def test_multi_round(case: dict[str, Any], tmp_path: Path) -> None:
         return
     (example,) = renderer.encode(messages)
     assert upstream(example) == {k: case["train"][k] for k in ("input_ids", "labels")}
+
+
+class Prefixed:
+    """A numbered tokenizer that puts the last two ids of a prompt behind its text, as ChatGLM-6B's does."""
+
+    trained_before, blank_ids, prompt_notes, stop_ids, chat_template = 1, (), (), (2,), None
+    eos_token_id, bos_token_id = 2, None
+
+    def __init__(self, behind: list[int]) -> None:
+        self.behind = behind
+
+    def __call__(
+        self, text: str, add_special_tokens: bool = True, **_: Any
+    ) -> dict[str, list[int]]:
+        ids = numbered(False, 1, 2)(text)["input_ids"]
+        return {"input_ids": [*ids, *self.behind] if add_special_tokens else ids}
+
+    def build_prompt(self, query: str, history: Any = ()) -> str:
+        return query
+
+    def special_ids_around(self, ids: list[int]) -> tuple[list[int], list[int]]:
+        return [], self.behind
+
+    def document_positions(self, ids: Any) -> np.ndarray:
+        return two_axes(ids, self.behind[1], self.behind[:1])
+
+
+@pytest.mark.parametrize("case", cases("prefix_lm_chatglm"))
+def test_prefix_lm_chatglm(case: dict[str, Any]) -> None:
+    """Ids, labels and what each token sees. Upstream's packed positions are the reverse of those that its own
+    tokenizer makes for rows alone; ours are the latter, so its table of positions is not compared."""
+    source = case["src_ids"][: case["src_length"]]  # cut on the wrong side, as in `meaning`
+    tokenizer = Prefixed(source[-2:])
+    renderer = Renderer(tokenizer, "auto", case["max_length"], case["src_length"])
+    messages = [
+        Message("user", words(source[:-2]), False),
+        Message("assistant", words(case["tgt_ids"]), True),
+    ]
+    (example,) = renderer.encode(messages)
+    assert upstream(example) == {key: case[key] for key in ("input_ids", "labels")}
+    assert renderer.prompt(messages) == source
+    batch = collate([[(example.input_ids, example.labels)]], 0, positions_of=renderer.positions)
+    rows = case["attention_mask_rows"]
+    seen = visible(batch.position_ids, 0, None)[0, 0, : len(rows), : len(rows)]
+    assert ["".join(str(int(mark)) for mark in row) for row in seen] == rows
 
 
 @pytest.mark.skipif(not FILE.is_file(), reason=f"{FILE} is absent")

@@ -17,8 +17,8 @@ from torch import Tensor
 
 import luthier
 from luthier.cli import main
-from luthier.convert import convert, merge
 from luthier.errors import Refused
+from luthier.exchange import convert, merge
 from luthier.interop.pickles import read_arrays
 
 FOLDER = Path(__file__).parents[1] / "golden" / "data" / "paddlenlp_adapters"

@@ -28,9 +28,9 @@ import luthier.recipes
 from luthier.adapters.base import LowRank
 from luthier.adapters.lora import LoRA
 from luthier.batch import IGNORE, PADDING, Batch
-from luthier.convert import merge
 from luthier.data.encode import Example, Renderer
 from luthier.errors import Failed, LuthierError, Refused
+from luthier.exchange import merge
 from luthier.models.families import Family
 from luthier.models.load import save_model
 from luthier.models.stage import Stage

@@ -27,7 +27,9 @@ from luthier.models.zoo import chatglm, chatglm2
 from luthier.models.zoo.chatglm import ChatGLMForCausalLM, position_ids_of, visible
 from luthier.models.zoo.chatglm2 import ChatGLM2ForCausalLM
 
-ROOT = Path(os.environ.get("LUTHIER_GOLDEN", Path(__file__).parent / "data")) / "models"
+ROOT = (
+    Path(os.environ.get("LUTHIER_GOLDEN", Path(__file__).parents[1] / "golden" / "data")) / "models"
+)
 CLASSES: dict[str, Any] = {"chatglm": ChatGLMForCausalLM, "chatglm2": ChatGLM2ForCausalLM}
 FOLDERS = [f.parent for name in CLASSES for f in sorted((ROOT / name).glob("*/golden.json"))]
 # absolute for logits and hidden states (of a size of 4 to 17) and loss, relative to the largest for gradients

@@ -18,7 +18,9 @@ from luthier.models.zoo import tokenization_chatglm
 from luthier.models.zoo.tokenization_chatglm import ChatGLMTokenizer
 from luthier.models.zoo.tokenization_chatglm2 import APPENDED, ROLES, ChatGLM2Tokenizer
 
-ROOT = Path(os.environ.get("LUTHIER_GOLDEN", Path(__file__).parent / "data")) / "models"
+ROOT = (
+    Path(os.environ.get("LUTHIER_GOLDEN", Path(__file__).parents[1] / "golden" / "data")) / "models"
+)
 CLASSES: dict[str, Any] = {"chatglm": ChatGLMTokenizer, "chatglm2": ChatGLM2Tokenizer}
 NAMES = {"chatglm": "ice_text.model", "chatglm2": "tokenizer.model"}
 

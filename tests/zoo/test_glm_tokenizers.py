@@ -129,6 +129,8 @@ def test_gpt2_pieces(tmp_path: Path) -> None:
     assert names[0] == "[CLS]"
     assert names[1:3] == ["th", "e"]
     assert names[-2:] == ["[gMASK]", "<|endoftext|>"]
+    before, behind = tokenizer.special_ids_around(ids[1:-2])
+    assert [*before, *ids[1:-2], *behind] == [*ids, tokenizer.sop_token_id]
     assert (tokenizer.padding_side, tokenizer.truncation_side) == ("right", "left")
     made = tokenizer.build_inputs_for_generation(
         tokenizer(["the [gMASK]"], return_tensors="pt"), 4, targets=["th"]
@@ -154,6 +156,9 @@ def test_bert_pieces(tmp_path: Path) -> None:
     assert type(tokenizer) is GLMBertTokenizer
     assert tokenizer("the [MASK] dog")["input_ids"] == [2, 5, 4, 6, 3]
     assert (tokenizer.mask_token_ids, tokenizer.sop_token_id) == ([4], 7)
+    # its one mask token is the blank of a prompt; [SEP] ends the source
+    assert tokenizer.special_ids_around([5, 6]) == ([2], [4, 3, 7])
+    assert tokenizer.special_ids_around([5, 4, 6]) == ([2], [3, 7])
 
 
 def test_lost_and_shared_ids_are_refused(tmp_path: Path) -> None:

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from luthier.models.load import quiet
 
-ROOT = Path(os.environ.get("LUTHIER_GOLDEN", Path(__file__).parent / "data")) / "models"
+ROOT = (
+    Path(os.environ.get("LUTHIER_GOLDEN", Path(__file__).parents[1] / "golden" / "data")) / "models"
+)
 # absolute for logits and hidden states (of a size of 4 to 17) and loss, relative to the largest for gradients
 TOLERANCE = {"logits": 1e-4, "hidden": 1e-4, "loss": 1e-5, "grads": 1e-4}
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 from transformers import PreTrainedTokenizer
@@ -20,6 +21,22 @@ from transformers.utils.generic import PaddingStrategy
 from luthier.errors import Refused, need
 
 MAX_BLANKS = 80  # the longest run of spaces with a piece of its own
+
+
+def two_axes(ids: Sequence[int] | np.ndarray, start: int, *blanks: Sequence[int]) -> np.ndarray:
+    """Positions [2, n] of one document: axis 0 counts the context, then stays at its blank; axis 1 counts from `start`.
+
+    The context ends before the first `start` token; without one all is context. The blank is the first
+    token of the first of `blanks` that has one; without any axis 0 counts on.
+    """
+    found, index = np.asarray(ids), np.arange(len(ids))
+    border = next(iter(np.flatnonzero(found == start)), len(index))
+    places = index.copy()
+    for kinds in blanks:
+        if (at := np.flatnonzero(np.isin(found, kinds))).size:
+            places[border:] = at[0]
+            break
+    return np.stack([places, np.clip(index - border + 1, 0, None)])
 
 
 class Pieces(PreTrainedTokenizer):
@@ -179,7 +196,9 @@ class ChatGLMTokenizer(Pieces):
 
     def _decode(self, token_ids: int | list[int], *args: Any, **kwargs: Any) -> str:
         ids = [token_ids] if isinstance(token_ids, int) else token_ids
-        return super()._decode([i for i in ids if i != self.pad_token_id], *args, **kwargs)
+        # the embedding has more rows than there are pieces
+        kept = [i for i in ids if i != self.pad_token_id and i < self.vocab_size]
+        return super()._decode(kept, *args, **kwargs)
 
     def build_inputs_with_special_tokens(
         self, token_ids_0: list[int], token_ids_1: list[int] | None = None
@@ -187,6 +206,31 @@ class ChatGLMTokenizer(Pieces):
         bos, eos = (self._convert_token_to_id(str(t)) for t in (self.bos_token, self.eos_token))
         prompt = [*token_ids_0, self.gmask_token_id, bos]
         return prompt if token_ids_1 is None else [*prompt, *token_ids_1, eos]
+
+    # ---- prompts of its own: see `data/infilling.py`
+
+    trained_before = 1  # <sop>, which follows from [gMASK]
+    blank_ids: ClassVar[tuple[int, ...]] = ()  # [gMASK] is always appended
+    prompt_notes: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def stop_ids(self) -> list[int]:
+        return [cast(int, self.eos_token_id)]
+
+    def build_prompt(self, query: str, history: Sequence[tuple[str, str]] = ()) -> str:
+        """The chat of the original: the query alone, or numbered rounds and an open one."""
+        if not history:
+            return query
+        rounds = [f"[Round {i}]\n问：{q}\n答：{a}\n" for i, (q, a) in enumerate(history)]
+        return f"{''.join(rounds)}[Round {len(history)}]\n问：{query}\n答："
+
+    def special_ids_around(self, ids: Sequence[int]) -> tuple[list[int], list[int]]:
+        return [], [self.gmask_token_id, cast(int, self.bos_token_id)]
+
+    def document_positions(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        """[n] -> [2, n], by the model's rule: [gMASK] goes before [MASK]."""
+        blanks = [self.gmask_token_id], [cast(int, self.mask_token_id)]
+        return two_axes(ids, cast(int, self.bos_token_id), *blanks)
 
     def _pad(
         self,
@@ -213,12 +257,8 @@ class ChatGLMTokenizer(Pieces):
 
     def _mask_and_positions(self, ids: list[int]) -> tuple[np.ndarray, np.ndarray]:
         """[1, S, S], True = hidden, and [2, S] of one row; here [MASK] goes before [gMASK]."""
-        size = len(ids)
-        context = ids.index(self.bos_token_id) if self.bos_token_id in ids else size
-        hidden = np.triu(np.ones((1, size, size), dtype=bool), k=1)
-        hidden[:, :, :context] = False
-        places = np.arange(size)
-        token = self.mask_token_id if self.mask_token_id in ids else self.gmask_token_id
-        if token in ids:
-            places[context:] = ids.index(token)
-        return hidden, np.stack([places, np.clip(np.arange(size) - context + 1, 0, None)])
+        blanks = [cast(int, self.mask_token_id)], [self.gmask_token_id]
+        positions = two_axes(ids, cast(int, self.bos_token_id), *blanks)
+        hidden = np.triu(np.ones((1, len(ids), len(ids)), dtype=bool), k=1)
+        hidden[:, :, positions[1] == 0] = False
+        return hidden, positions

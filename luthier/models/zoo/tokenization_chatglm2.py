@@ -7,6 +7,7 @@ the left; attention mask [S] and positions [S] always come along. The vocabulary
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from transformers.utils.generic import PaddingStrategy
@@ -79,6 +80,30 @@ class ChatGLM2Tokenizer(Pieces):
     ) -> list[int]:
         prompt = [self.get_command("[gMASK]"), self.get_command("sop"), *token_ids_0]
         return prompt if token_ids_1 is None else [*prompt, *token_ids_1, self.pieces.eos_id()]
+
+    # ---- prompts of its own: see `data/infilling.py`
+
+    trained_before = 0
+    blank_ids: ClassVar[tuple[int, ...]] = ()
+
+    @property
+    def stop_ids(self) -> list[int]:
+        return [self.pieces.eos_id()]
+
+    @property
+    def prompt_notes(self) -> tuple[str, ...]:
+        note = "prompts have the rounds of ChatGLM2, not the role tokens of ChatGLM3"
+        return (note,) if self.roles else ()
+
+    def build_prompt(self, query: str, history: Sequence[tuple[str, str]] = ()) -> str:
+        """The chat of the original: numbered rounds, the last one open."""
+        rounds = [
+            f"[Round {i}]\n\n问：{q}\n\n答：{a}\n\n" for i, (q, a) in enumerate(history, start=1)
+        ]
+        return f"{''.join(rounds)}[Round {len(history) + 1}]\n\n问：{query}\n\n答："
+
+    def special_ids_around(self, ids: Sequence[int]) -> tuple[list[int], list[int]]:
+        return [self.get_command("[gMASK]"), self.get_command("sop")], []
 
     def _pad(
         self,

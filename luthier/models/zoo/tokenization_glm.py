@@ -12,6 +12,7 @@ from pathlib import Path
 from shutil import copyfile
 from typing import Any, cast
 
+import numpy as np
 import torch
 from tokenizers import processors
 from transformers import (
@@ -26,6 +27,7 @@ from transformers import (
 from luthier.batch import IGNORE
 from luthier.errors import Refused, need
 from luthier.models.zoo.configuration_glm import MASKS, SOP
+from luthier.models.zoo.tokenization_chatglm import two_axes
 
 EOP, EOS = "<|endofpiece|>", "<|endoftext|>"
 # what follows the pieces in the Chinese models, in this order, where no added_tokens.json says otherwise
@@ -82,6 +84,31 @@ class BlankInfilling:
     @property
     def mask_tokens(self) -> tuple[str, ...]:
         return MASKS
+
+    # ---- prompts of its own: see `data/infilling.py`
+
+    trained_before = 0
+    prompt_notes: Sequence[str] = ()
+
+    @property
+    def blank_ids(self) -> list[int]:
+        return self.mask_token_ids
+
+    def build_prompt(self, query: str, history: Sequence[tuple[str, str]] = ()) -> str:
+        """Lines: GLM has no chat format."""
+        return "\n".join([*(part for pair in history for part in pair), query])
+
+    def special_ids_around(self, ids: Sequence[int]) -> tuple[list[int], list[int]]:
+        """[CLS] before; behind [gMASK], where the text has no mask token, the end of the source and
+        <|startofpiece|>."""
+        first, last = self("")["input_ids"]
+        masks = self.mask_token_ids  # the last one is [gMASK], where there is more than [MASK]
+        blank = [] if set(masks) & set(ids) else masks[-1:]
+        return [first], [*blank, last, self.sop_token_id]
+
+    def document_positions(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        """[n] -> [2, n]: what follows <|startofpiece|> stands at the first mask token."""
+        return two_axes(ids, self.sop_token_id, self.mask_token_ids)
 
     def check_special_ids(self) -> None:
         """Refused unless every token of blanks and pieces has an id, and none of them shares it."""
@@ -219,6 +246,12 @@ class GLMChineseTokenizer(BlankInfilling, PreTrainedTokenizer):
 
     def _convert_id_to_token(self, index: int) -> str:
         return self.sp_model.id_to_piece(index)
+
+    def _decode(self, token_ids: int | list[int], *args: Any, **kwargs: Any) -> str:
+        """Text of ids; those of the embedding's rows without a token are left out."""
+        ids = [token_ids] if isinstance(token_ids, int) else token_ids
+        known = [i for i in ids if i < self.vocab_size or i in self._added_tokens_decoder]
+        return super()._decode(known, *args, **kwargs)
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         """Pieces joined by SentencePiece; special tokens between them stand apart by spaces."""

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from luthier.adapters import fold_into
+from luthier.adapters import Adapter, fold_into
 from luthier.adapters.facts import layers_of_base, read_adapter_config
-from luthier.adapters.store import load_adapter
+from luthier.adapters.store import load_adapter, method_of
 from luthier.assemble import keep_stops
 from luthier.config import ModelConfig
 from luthier.data.encode import Renderer
@@ -36,6 +36,7 @@ from luthier.models.load import (
     resolve_device,
     save_model,
 )
+from luthier.models.stage import plain_inputs
 from luthier.summary import device_name, versions
 from luthier.train.report import write_report
 
@@ -75,6 +76,13 @@ def merge(
             result = merge(base, str(Path(made) / "adapter"), out, device=device, say=say)
         return result | {"adapter": adapter}
     fields = read_adapter_config(folder)
+    method = method_of(fields)
+    if method.fold is Adapter.fold:
+        raise Refused(
+            f"merging {adapter}",
+            f"what an adapter of the type {fields['peft_type']} does is no change of a weight",
+            "use the base together with the adapter",
+        )
     base = base or fields.get("base_model_name_or_path")
     if not base:
         raise Refused(
@@ -154,7 +162,8 @@ def _probe(model: PreTrainedModel) -> Tensor:
 
 def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
     with torch.no_grad():
-        return model.eval()(input_ids=ids, use_cache=False).logits.float()  # [4, 48, V]
+        inputs = plain_inputs(model.eval(), ids)
+        return model(**inputs, use_cache=False).logits.float()  # [4, 48, V]
 
 
 def _compare(plain: PreTrainedModel, adapted: Tensor, ids: Tensor, error: float) -> MergeCheck:
