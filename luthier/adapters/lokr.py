@@ -99,7 +99,7 @@ class LoKr(Additive):
         else:  # w1 acts where the rows are shortest
             low = across(w1, along(self.lokr_w2_b.to(x.dtype), x))  # [N, m_o, R]
             y = along(self.lokr_w2_a.to(x.dtype), low)
-        return y.reshape(*shape, -1)  # [..., out]
+        return y.flatten(1).view(*shape, y.shape[1] * y.shape[2])  # [..., out]
 
     def update(self) -> Tensor:
         return torch.kron(self.scale * self._factor("lokr_w1"), self._factor("lokr_w2"))
@@ -187,7 +187,7 @@ def near_divisors(number: int, wanted: int) -> list[int]:
 def along(w: Tensor, x: Tensor) -> Tensor:
     """w [k, n], x [N, m, n] -> x w^T, [N, m, k]."""
     # as a product of two matrices: of three axes, torch has two orders of summation, by what needs a gradient
-    return (x.reshape(-1, x.shape[-1]) @ w.t()).view(*x.shape[:-1], -1)
+    return (x.reshape(-1, x.shape[-1]) @ w.t()).view(*x.shape[:-1], len(w))
 
 
 def across(w: Tensor, x: Tensor) -> Tensor:

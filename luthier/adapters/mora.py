@@ -113,7 +113,7 @@ class MoRA(Additive):
             first, second = chunks.chunk(2, dim=-1)
             turned = torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
             out = turned @ matrix.t().to(x.dtype)
-        return out.transpose(0, 1).reshape(*shape, -1)
+        return out.transpose(0, 1).reshape(*shape, len(out) * size)
 
     def _fill_tables(self) -> None:
         """Computed again wherever values are given: the layer may have been made without any."""

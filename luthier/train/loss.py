@@ -162,7 +162,7 @@ def _chunks(
         return
     targets = flat[rows]
     with torch.no_grad():
-        vocabulary = head(hidden.detach().reshape(-1, hidden.shape[-1])[:1]).shape[-1]
+        vocabulary = head(hidden.detach().reshape(-1, hidden.shape[-1])[:0]).shape[-1]
     low, high = (int(x) for x in targets.aminmax())
     if low < 0 or high >= vocabulary:
         raise Failed(

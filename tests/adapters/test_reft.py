@@ -99,8 +99,8 @@ def test_only_the_tokens_asked_for_change(tiny_model: Any, row: str) -> None:
 def test_first_and_last_tokens_have_an_edit_each_or_one(tiny_model: Any) -> None:
     def names(**changes: Any) -> set[str]:
         model = tiny_model("llama")
-        attach(model, options("reft", layers=(1,), **changes), seed=1)
-        return {n.removeprefix("model.layers.1.adapter.") for n in adapter_parameters(model)}
+        attach(model, options("reft", layers=(0,), **changes), seed=1)
+        return {n.removeprefix("model.layers.0.adapter.") for n in adapter_parameters(model)}
 
     kinds = ("subspace", "source", "source_bias")
     assert names() == {f"{part}.{kind}" for part in ("first", "last") for kind in kinds}
