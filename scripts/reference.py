@@ -139,7 +139,7 @@ def _learning(path: Path) -> str:
     config = found["config"]
     lines += [
         "",
-        f"{config['steps']} optimiser steps on the demo's data, {config['model']} in bfloat16, the same batches for all, "
+        f"{config['steps']} optimiser steps on the demo's data, {config['model']} in bfloat16, the same batches of 2 x 256 tokens for all, "
         f"{config['rows']} held-out rows; {found['device']}, torch {found['versions']['torch']}. One run each: differences "
         f"of a few thousandths are chance. Tokens per second and memory are of whole runs on a shared machine. "
         f"`benchmarks/methods/results/{path.name}`.",
