@@ -1,6 +1,6 @@
 """Causal attention of one document on a CPU: torch's forward, a backward of plain matrix products.
 
-The backward of torch's flash attention on CPU is slow in half precision: three to six times its forward. Here it is
+The backward of torch's flash attention on CPU is slow in half precision: three to eight times its forward. Here it is
 five batched products over blocks of queries, with the query heads of a group folded into the rows; the
 weights come from the log-sum-exp that the forward kept, so nothing of the size of the weights is saved.
 """
