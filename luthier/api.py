@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from luthier.adapters.facts import layers_of_base
+from luthier.adapters.facts import base_for_use
 from luthier.adapters.several import HOME
 from luthier.adapters.store import load_adapter
 from luthier.config import ModelConfig
@@ -35,7 +35,7 @@ def load(
             f"load(quantize={quantize!r})", "quantised bases do not exist yet", "leave quantize out"
         )
     name = "auto" if dtype is None else str(dtype).removeprefix("torch.")
-    options = {} if adapter is None else layers_of_base(Path(adapter))
+    options = {} if adapter is None else base_for_use(Path(adapter))
     config = ModelConfig.model_validate({"path": str(path), "dtype": name, **options})
     model = build_model(config, seed=0)
     # for `Adapters`, which compares the base's hash when it loads one

@@ -15,6 +15,7 @@ from luthier.config_adapter import GENERAL as GENERAL
 from luthier.config_adapter import AdapterConfig as AdapterConfig
 from luthier.config_optim import SCHEDULES as SCHEDULES
 from luthier.config_optim import OptimConfig, Positive, Section
+from luthier.config_rope import RopeScaling as RopeScaling
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Every = Annotated[int, Field(ge=1)] | Literal["epoch", "end", "never"]
@@ -54,6 +55,12 @@ class ModelConfig(Section):
     )
     init: Literal["pretrained", "random"] = Field(
         "pretrained", description="Read the weights, or start from random ones of the same shape."
+    )
+    rope_scaling: RopeScaling | None = Field(
+        None,
+        description="Stretch rotary positions to longer documents: {type: linear, ntk, dynamic, yarn, llama3 or "
+        "yarn_paddlenlp, factor: 4}, or `model.rope_scaling.factor=4` on the command line. It is written into the "
+        "saved model's config.json. Refused for families without rotary positions.",
     )
     trust_remote_code: bool = Field(
         False, description="Run Python code that comes with the model. Only for authors you trust."

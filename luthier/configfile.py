@@ -130,6 +130,7 @@ def resolve(layers: Sequence[Layer], remarks: Sequence[str] = ()) -> Resolved:
                 origins.pop(loser, None)
         values |= layer.values
         origins |= layer.origins
+    _gather(values, origins)
     problems = {key: problem for key in values if (problem := _misfit(key, values[key], origins))}
     config = None
     try:  # without the misfits, to find the other errors too
@@ -141,6 +142,18 @@ def resolve(layers: Sequence[Layer], remarks: Sequence[str] = ()) -> Resolved:
     if config is None or problems:
         raise _refusal(list(problems.values()))
     return Resolved(config, origins, list(remarks))
+
+
+def _gather(values: dict[str, Any], origins: dict[str, str]) -> None:
+    """Put `model.rope_scaling.factor` into the mapping `model.rope_scaling`."""
+    for name in [
+        name for name in values if name.count(".") == 2 and name.rpartition(".")[0] in KEYS
+    ]:
+        key, _, part = name.rpartition(".")
+        whole = values.get(key)
+        if isinstance(whole, dict | None):
+            values[key] = {**(whole or {}), part: values.pop(name)}
+            origins[key] = origins.pop(name)
 
 
 def _nest(values: Mapping[str, Any]) -> dict[str, Any]:

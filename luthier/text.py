@@ -14,6 +14,8 @@ from luthier.data.templates import PaddleNLP
 from luthier.errors import Refused
 from luthier.models.folder import find_folder
 from luthier.models.load import check_tokenizer, load_config, load_tokenizer, pad_id, quiet
+from luthier.models.rotary import scale
+from luthier.positions import check_positions
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,9 @@ def open_text(config: RunConfig, path: str | None = None) -> Text:
     where = path or config.model.path
     remote = config.model.trust_remote_code
     model_config = load_config(where, trust_remote_code=remote)
+    remarks = []
+    if config.model.rope_scaling is not None and where == config.model.path:
+        remarks = scale(model_config, config.model.rope_scaling)
     tokenizer = load_tokenizer(where, trust_remote_code=remote)
     if tokenizer is None:
         raise Refused(
@@ -46,7 +51,8 @@ def open_text(config: RunConfig, path: str | None = None) -> Text:
         overlong=data.overlong,
         stop_ids=_model_stops(find_folder(where, code=remote)),
     )
-    _check_positions(config, model_config)
+    renderer.notes += tuple(remarks)
+    check_positions(model_config, config.data.length, f"data.length={config.data.length}")
     if isinstance(renderer.template, PaddleNLP):
         renderer.notes += (
             "PaddleNLP's chat template is no Jinja template of transformers: the final model's "
@@ -64,13 +70,3 @@ def _model_stops(folder: Path) -> list[int]:
     with quiet():
         end = GenerationConfig.from_pretrained(folder).eos_token_id
     return [] if end is None else [end] if isinstance(end, int) else list(end)
-
-
-def _check_positions(config: RunConfig, model_config: PretrainedConfig) -> None:
-    limit = getattr(model_config.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and config.data.length > limit:
-        raise Refused(
-            f"data.length={config.data.length}",
-            f"the model has {limit} positions",
-            f"give data.length={limit} or less",
-        )
