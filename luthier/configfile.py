@@ -18,7 +18,15 @@ from pydantic import ValidationError
 
 from luthier.config import RunConfig
 from luthier.config_adapter import USUAL
-from luthier.configkeys import KEYS, SECTIONS, admits, expected, near_choice, nearest_key
+from luthier.configkeys import (
+    KEYS,
+    SECTIONS,
+    admits,
+    expected,
+    is_mapping,
+    near_choice,
+    nearest_key,
+)
 from luthier.configtext import Parsed, dump_value, parse_file, parse_value
 from luthier.errors import Refused
 
@@ -205,6 +213,9 @@ def _problems(
             asked = f"{key}={_short(values.get(key))} ({origins.get(key, 'default')})"
             # a path into an item of a list says more than what the whole key takes
             inner = f", but {'.'.join(path[3:])}: {item['msg']}" if len(path) > 4 else ""
+            if is_mapping(key) and isinstance(values.get(key), dict):
+                words = item["msg"].removeprefix("Value error, ")
+                inner = f", but {': '.join([*path[2:], words])}"
             found[key] = (
                 asked,
                 f"expected {expected(key)}{inner}",

@@ -50,7 +50,11 @@ def check_positions(config: Any, length: int, asked: str) -> None:
         return
     shorter = f"give {asked.partition('=')[0]}={limit} or less"
     if kind_of_positions(config) == "rotary":
-        factor = math.ceil(length / limit)
+        recorded = [
+            e.get("original_max_position_embeddings")
+            for e in rope_entries(config.get_text_config()).values()
+        ]
+        factor = math.ceil(length / (recorded[-1] or limit))
         shorter += f", or stretch its rotary positions: model.rope_scaling={{type: yarn, factor: {factor}}}"
     else:
         shorter += "; there are no others to learn from, and model.rope_scaling is for rotary positions only"
