@@ -129,7 +129,7 @@ def check_training(config: RunConfig, text: Text) -> None:
         plan_of(blueprint, config.adapter)
         limit = num_positions(text.model_config)
         method = ADAPTERS[config.adapter.method]
-        method.check_length(config.adapter, config.data.length, limit)
+        method.check_length(config.adapter, config.data.reach, limit)
 
 
 def build(
@@ -186,7 +186,7 @@ def build(
     if built.adapter is not None:
         limit = num_positions(model.config)
         method = ADAPTERS[built.adapter.method]
-        method.check_length(built.adapter, config.data.length, limit)
+        method.check_length(built.adapter, config.data.reach, limit)
     built.stage.autocast = None if chosen.autocast == "none" else getattr(torch, chosen.autocast)
     check_stage(built.stage)
     if train:
@@ -362,7 +362,7 @@ def make_updater(config: RunConfig, built: Built) -> Updater:
 IDENTITY = {
     "model": {"path", "dtype", "autocast", "master_dtype", "num_layers", "init", "rope_scaling"},
     "data": {"path", "format", "columns", "template", "length", "source_length", "overlong"}
-    | {"packing", "lazy", "validation_share"},
+    | {"packing", "lazy", "validation_share", "pose", "pose_window"},
     "adapter": None,
     "optim": None,
 }

@@ -15,7 +15,7 @@ from luthier.errors import Refused
 from luthier.models.folder import find_folder
 from luthier.models.load import check_tokenizer, load_config, load_tokenizer, pad_id, quiet
 from luthier.models.rotary import scale
-from luthier.positions import check_positions
+from luthier.positions import check_positions, kind_of_positions
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,9 @@ def open_text(config: RunConfig, path: str | None = None) -> Text:
         stop_ids=_model_stops(find_folder(where, code=remote)),
     )
     renderer.notes += tuple(remarks)
-    check_positions(model_config, config.data.length, f"data.length={config.data.length}")
+    check_positions(model_config, data.length, f"data.length={data.length}")
+    if data.pose != "off":
+        _check_pose(data.reach, renderer, model_config)
     if isinstance(renderer.template, PaddleNLP):
         renderer.notes += (
             "PaddleNLP's chat template is no Jinja template of transformers: the final model's "
@@ -61,6 +63,19 @@ def open_text(config: RunConfig, path: str | None = None) -> Text:
     elif data.template not in ("auto", "none"):  # what was trained is what goes with the model
         tokenizer.chat_template = Path(data.template).read_text("utf-8")
     return Text(tokenizer, renderer, pad_id(tokenizer, model_config), model_config)
+
+
+def _check_pose(window: int, renderer: Renderer, model_config: PretrainedConfig) -> None:
+    """Refuse PoSE where positions that skip mean nothing, and a window beyond the model's positions."""
+    asked = f"data.pose with data.pose_window={window}"
+    if renderer.positions is not None:
+        found = "the positions of its two axes say what is context"
+    elif kind_of_positions(model_config) == "alibi":
+        found = "it has ALiBi, which reads no positions and reaches any length as it is"
+    else:
+        check_positions(model_config, window, f"data.pose_window={window}")
+        return
+    raise Refused(f"{asked} for the family '{model_config.model_type}'", found, "leave it out")
 
 
 def _model_stops(folder: Path) -> list[int]:

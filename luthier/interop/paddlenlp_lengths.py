@@ -40,7 +40,9 @@ def lengths(t: Any, a: Arguments) -> None:
         window = int(window * a["rope_scaling_factor"])
         _strategy(t, a)
     elif given := [name for name in KEYS if name in a]:
-        t.remarks.append(f"without use_long_sequence_strategies these do nothing: {', '.join(given)}")
+        t.remarks.append(
+            f"without use_long_sequence_strategies these do nothing: {', '.join(given)}"
+        )
     if a["use_pose_convert"] and a["autoregressive"]:
         t.put("data.pose", "paddlenlp", "use_pose_convert")
         t.put("data.pose_window", window, "rope_scaling_factor", "max_length")

@@ -18,7 +18,9 @@ from luthier.recipes import finetune
 from luthier.train.metrics import read_metrics
 from luthier.use import evaluate
 
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"
+)
 SCALING = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 IDS = torch.arange(3, 40)[None]
 
