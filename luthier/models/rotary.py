@@ -203,6 +203,7 @@ class PerDocument(nn.Module):
 
     config: Any
     rope_type: Any
+    original_max_seq_len: int
 
     def forward(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> Any:
         """position_ids [B, S] -> cos and sin [B, S, D] (or what else the family makes of them)."""
@@ -231,7 +232,7 @@ class PerDocument(nn.Module):
             last = torch.zeros_like(position_ids).scatter_reduce(1, number, position_ids, "amax")
             last = last.gather(1, number)
         if kind == "dynamic":
-            return (last + 1).clamp(min=self.original_max_seq_len)  # pyright: ignore[reportArgumentType]
+            return (last + 1).clamp(min=self.original_max_seq_len)
         entry = rope_entries(self.config)[layer_type or ""]
         begin = entry["original_max_position_embeddings"]
         return (last + 1).clamp(min=begin, max=begin + 1)  # two tables: short and long

@@ -59,11 +59,9 @@ def attend(
         shape = (len(queries), before, bool(near))
         if shape not in tables:
             tables[shape] = _table(len(queries), before, near, virtual, window, q)
-        seen = (
-            torch.cat([x[:near], *parts[first : i + 1]])
-            for x, parts in zip(prefix, (keys, values), strict=True)
-        )
-        out.append(attend_block(queries, *seen, tables[shape]))
+        here = torch.cat([prefix[0][:near], *keys[first : i + 1]])
+        there = torch.cat([prefix[1][:near], *values[first : i + 1]])
+        out.append(attend_block(queries, here, there, tables[shape]))
     return torch.cat(out)
 
 

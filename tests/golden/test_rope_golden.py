@@ -37,6 +37,10 @@ TYPES = {
 }
 
 
+def stretched(**keys):
+    return RopeScaling.model_validate(keys)
+
+
 def cases():
     path = FOLDER / "manifest.json"
     if not path.is_file():
@@ -67,7 +71,7 @@ def rotary_of(hyper, scaling):
     names = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     options = {name: theirs[name] for name in names if name in theirs}
     factor = theirs.get("factor") or theirs.get("scaling_factor")
-    rotary.scale(config, RopeScaling(type=scaling, factor=factor, **options))
+    rotary.scale(config, stretched(type=scaling, factor=factor, **options))
     module = LlamaRotaryEmbedding(config)
     rotary.per_document(torch.nn.ModuleList([module]))
     return module

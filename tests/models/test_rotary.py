@@ -57,6 +57,10 @@ EXTRA = {
 DOCUMENTS = [[5, 20, 7], [8, 9, 3], [31]]
 
 
+def stretched(**keys):
+    return RopeScaling.model_validate(keys)
+
+
 def made(config, attention="luthier", dtype=torch.float32):
     """A model of `config` as it is saved and read again, with the same wide weights whatever the config."""
     again = type(config).from_dict(json.loads(config.to_json_string(use_diff=False)))
@@ -74,7 +78,7 @@ def made(config, attention="luthier", dtype=torch.float32):
 def scaled(family, scaling, **how):
     """A tiny model whose config `rotary.scale` changed."""
     config = AutoConfig.for_model(family, **deepcopy({**BASE, **EXTRA.get(family, {})}))
-    rotary.scale(config, RopeScaling(type=scaling, factor=FACTOR))
+    rotary.scale(config, stretched(type=scaling, factor=FACTOR))
     return made(config, **how)
 
 
@@ -194,8 +198,8 @@ def test_positions_reach_further(scaling, positions, written):
 
 def test_a_scaled_checkpoint_is_scaled_from_its_beginning():
     config = tiny_model_("llama").config
-    rotary.scale(config, RopeScaling(type="yarn", factor=2.0, beta_fast=16))
-    remarks = rotary.scale(config, RopeScaling(type="yarn", factor=4.0))
+    rotary.scale(config, stretched(type="yarn", factor=2.0, beta_fast=16))
+    remarks = rotary.scale(config, stretched(type="yarn", factor=4.0))
     assert config.rope_parameters["original_max_position_embeddings"] == 256
     assert config.rope_parameters["beta_fast"] == 16 and config.max_position_embeddings == 1024
     assert remarks == ["model.rope_scaling replaces the checkpoint's own scaling (yarn)"]
@@ -212,7 +216,7 @@ def test_a_scaled_checkpoint_is_scaled_from_its_beginning():
 )
 def test_families_without_are_refused_by_name(family, scaling, words):
     with pytest.raises(Refused, match=words):
-        rotary.scale(AutoConfig.for_model(family), RopeScaling(type=scaling, factor=2.0))
+        rotary.scale(AutoConfig.for_model(family), stretched(type=scaling, factor=2.0))
 
 
 @pytest.mark.parametrize(
@@ -243,7 +247,7 @@ def tiny_tree():
 def test_options_may_be_given_one_by_one():
     words = ["model.rope_scaling.rope_type=dynamic_ntk", "model.rope_scaling.factor=4"]
     found = from_mapping(tiny_tree(), words).config.model.rope_scaling
-    assert found == RopeScaling(type="dynamic", factor=4.0)
+    assert found == stretched(type="dynamic", factor=4.0)
 
 
 def test_too_long_is_refused_and_told_how(model_folder, tmp_path):
