@@ -28,8 +28,8 @@ REMARKS = {
     "RotaryEmbedding": "it only makes PaddleNLP's table longer",
     "AttentionWithLinearBias": "BLOOM has ALiBi as it is, for any length and any number of heads; other families ignore it",
     "DynamicNTKScalingRotaryEmbedding": "the base grows beyond max_length; PaddleNLP's never grows inside the scaled length",
-    "YaRNScalingRotaryEmbedding": "the paper's blend of frequencies; for PaddleNLP's own, write the file as Luthier's "
-    "(luthier show) with model.rope_scaling.type=yarn_paddlenlp",
+    "YaRNScalingRotaryEmbedding": "the paper's blend of frequencies; PaddleNLP's own is asked for by "
+    "model.rope_scaling.type=yarn_paddlenlp beside the file",
 }
 
 
