@@ -130,6 +130,20 @@ def check_made_alike(folder: Path, num_layers: int | None, scaling: RopeScaling 
         )
 
 
+def check_positions_of(folder: Path, config: Any) -> None:
+    """Refuse a model whose rotary positions are others than those that the adapter was trained with."""
+    made = base_options(folder).get("config_changes") or {}
+    wanted = made.get("rope_parameters")
+    if wanted is None or config is None:
+        return
+    if config.get_text_config().rope_parameters != wanted:
+        raise Refused(
+            f"the adapter {folder} on this model",
+            "its rotary positions are not those that the adapter was trained with",
+            f"load both with luthier.load(base, '{folder}')",
+        )
+
+
 def plain(scaling: RopeScaling) -> dict[str, Any]:
     """`model.rope_scaling` as it is recorded: the keys that were given."""
     return scaling.model_dump(mode="json", exclude_none=True)

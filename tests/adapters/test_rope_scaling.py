@@ -77,6 +77,14 @@ def test_other_positions_are_refused(run):
     build(resolved(other).config, train=False)
 
 
+def test_it_is_not_put_on_other_positions(run):
+    """Several adapters share one base: all of them want its positions."""
+    several = luthier.Adapters(luthier.load(run["model"]["path"])[0])
+    with pytest.raises(Refused, match="not those that the adapter was trained with"):
+        several.load("long", run["output"])
+    luthier.Adapters(luthier.load(run["model"]["path"], run["output"])[0]).load("b", run["output"])
+
+
 def test_an_adapter_may_be_taken_to_longer_documents(model_folder, tmp_path):
     """One that knew no scaling goes on under one."""
     data = write_data(tmp_path / "data")
