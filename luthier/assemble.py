@@ -32,11 +32,13 @@ from luthier.adapters import (
 from luthier.adapters.continuing import take_options
 from luthier.adapters.facts import check_made_alike, plain, read_adapter_config
 from luthier.adapters.store import load_adapter, load_tensors, save_adapter
+from luthier.bases import quantization_of, refuse_full_training
 from luthier.batch import Batch
 from luthier.config import MINIMISED, AdapterConfig, RopeScaling, RunConfig
 from luthier.data.dataset import Dataset, LazyDataset, prepare
 from luthier.data.loader import Loader, evaluation_batches
 from luthier.errors import Refused
+from luthier.layers import count
 from luthier.models.attention import check_kernel
 from luthier.models.dropout import seed_dropout
 from luthier.models.folder import find_folder, fingerprint, weight_files
@@ -78,6 +80,9 @@ class Built:
     num_layers: int | None = None
     init: str = "pretrained"
     scaling: RopeScaling | None = None
+    quantize: dict[str, Any] = field(
+        default_factory=dict
+    )  # the options that are not the usual ones
     adapter: AdapterConfig | None = None
     remarks: list[str] = field(default_factory=list)
 
@@ -104,9 +109,8 @@ class Built:
 
     @property
     def num_base(self) -> int:
-        return sum(
-            p.numel() for n, p in self.model.named_parameters() if ".adapter." not in f".{n}"
-        )
+        added = (p.numel() for n, p in self.model.named_parameters() if ".adapter." in f".{n}")
+        return count(self.model)[1] - sum(added)
 
     @property
     def reserved(self) -> int:
@@ -118,14 +122,19 @@ def check_training(config: RunConfig, text: Text) -> None:
     """Refuse what the model's folder and config tell before rows are tokenised and weights are read: a
     missing or broken shard, a kernel that does not fit the device, targets, rank."""
     code = config.model.trust_remote_code
+    refuse_full_training(config, config.adapter.path)
     if config.model.init == "pretrained":
         weight_files(find_folder(config.model.path, code=code))
     check_kernel(config.model.attention, resolve_device(config.model.device), train=True)
     if config.adapter.path is not None:
         read_adapter_config(Path(config.adapter.path))
-    elif config.adapter.method != "none" and not code:
-        with torch.device("meta"), quiet():
-            blueprint = AutoModelForCausalLM.from_config(copy.deepcopy(text.model_config))
+    if code or (config.adapter.method == "none" and not config.quantize.on):
+        return
+    with torch.device("meta"), quiet():
+        blueprint: Any = AutoModelForCausalLM.from_config(copy.deepcopy(text.model_config))
+    if (quantization := quantization_of(config.quantize, None)) is not None:
+        quantization.convert(blueprint)
+    if config.adapter.path is None:
         plan_of(blueprint, config.adapter)
         limit = num_positions(text.model_config)
         method = ADAPTERS[config.adapter.method]
@@ -156,11 +165,14 @@ def build(
         )
     if adapter is not None:
         check_made_alike(Path(adapter), chosen.num_layers, chosen.rope_scaling)
-    model = build_model(chosen, seed=config.train.seed, train=train)
+    new = config.adapter if train else None
+    quantization = quantization_of(config.quantize, adapter, new, config.train.seed)
+    model = build_model(chosen, seed=config.train.seed, train=train, quantization=quantization)
     built = Built(
         model, Stage(model), device, chosen.path, num_layers=chosen.num_layers, init=chosen.init
     )
     built.scaling = chosen.rope_scaling
+    built.quantize = config.quantize.model_dump(mode="json", exclude_defaults=True)
     if chosen.init == "pretrained" and (adapter or (train and adapting)):
         built.base_hash = fingerprint(chosen.path)
     if adapter is not None:
@@ -206,6 +218,7 @@ def write_model(built: Built, text: Text, folder: Path) -> None:
         if built.scaling is not None:
             made |= {"rope_scaling": plain(built.scaling)}
             made |= {"config_changes": config_changes(built.model.config)}
+        made |= {"quantize": built.quantize} if built.quantize else {}
         save_adapter(built.model, folder, built.adapter, built.base, built.base_hash, made)
         return
     keep_stops(built.model, text.renderer.stop_ids)
@@ -364,6 +377,7 @@ IDENTITY = {
     "data": {"path", "format", "columns", "template", "length", "source_length", "overlong"}
     | {"packing", "lazy", "validation_share", "pose", "pose_window"},
     "adapter": None,
+    "quantize": None,
     "optim": None,
 }
 
