@@ -1,4 +1,4 @@
-"""Shared fixtures: tiny random models of eight families, their folders, a tiny tokenizer, random batches.
+"""Shared fixtures: tiny random models of twelve families, their folders, a tiny tokenizer, random batches.
 
 The models are built in code from seeds. Weights are larger than a real initialisation's, and biases and
 norms are random too, so that attention is far from uniform and every parameter matters to the result.
@@ -89,7 +89,50 @@ _FAMILY: dict[str, dict[str, Any]] = {
         "eos_token_id": 2,
         "pad_token_id": 0,
     },
+    "chatglm": {
+        "vocab_size": VOCAB,
+        "hidden_size": 64,
+        "num_layers": 2,
+        "num_attention_heads": 4,
+        "inner_hidden_size": 96,
+        "max_sequence_length": 256,
+        "mask_token_id": VOCAB - 5,
+        "gmask_token_id": VOCAB - 4,
+        "bos_token_id": VOCAB - 2,
+        "eos_token_id": VOCAB - 1,
+        "pad_token_id": 0,
+    },
+    "chatglm2": {
+        "padded_vocab_size": VOCAB,
+        "hidden_size": 64,
+        "num_layers": 2,
+        "num_attention_heads": 4,
+        "multi_query_group_num": 2,
+        "kv_channels": 20,  # 4 x 20 is not the hidden size
+        "ffn_hidden_size": 96,
+        "seq_length": 256,
+    },
+    "glm_legacy": {
+        "vocab_size": VOCAB,
+        "hidden_size": 64,
+        "num_layers": 2,
+        "num_attention_heads": 4,
+        "max_sequence_length": 256,
+        "mask_token_ids": [VOCAB - 5, VOCAB - 4, VOCAB - 3],
+        "sop_token_id": VOCAB - 2,
+    },
+    "qwen": {
+        "vocab_size": VOCAB,
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "kv_channels": 16,
+        "intermediate_size": 192,  # of both halves
+        "seq_length": 6,  # shorter than the documents: in evaluation they are stretched
+        "max_position_embeddings": 256,
+    },
 }
+_OWN_KEYS = ("gpt2", "opt", "bloom", "chatglm", "chatglm2", "glm_legacy", "qwen")
 
 
 def tiny_model_(
@@ -111,11 +154,18 @@ def tiny_model_(
 
     import luthier.models.attention
 
-    base = {} if family in ("gpt2", "opt", "bloom") else _DECODER
+    base = {} if family in _OWN_KEYS else _DECODER
     rates = {
         "gpt2": ("resid_pdrop", "embd_pdrop", "attn_pdrop"),
         "opt": ("dropout",),
         "bloom": ("hidden_dropout",),
+        "chatglm2": ("hidden_dropout",),
+        "glm_legacy": (
+            "embedding_dropout_prob",
+            "output_dropout_prob",
+            "attention_dropout_prob",
+        ),
+        "qwen": ("emb_dropout_prob", "attn_dropout_prob"),
     }
     drops = {name: dropout for name in (*rates.get(family, ()), "attention_dropout")}
     config = AutoConfig.for_model(family, **{**base, **_FAMILY[family], **drops, **overrides})
