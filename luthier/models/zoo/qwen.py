@@ -3,7 +3,7 @@
 Beyond `seq_length`, and only in evaluation, the original widens its rotary base (dynamic NTK) and scales
 queries by the logarithm of their place (logn). Parameter names, config fields and the conventions of
 `forward` are those of Qwen/Qwen-7B (model_type "qwen"); position_ids are accepted and not looked at in a plain
-call, as there. Inside a stage places and lengths are those within each document. Registration is in
+call, as there (but for virtual tokens, which the original has not). Inside a stage places and lengths are those within each document. Registration is in
 `register.py`, the tokenizer in `tokenization_qwen.py`.
 """
 
@@ -194,8 +194,8 @@ class QWenModel(QWenPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """input_ids [B, S] or `inputs_embeds` [B, S, H] -> hidden states [B, S, H] after the final norm.
 
-        `attention_mask` [B, T], 1 = real. `position_ids` [B, S] act inside a layout; in a plain call the
-        place is the index in the padded row, as in the original.
+        `attention_mask` [B, T], 1 = real. `position_ids` [B, S] act inside a layout and behind virtual tokens;
+        in any other plain call the place is the index in the padded row, as in the original.
         """
         x = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache and past_key_values is None:
@@ -204,6 +204,11 @@ class QWenModel(QWenPreTrainedModel):
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         if layout is None:
             places = torch.arange(past, past + length, device=x.device)[None]
+            if (
+                getattr(self.h[0].attn, "keys_values", None) is not None
+                and position_ids is not None
+            ):
+                places = position_ids  # distances to the virtual tokens must not depend on padding
             alpha = self._plain_alpha(attention_mask, past + length, past_key_values, x.device)
             mask = create_causal_mask(
                 config=self.config,
