@@ -213,7 +213,7 @@ def blocks_of_queries_keys_values(patch: Any) -> None:
     patch.setattr(
         chatglm,
         "split_heads",
-        lambda mixed, n: mixed.unflatten(-1, (3, n, -1)).permute(2, 0, 3, 1, 4).unbind(0),
+        lambda mixed, d: mixed.unflatten(-1, (3, -1, d)).permute(2, 0, 3, 1, 4).unbind(0),
     )
 
 

@@ -74,8 +74,8 @@ class QWenAttention(nn.Module):
     def __init__(self, config: QWenConfig, layer_idx: int) -> None:
         super().__init__()
         self.config, self.layer_idx = config, layer_idx
-        self.num_heads = config.num_attention_heads
-        self.scaling = config.kv_channels**-0.5
+        self.head_dim = config.kv_channels
+        self.scaling = self.head_dim**-0.5
         self.attention_dropout = config.attn_dropout_prob
         self.is_causal = True
         self.c_attn = nn.Linear(config.hidden_size, 3 * config.hidden_size)
@@ -91,10 +91,9 @@ class QWenAttention(nn.Module):
         **extra: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """`turns` are cosines and sines, `logn` [B, S] the factors of the queries, both for these tokens."""
-        batch, length, _ = hidden_states.shape
         # [B, S, 3H] -> three times [B, N, S, d]
         query, key, value = (
-            part.view(batch, length, self.num_heads, -1).transpose(1, 2)
+            part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for part in self.c_attn(hidden_states).chunk(3, dim=-1)
         )
         query, key = rotate(query, *turns), rotate(key, *turns)
