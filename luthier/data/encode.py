@@ -84,7 +84,7 @@ class Renderer:
             )
         self.template = choose(template, self.tokens, length, source_length)
         self.notes = self.template.notes
-        own = {self.tokens.eos, self.tokens.end, self.template.end_id, *stop_ids} - {None}
+        own = {self.tokens.eos, self.template.end_id, *self.tokens.stops, *stop_ids} - {None}
         self.stop_ids = tuple(sorted(i for i in own if i is not None))
         if not self.stop_ids:
             raise Refused(
@@ -98,7 +98,7 @@ class Renderer:
         template loses a message."""
         if messages[0].role == "text":
             return self._encode_text(messages[0].text)
-        conversation, note = _conversation(messages), ""
+        conversation, note = self._conversation(messages), ""
         if conversation.turns[-1].answer is None:
             conversation = replace(conversation, turns=conversation.turns[:-1])
             note = UNANSWERED
@@ -127,9 +127,11 @@ class Renderer:
             ids = self.tokens(messages[0].text)
             kept = cut_source(ids, self.length, self.tokens.opening)
             return kept, len(ids) + len(self.tokens.opening) - len(kept)
-        conversation = _conversation(messages)
+        conversation = self._conversation(messages)
         *earlier, asked = conversation.turns
-        conversation = replace(conversation, turns=(*earlier, replace(asked, answer=None)))
+        conversation = replace(
+            conversation, turns=(*earlier, replace(asked, answer=None, metadata=""))
+        )
         whole = self.template.render(conversation, 0, len(conversation.turns))
         kept = whole
         if whole.size > self.length:
@@ -149,12 +151,20 @@ class Renderer:
     def decode(self, ids: Sequence[int]) -> str:
         """Text of generated ids, without special tokens and without what follows the first stop token."""
         ends = [i for i, token in enumerate(ids) if int(token) in self.stop_ids]
-        return self.tokens.decode([int(i) for i in ids[: ends[0] if ends else None]])
+        return self.template.said(
+            self.tokens.decode([int(i) for i in ids[: ends[0] if ends else None]])
+        )
 
     def ends_in_stop(self, example: Example) -> bool:
         """Whether the last supervised token is a stop token."""
         trained = example.labels[example.labels != IGNORE]
         return bool(len(trained)) and int(trained[-1]) in self.stop_ids
+
+    def _conversation(self, messages: Sequence[Message]) -> Conversation:
+        conversation = _conversation(messages)
+        if not self.template.tools and any(t.tool or t.metadata for t in conversation.turns):
+            raise BadRow("it has a tool turn, for which only ChatGLM3's prompts have a place")
+        return conversation
 
     def _encode_text(self, text: str) -> list[Example]:
         prefix, ids = self.tokens.opening, self.tokens.ended(text)
@@ -266,11 +276,11 @@ def _conversation(messages: Sequence[Message]) -> Conversation:
     system = messages[0].text if messages[0].role == "system" else ""
     rest = messages[1:] if system else messages
     turns = [
-        Turn(asked.text, said.text, said.supervised)
+        Turn(asked.text, said.text, said.supervised, asked.role == "tool", said.metadata)
         for asked, said in zip(rest[::2], rest[1::2], strict=False)
     ]
     if len(rest) % 2:
-        turns.append(Turn(rest[-1].text, None))
+        turns.append(Turn(rest[-1].text, None, tool=rest[-1].role == "tool"))
     return Conversation(system, tuple(turns), messages[0].context)
 
 

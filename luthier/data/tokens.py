@@ -22,7 +22,7 @@ def has_own_prompts(tokenizer: Any) -> bool:
 class Tokens:
     """`tokenizer` is a transformers tokenizer; `prefix`, `suffix` the special ids it puts around a text
     (a closing EOS is left out of `suffix`: an answer follows); `eos`, `bos`, and `end`, which ends an
-    answer, are ids or None. `opening` are the ids before a text that is learnt as a whole; `trained_before`
+    answer, are ids or None; `stops` are all that may end one. `opening` are the ids before a text that is learnt as a whole; `trained_before`
     is how many tokens before an answer are trained with it (see `infilling.py`)."""
 
     def __init__(self, tokenizer: Any) -> None:
@@ -36,8 +36,10 @@ class Tokens:
         self.prefix: Ids = full[:start]
         self.suffix: Ids = [i for i in full[start + len(bare) :] if i != self.eos]
         self.end, self.opening, self.trained_before = self.eos, self.prefix, 0
+        self.stops: tuple[int | None, ...] = (self.end,)
         if has_own_prompts(tokenizer):
             before, behind = tokenizer.special_ids_around([])
+            self.stops = tuple(tokenizer.stop_ids)
             self.end, self.opening = tokenizer.stop_ids[0], [*before, *behind]
             self.trained_before = tokenizer.trained_before
         newline = self("\n")
