@@ -44,6 +44,8 @@ def open_text(config: RunConfig, path: str | None = None) -> Text:
         length=data.length,
         source_length=data.source_length,
         overlong=data.overlong,
+        supervise=data.supervise,
+        blanks=data.blanks,
         stop_ids=_model_stops(find_folder(where, code=remote)),
     )
     _check_positions(config, model_config)

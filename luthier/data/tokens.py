@@ -7,9 +7,12 @@ templates put them there, once.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from luthier.data.truncation import Ids
+from luthier.errors import Refused
 
 PROBE = "a"
 
@@ -63,6 +66,21 @@ class Tokens:
         size = len(self._newline)
         return ids[size:] if ids[:size] == self._newline else self(text)
 
+    def turn_marks(self) -> Callable[[Ids], list[bool]]:
+        """A function that marks the tokens of ids which open and close ChatML's messages, and the line ends behind
+        them. Refused: a tokenizer without these tokens."""
+        names = ("<|im_start|>", "<|im_end|>")
+        vocab = self.tokenizer.get_vocab()
+        opened, closed = (vocab.get(name) for name in names)
+        line = self("\n")
+        if opened is None or closed is None or len(line) != 1 or has_own_prompts(self.tokenizer):
+            raise Refused(
+                "data.supervise=turns",
+                f"the tokenizer has no {' and '.join(names)}",
+                "use data.supervise=answers; turns is for Qwen and other ChatML models",
+            )
+        return partial(_marked, opened, closed, line[0])
+
     def first_control(self, text: str) -> re.Match[str] | None:
         """The first special or added token inside a piece of template text."""
         added = {str(token) for token in self.tokenizer.added_tokens_decoder.values()}
@@ -74,3 +92,11 @@ class Tokens:
         return self.tokenizer.decode(
             ids, skip_special_tokens=not special, clean_up_tokenization_spaces=False
         )
+
+
+def _marked(opened: int, closed: int, line: int, ids: Ids) -> list[bool]:
+    before = [None, *ids]
+    return [
+        token in (opened, closed) or (token == line and previous == closed)
+        for token, previous in zip(ids, before, strict=False)
+    ]
