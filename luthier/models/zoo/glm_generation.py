@@ -84,6 +84,7 @@ def infilling_positions(config: Any, input_ids: Tensor, padding: Tensor | None) 
     first = torch.zeros_like(border)  # of the real tokens, where a row is padded on the left
     if padding is not None:
         first = (padding != 0).int().argmax(1, keepdim=True)
+    starts &= starts.cumsum(1) <= blanks.sum(1, keepdim=True)  # those behind open no piece
     piece = starts.long().cumsum(1)  # [B, S], 0 in the context
     places = (
         torch.where(blanks, index, input_ids.shape[1]).sort(1).values
