@@ -17,6 +17,7 @@ import torch
 
 from luthier.batch import IGNORE, PADDING, Batch
 from luthier.seeding import generator
+from tests.zoo_configs import ZOO_CONFIGS, ZOO_RATES
 
 torch.set_num_threads(1)  # on tensors this small more threads only cost
 
@@ -89,50 +90,9 @@ _FAMILY: dict[str, dict[str, Any]] = {
         "eos_token_id": 2,
         "pad_token_id": 0,
     },
-    "chatglm": {
-        "vocab_size": VOCAB,
-        "hidden_size": 64,
-        "num_layers": 2,
-        "num_attention_heads": 4,
-        "inner_hidden_size": 96,
-        "max_sequence_length": 256,
-        "mask_token_id": VOCAB - 5,
-        "gmask_token_id": VOCAB - 4,
-        "bos_token_id": VOCAB - 2,
-        "eos_token_id": VOCAB - 1,
-        "pad_token_id": 0,
-    },
-    "chatglm2": {
-        "padded_vocab_size": VOCAB,
-        "hidden_size": 64,
-        "num_layers": 2,
-        "num_attention_heads": 4,
-        "multi_query_group_num": 2,
-        "kv_channels": 20,  # 4 x 20 is not the hidden size
-        "ffn_hidden_size": 96,
-        "seq_length": 256,
-    },
-    "glm_legacy": {
-        "vocab_size": VOCAB,
-        "hidden_size": 64,
-        "num_layers": 2,
-        "num_attention_heads": 4,
-        "max_sequence_length": 256,
-        "mask_token_ids": [VOCAB - 5, VOCAB - 4, VOCAB - 3],
-        "sop_token_id": VOCAB - 2,
-    },
-    "qwen": {
-        "vocab_size": VOCAB,
-        "hidden_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "kv_channels": 16,
-        "intermediate_size": 192,  # of both halves
-        "seq_length": 6,  # shorter than the documents: in evaluation they are stretched
-        "max_position_embeddings": 256,
-    },
+    **ZOO_CONFIGS,
 }
-_OWN_KEYS = ("gpt2", "opt", "bloom", "chatglm", "chatglm2", "glm_legacy", "qwen")
+_OWN_KEYS = ("gpt2", "opt", "bloom", *ZOO_CONFIGS)
 
 
 def tiny_model_(
@@ -159,13 +119,7 @@ def tiny_model_(
         "gpt2": ("resid_pdrop", "embd_pdrop", "attn_pdrop"),
         "opt": ("dropout",),
         "bloom": ("hidden_dropout",),
-        "chatglm2": ("hidden_dropout",),
-        "glm_legacy": (
-            "embedding_dropout_prob",
-            "output_dropout_prob",
-            "attention_dropout_prob",
-        ),
-        "qwen": ("emb_dropout_prob", "attn_dropout_prob"),
+        **ZOO_RATES,
     }
     drops = {name: dropout for name in (*rates.get(family, ()), "attention_dropout")}
     config = AutoConfig.for_model(family, **{**base, **_FAMILY[family], **drops, **overrides})

@@ -16,6 +16,7 @@ TESTED = (
     "llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "gpt2", "gpt_neox",
     "gpt_oss", "opt", "phi", "phi3", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "granite",
     "cohere", "cohere2", "olmo2", "seed_oss", "smollm3", "starcoder2", "bloom",
+    "chatglm", "chatglm2", "glm_legacy", "qwen",
 )  # fmt: skip
 
 
