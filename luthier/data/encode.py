@@ -183,7 +183,8 @@ class Renderer:
     def ends_in_stop(self, example: Example) -> bool:
         """Whether the last supervised token is a stop token."""
         trained = example.labels[example.labels != IGNORE]
-        return bool(len(trained)) and int(trained[-1]) in self.stop_ids
+        last = trained[-1:] if self.marks is None else trained[-2:]  # a line end may follow
+        return bool(np.isin(last, self.stop_ids).any())
 
     def _conversation(self, messages: Sequence[Message]) -> Conversation:
         conversation = _conversation(messages)

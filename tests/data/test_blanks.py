@@ -168,6 +168,7 @@ def test_qwens_own_code_also_trains_what_opens_and_closes_messages(words: Any) -
     check_supervision(renderer, SAID, example)
     (answers,) = Renderer(qwen, length=400).encode(SAID)
     assert renderer.without_marks(SAID, example).labels.tolist() == answers.labels.tolist()
+    assert renderer.ends_in_stop(example)
     assert (answers.labels != IGNORE).sum() < (example.labels != IGNORE).sum()
     example.labels[3] = example.input_ids[4]  # a token of the system message
     with pytest.raises(Failed, match="not the answers and the tokens that open"):
