@@ -157,7 +157,6 @@ def _check_row(
         return
     (example,) = examples
     found.whole += 1
-    example = renderer.without_marks(messages, example)
     found.systems += messages[0].role == "system"
     if messages[-1].role == "user":  # a question without an answer was left out, and is noted
         messages = messages[:-1]
@@ -168,7 +167,7 @@ def _check_row(
     if messages[0].role != "text":
         check_supervision(renderer, messages, example)
         found.prompts += 1
-    _check_answers(renderer, messages, example, found)
+    _check_answers(renderer, messages, renderer.without_marks(messages, example), found)
 
 
 def _check_blanks(
