@@ -31,10 +31,11 @@ def open_text(config: RunConfig, path: str | None = None) -> Text:
     model_config = load_config(where, trust_remote_code=remote)
     tokenizer = load_tokenizer(where, trust_remote_code=remote)
     if tokenizer is None:
+        file, origin = getattr(model_config, "vocabulary", ("", ""))
         raise Refused(
             f"the tokenizer of '{where}'",
-            "the folder has no tokenizer files (tokenizer.json, tokenizer.model, ...)",
-            "copy those of the model into it",
+            f"the folder has no {file or 'tokenizer files (tokenizer.json, tokenizer.model, ...)'}",
+            f"copy it from {origin} into it" if file else "copy those of the model into it",
         )
     check_tokenizer(tokenizer, model_config)
     data = config.data
