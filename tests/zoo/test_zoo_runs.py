@@ -23,9 +23,11 @@ from luthier.use import evaluate, predict
 from luthier.verify.data import verify_data
 from luthier.verify.loss import verify_loss
 from luthier.verify.packing import verify_packing
+from tests.adapters.adapter_table import METHODS as ADAPTERS
+from tests.adapters.adapter_table import TWO_AXES
 from tests.zoo_folders import ZOO, zoo_folder
 
-LENGTH = {"chatglm": 100, "chatglm2": 100, "glm_legacy": 60, "qwen": 220}
+LENGTH = {"chatglm3": 100, "chatglm": 100, "chatglm2": 100, "glm_legacy": 60, "qwen": 220}
 WORDS = ("the box", "how many", "apples", "seven", "a quick fox", "in")
 
 
@@ -35,7 +37,10 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 
     @cache
     def make(family: str) -> Path:
-        return zoo_folder(family, tmp_path_factory.mktemp(family))
+        roles = family == "chatglm3"
+        return zoo_folder(
+            "chatglm2" if roles else family, tmp_path_factory.mktemp(family), roles=roles
+        )
 
     return make
 
@@ -78,7 +83,7 @@ def config(checkpoint: Callable[[str], Path], tmp_path: Path) -> Callable[..., d
 
 
 @pytest.mark.parametrize("method", ["none", "lora"])
-@pytest.mark.parametrize("family", ZOO)
+@pytest.mark.parametrize("family", [*ZOO, "chatglm3"])
 def test_they_train_and_answer(
     family: str, method: str, config: Callable[..., dict[str, Any]]
 ) -> None:
@@ -97,6 +102,45 @@ def test_they_train_and_answer(
         merge(run["model"]["path"], str(output), str(output / "merged"))
         merged = run | {"model": run["model"] | {"path": str(output / "merged")}}
         assert predict(merged | {"output": str(output / "other")}) == answers
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("family", ZOO)
+@pytest.mark.parametrize("method", ADAPTERS)
+def test_every_adapter_trains(
+    family: str, method: str, config: Callable[..., dict[str, Any]]
+) -> None:
+    """A run whose loss falls, an adapter folder that loads and answers."""
+    row = ADAPTERS[method]
+    if row.one_axis and family in TWO_AXES:
+        pytest.skip("refused by name: tests/adapters/test_contract.py")
+    options = {k: list(v) if isinstance(v, tuple) else v for k, v in row.options.items()}
+    if options["method"] == "reft":
+        options["positions"] = "f1+l1" if options["positions"] != "all" else "all"
+    train = {"steps": 8, "batch": 16, "micro_batch": 16}  # all rows in each step
+    run = config(family, adapter=options, train=train, optim={"lr": 5e-3})
+    run["data"] |= {"packing": "none"}
+    finetune(run)
+    lines = (Path(run["output"]) / "metrics.jsonl").read_text().splitlines()
+    losses = [
+        found["loss"] for found in map(json.loads, lines) if "loss" in found and "step" in found
+    ]
+    assert losses[-1] < losses[0]
+    assert len(predict(run)) == 4
+
+
+def test_glm_learns_to_fill_blanks(config: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    run = config("glm_legacy", adapter={"method": "lora", "rank": 4})
+    rows = [
+        {"text": f"the box is in the room {i}. how many apples? seven in the box."}
+        for i in range(16)
+    ]
+    (tmp_path / "texts.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"path": str(tmp_path / "texts.json"), "blanks": "mixed", "validation_share": 0.25}
+    run["data"] = run["data"] | data
+    run["evaluate"] = {"every": "end"}
+    facts = finetune(run)
+    assert facts["checks"] and all(passed for _, passed, _ in facts["checks"])
 
 
 @pytest.mark.parametrize("family", ZOO)

@@ -223,6 +223,11 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
     # released files hold the frequencies, which are computed here
     _keys_to_ignore_on_load_unexpected: ClassVar = [r"rotary_emb\.inv_freq$"]
 
+    @staticmethod
+    def real_tokens(attention_mask: Tensor) -> Tensor:
+        """[B, T], 1 = real, of a mask [B, 1, S, T] with True = hidden: the last token sees all that is real."""
+        return (~attention_mask[:, 0, -1].bool()).long()
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         refuse_weights(pretrained_model_name_or_path, "ChatGLM-6B", "transformer.layers.")
@@ -354,7 +359,7 @@ class ChatGLMForCausalLM(ChatGLMPreTrainedModel, GenerationMixin):
         """
         if attention_mask is not None and attention_mask.ndim == 4:
             hidden = attention_mask[:, 0].bool()  # [B, S, S]
-            attention_mask = (~hidden[:, -1]).long()  # the last token sees all that is real
+            attention_mask = self.real_tokens(attention_mask)
             positions = kwargs.get("position_ids")
             if positions is None:
                 ids: Any = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))

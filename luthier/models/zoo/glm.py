@@ -143,6 +143,11 @@ class GLMPreTrainedModel(PreTrainedModel):
         "attentions": SelfAttention,
     }
 
+    @staticmethod
+    def real_tokens(attention_mask: Tensor) -> Tensor:
+        """[B, T], 1 = real, of a mask [B, 1, S, T]: the last token sees all that is real."""
+        return (attention_mask[:, 0, -1] != 0).long()
+
 
 class GLMModel(GLMPreTrainedModel):
     """Embedding and stack: hidden states after the final norm. Logits are `GLMForConditionalGeneration`'s."""
