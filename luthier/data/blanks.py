@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from typing import Any, Literal
+from typing import Any
 
 from luthier.data.formats import BadRow
 from luthier.data.truncation import Ids
@@ -26,7 +26,6 @@ REST = 0.25  # the least share of a text that is its rest
 KINDS = ("spans", "sentences", "rest")
 MIXED = (0.4, 0.3, 0.3)  # of KINDS
 ENDS = ".?!;:。？！；…\n"  # a token with one of these ends a sentence
-Kind = Literal["spans", "sentences", "rest"]
 Span = tuple[int, int]  # first token, and the one behind the last
 
 
@@ -44,7 +43,7 @@ class Blanks:
                 "use data.blanks=spans" if masks else "use data.blanks=none; blanks are GLM's",
             )
         self.kind, self.tokens = kind, tokens
-        self.masks = dict(zip(KINDS, masks, strict=False))
+        self.masks = {str(k): m for k, m in zip(KINDS, masks, strict=False)}
         before, behind = own.special_ids_around(masks[:1])
         self.before, self.behind, self.sop = before, behind[:-1], behind[-1]
         self.end = own.stop_ids[0]
