@@ -184,6 +184,14 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model_config: Pretrained
             f"{len(beyond)} of its tokens (up to {highest}, {token!r}) exceed the embedding's {rows} rows",
             "use the model's own tokenizer",
         )
+    for name in ("sop_token_id", "gmask_token_id", "mask_token_ids"):  # of models/zoo
+        said, has = (getattr(each, name, None) for each in (model_config, tokenizer))
+        if said is not None and has is not None and said != has:
+            raise Refused(
+                "the tokenizer and the model do not fit",
+                f"config.json has {name}={said}, the tokenizer {has}",
+                "give the tokenizer files and the config.json that came with the weights",
+            )
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase | None, model_config: PretrainedConfig) -> int:
