@@ -177,12 +177,14 @@ def _stored_4bit(folder: str, name: str, headers: Headers, read: Read) -> Stored
     parts = {"codes": name, "absmax": f"{name}.absmax", "state": key}
     kinds = ("U8",) if double else FLOATING
     check_part(folder, parts["absmax"], headers, kinds, spec.num_blocks)
-    _check_map(folder, f"{name}.quant_map", headers, read, levels_of(spec.scheme))
+    parts["map"] = f"{name}.quant_map"
+    _check_map(folder, parts["map"], headers, read, levels_of(spec.scheme))
     if double:
         parts["nested_absmax"] = f"{name}.nested_absmax"
         count = -(-spec.num_blocks // _NESTED)
         check_part(folder, parts["nested_absmax"], headers, FLOATING, count)
-        _check_map(folder, f"{name}.nested_quant_map", headers, read, dynamic_levels())
+        parts["nested_map"] = f"{name}.nested_quant_map"
+        _check_map(folder, parts["nested_map"], headers, read, dynamic_levels())
     return Stored(spec, parts, dtype)
 
 
@@ -199,9 +201,12 @@ def _plan_8bit(folder: str, headers: Headers, read: Read) -> dict[str, Stored]:
         spec = make_spec("int8", tuple(entry["shape"]))
         scale, form = f"{_stem(name)}SCB", f"{_stem(name)}weight_format"
         check_part(folder, scale, headers, FLOATING, spec.num_blocks)
-        if form in headers and int(read(form).flatten()[0]):
-            raise broken(folder, form, "its weight is stored in a GPU's tiles, not row by row")
-        found[name] = Stored(spec, {"codes": name, "absmax": scale})
+        parts = {"codes": name, "absmax": scale}
+        if form in headers:
+            if int(read(form).flatten()[0]):
+                raise broken(folder, form, "its weight is stored in a GPU's tiles, not row by row")
+            parts["form"] = form
+        found[name] = Stored(spec, parts)
     return found
 
 

@@ -202,7 +202,7 @@ def _stored_packed(folder: str, name: str, bits: set[int], headers: Headers, rea
         )
     check_part(folder, packed, headers, ("I32",), math.prod(stored))
     spec, scale = _with_scale(folder, name, fitting[-1], shape, headers)
-    return Stored(spec, {"packed": packed, "scale": scale})
+    return Stored(spec, {"packed": packed, "scale": scale, "shape": shaped})
 
 
 def _stored_plain(folder: str, name: str, bits: set[int], headers: Headers) -> Stored:

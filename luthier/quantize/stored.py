@@ -28,9 +28,9 @@ FLOATING = ("F16", "BF16", "F32", "F64")
 
 @dataclass(frozen=True)
 class Stored:
-    """One quantised weight of a folder: what `spec.layout` it becomes and which tensors it is read from.
+    """One quantised weight of a folder: the form that it has and the tensors that it is read from.
 
-    `parts`: the layout's name of each tensor -> its name in the folder. `dtype` is that of the weight it was
+    `parts`: what each of its tensors is -> its name in the folder, all of them. `dtype` is that of the weight it was
     made from, where the folder tells.
     """
 
