@@ -18,11 +18,12 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from luthier.config import QuantizeConfig
 from luthier.errors import Refused
 from luthier.layers import features, is_linear
 from luthier.quantize import layouts
 from luthier.quantize.linears import QuantizedLinear, QuantizedTensor
-from luthier.quantize.loading import replace
+from luthier.quantize.loading import plan_quantization, replace
 from luthier.quantize.stored import Headers, Read, broken
 
 METHOD = "luthier-folder"  # our name among transformers' quantisers
@@ -36,11 +37,19 @@ class Prequantized(QuantizationConfigMixin):
     """
 
     quant_method: Any = METHOD
+    opens_folder = True
 
     def __init__(
-        self, folder: Path, fields: Mapping[str, Any], headers: Headers, files: Mapping[str, Path]
+        self,
+        folder: Path,
+        fields: Mapping[str, Any],
+        headers: Headers,
+        files: Mapping[str, Path],
+        asked: QuantizeConfig | None = None,
     ) -> None:
+        """`asked`, where it asks for anything, must be what the folder holds."""
         self.folder, self.fields, self.files = str(folder), fields, files
+        self.asked = asked if asked is not None and asked.on else None
         with ExitStack() as stack:
             plan = layouts.plan(self.folder, fields, headers, self.reader(stack))
         self.plan = {name.removesuffix(".weight"): stored for name, stored in plan.items()}
@@ -63,7 +72,8 @@ class Prequantized(QuantizationConfigMixin):
         return read
 
     def layers(self, model: nn.Module) -> dict[str, nn.Module]:
-        """The linear layers of `model` that are quantised here. Refused: those of another shape.
+        """The linear layers of `model` that are quantised here. Refused: those of another shape, and a folder
+        that does not hold what was asked for.
 
         Weights of layers that the model lacks are left out: the loader refuses them, or does not where
         fewer layers are built.
@@ -76,7 +86,27 @@ class Prequantized(QuantizationConfigMixin):
             if own != shape:
                 fault = f"layer '{name}' is {list(own)}" if own else f"'{name}' is no linear layer"
                 raise broken(self.folder, f"{name}.weight", f"its shape is {list(shape)}, {fault}")
+        self._check_asked(model, set(found))
         return found
+
+    def _check_asked(self, model: nn.Module, found: set[str]) -> None:
+        """Refuse to quantise what is quantised already, unless it is so in just the form asked for."""
+        if self.asked is None:
+            return
+        plan = plan_quantization(model, self.asked)
+        for name in [*found, *(plan.keys() - found)]:
+            mine = self.plan[name].spec if name in found else None
+            if plan.get(name) != mine:
+                form = (
+                    "not quantised"
+                    if mine is None
+                    else f"{mine.scheme} in blocks of {mine.block_size}"
+                )
+                raise Refused(
+                    f"quantize.weights={self.asked.weights} for '{self.folder}'",
+                    f"it is quantised already, in another form: layer '{name}' is {form}",
+                    "leave the section quantize out, or start from the model in its original precision",
+                )
 
     def tensors(self, model: nn.Module) -> set[str]:
         """Names of the folder's tensors that the quantised layers of `model` are made of."""
@@ -101,6 +131,10 @@ class _Awaited(nn.Module):
         super().__init__()
         self.bias = layer.bias
         vars(self)["made"] = made  # no submodule: its tensors are no business of the loader
+        # families that draw initial values for a weight by its name (gpt2) find one, and leave it alone
+        weight: Any = made.absmax.new_empty(0)
+        weight._is_hf_initialized = True
+        vars(self)["weight"] = weight
 
 
 @register_quantizer(METHOD)
@@ -130,7 +164,9 @@ class _FolderQuantizer(HfQuantizer):
                 for parameter in made.parameters():
                     parameter.requires_grad_(False)
                 model.set_submodule(name, made)
-        self.remove_quantization_config(model)  # an ordinary model with other layers, to transformers
+        self.remove_quantization_config(
+            model
+        )  # an ordinary model with other layers, to transformers
 
     def is_serializable(self) -> bool:
         return False

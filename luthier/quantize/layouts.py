@@ -17,6 +17,7 @@ from luthier.quantize import bitsandbytes, compressed
 from luthier.quantize.codes import Spec
 from luthier.quantize.stored import Headers, Read, Stored
 
+BITSANDBYTES, COMPRESSED = bitsandbytes.METHOD, compressed.METHOD
 _LAYOUTS: dict[str, Any] = {bitsandbytes.METHOD: bitsandbytes, compressed.METHOD: compressed}
 
 
@@ -28,9 +29,9 @@ def choose(specs: Mapping[str, Spec]) -> str:
     """
     found = set(specs.values())
     if all(bitsandbytes.fits(spec) for spec in found) and len({spec.bits for spec in found}) == 1:
-        return bitsandbytes.METHOD
+        return BITSANDBYTES
     if all(compressed.fits(spec) for spec in found):
-        return compressed.METHOD
+        return COMPRESSED
     schemes = sorted({spec.scheme for spec in found})
     raise Refused(
         f"saving a model quantised in {', '.join(schemes)}",
@@ -74,7 +75,7 @@ def take(folder: str, fields: Mapping[str, Any], stored: Stored, read: Read) -> 
 def _layout(folder: str, fields: Mapping[str, Any]) -> Any:
     method = fields.get("quant_method")
     if method is None and (fields.get("load_in_4bit") or fields.get("load_in_8bit")):
-        method = bitsandbytes.METHOD  # its folders of 2023 do not name it
+        method = BITSANDBYTES  # its folders of 2023 do not name it
     if method not in _LAYOUTS:
         raise Refused(
             f"model '{folder}' was asked for",
