@@ -29,7 +29,7 @@ SETS = {"alpaca": "alpaca_en_demo.json", "c4": "c4_demo.jsonl"}
 
 def quality(model: str, forms: tuple[Form, ...], rows: int, length: int) -> list[dict[str, Any]]:
     """One row per form, the model as it is first: bits and error of its weights, perplexity on each set."""
-    table = []
+    table: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         sets = held_out(Path(folder), rows)
         for form in (None, *forms):

@@ -23,7 +23,7 @@ from luthier.errors import Refused
 from luthier.layers import features, is_linear
 from luthier.quantize import layouts
 from luthier.quantize.linears import QuantizedLinear, QuantizedTensor
-from luthier.quantize.loading import plan_quantization, replace
+from luthier.quantize.loading import plan_quantization, replace, stand_in
 from luthier.quantize.stored import Headers, Read, broken
 
 METHOD = "luthier-folder"  # our name among transformers' quantisers
@@ -131,10 +131,7 @@ class _Awaited(nn.Module):
         super().__init__()
         self.bias = layer.bias
         vars(self)["made"] = made  # no submodule: its tensors are no business of the loader
-        # families that draw initial values for a weight by its name (gpt2) find one, and leave it alone
-        weight: Any = made.absmax.new_empty(0)
-        weight._is_hf_initialized = True
-        vars(self)["weight"] = weight
+        stand_in(self)
 
 
 @register_quantizer(METHOD)
