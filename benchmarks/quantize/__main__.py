@@ -209,19 +209,22 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="of each product (default: 3)")
     parser.add_argument("--quality", metavar="MODEL", help="a model folder or hub name")
     parser.add_argument("--name", help="what to call the model in the results")
-    parser.add_argument("--rows", type=int, default=48, help="of each data set (default: 48)")
-    parser.add_argument("--length", type=int, default=512, help="of a row (default: 512)")
+    parser.add_argument("--rows", type=int, default=24, help="of each data set (default: 24)")
+    parser.add_argument("--length", type=int, default=256, help="of a row in tokens (default: 256)")
     args = parser.parse_args()
     device = torch.device("cuda" if args.gpu else "cpu")
     torch.set_num_threads(args.threads)
     logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)  # it reports optional kernels
     RESULTS.mkdir(exist_ok=True)
     if args.quality:
-        table = quality(args.quality, FORMS, args.rows, args.length)
-        show(table)
-        args.quality = args.name or Path(args.quality).name
+        source, args.quality = args.quality, args.name or Path(args.quality).name
         path = RESULTS / f"quality-{args.quality}.json"
-        write_json(path, {**_about(args, device), "tables": {"quality": table}})
+        quality(
+            source,
+            args.rows,
+            args.length,
+            lambda table: write_json(path, {**_about(args, device), "tables": {"quality": table}}),
+        )
         print(path)
         return
     path = RESULTS / f"{device.type}.json"

@@ -1,102 +1,116 @@
-"""What each form costs a real model: perplexity on held-out rows, through `luthier.evaluate` in float32.
+"""What each form costs a real model: perplexity on held-out rows in float32, and error of the model's own weights.
 
-Alpaca rows count their answers, C4 documents all their tokens. Beside it the relative error of the model's own weights.
-The data sets are those that docs/tasks/data-sets.md describes, in $LUTHIER_DATA.
+Alpaca rows are rendered with the model's chat template and count their answers, C4 documents all their tokens.
+All forms see the same tokens. The dense model is read once and holds each form's dequantised weights in turn. The
+data sets are those that docs/tasks/data-sets.md describes, in $LUTHIER_DATA.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
+import math
 import os
-import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-import luthier
 from luthier.compress import Cost
 from luthier.config import ModelConfig, QuantizeConfig
-from luthier.models.load import build_model
+from luthier.data.encode import Renderer
+from luthier.data.formats import FORMATS
+from luthier.models.load import build_model, load_tokenizer
 from luthier.quantize import QuantizedLinear
-from luthier.quantize.loading import Quantization
+from luthier.quantize.loading import plan_quantization
 
 Form = tuple[str, int | None, bool]
+Rows = dict[str, list[tuple[Tensor, Tensor]]]
 SETS = {"alpaca": "alpaca_en_demo.json", "c4": "c4_demo.jsonl"}
+EACH_FORM: tuple[Form, ...] = (
+    ("nf4", 64, False),
+    ("nf4", 64, True),
+    ("fp4", 64, False),
+    ("int8", None, False),
+    ("int4", 64, False),
+    ("int4", None, False),
+)
 
 
-def quality(model: str, forms: tuple[Form, ...], rows: int, length: int) -> list[dict[str, Any]]:
-    """One row per form, the model as it is first: bits and error of its weights, perplexity on each set."""
+def quality(
+    path: str, rows: int, length: int, write: Callable[[list[dict[str, Any]]], None]
+) -> None:
+    """One row per form, the model as it is first: bits and error of its weights, perplexity on each set.
+
+    `write` gets the table whenever it has one row more.
+    """
+    chosen = ModelConfig.model_validate({"path": path, "dtype": "float32", "attention": "sdpa"})
+    model: Any = build_model(chosen, seed=0)
+    sets = held_out(load_tokenizer(path), rows, length)
     table: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        sets = held_out(Path(folder), rows)
-        for form in (None, *forms):
-            row: dict[str, Any] = {"form": label(form)}
-            row |= {"bits": 32.0, "error": 0.0} if form is None else cost(model, form)
-            for name, path in sets.items():
-                found = measure(model, form, path, name, length, Path(folder))
-                row[name] = round(found["perplexity"], 4)
-                row[f"{name}_tokens"] = found["tokens"]
-            table.append(row)
-            print(row, flush=True)
-    return table
+    weights: dict[str, Tensor] = {}
+    for form in (None, *EACH_FORM):
+        row: dict[str, Any] = {"form": label(form), "bits": 32.0, "error": 0.0}
+        if form is not None:
+            asked = QuantizeConfig.model_validate(section(form))
+            total = Cost()
+            for name, spec in plan_quantization(model, asked).items():
+                layer = model.get_submodule(name)
+                weight = weights.setdefault(name, layer.weight.data)
+                layer.weight.data = weight
+                made = QuantizedLinear.from_linear(
+                    layer, spec.scheme, spec.block_size, spec.double_quant
+                )
+                total.add(made, weight)
+                layer.weight.data = made.dequantize(torch.float32)
+            found = total.row("")
+            row |= {"bits": round(found["bits"], 3), "error": round(found["error"], 5)}
+        for name, examples in sets.items():
+            row[name] = round(perplexity(model, examples), 4)
+            row[f"{name}_tokens"] = sum(int((labels >= 0).sum()) for _, labels in examples)
+        table.append(row)
+        print(row, flush=True)
+        write(table)
 
 
 def label(form: Form | None) -> str:
     if form is None:
         return "none"
-    return f"{form[0]} {form[1] or 'channel'}{' double' if form[2] else ''}"
+    return f"{form[0]} {form[1] or 'per output'}{' double' if form[2] else ''}"
 
 
-def section(form: Form | None) -> dict[str, Any]:
+def section(form: Form) -> dict[str, Any]:
     """The config's section `quantize`."""
-    if form is None:
-        return {}
     size = {} if form[1] is None else {"block_size": form[1]}
     return {"weights": form[0], **size, **({"double_quant": True} if form[2] else {})}
 
 
-def held_out(folder: Path, rows: int) -> dict[str, Path]:
-    """The last `rows` rows of each data set, in files of their own."""
+def held_out(tokenizer: Any, rows: int, length: int) -> Rows:
+    """Ids and labels [1, S] of the last `rows` rows of each data set, cut at `length` tokens."""
     source = Path(os.environ.get("LUTHIER_DATA", "data"))
-    found = {}
+    found: Rows = {}
     for name, file in SETS.items():
         text = (source / file).read_text("utf-8")
-        every = json.loads(text) if file.endswith(".json") else [json.loads(x) for x in text.splitlines()]  # fmt: skip
-        found[name] = folder / f"{name}.jsonl"
-        lines = "".join(json.dumps(row) + "\n" for row in every[-rows:])
-        found[name].write_text(lines, "utf-8")
+        every = json.loads(text) if name == "alpaca" else map(json.loads, text.splitlines())
+        template, reader = ("auto", "alpaca") if name == "alpaca" else ("none", "text")
+        renderer = Renderer(tokenizer, template=template, length=length)
+        examples = [renderer.encode(FORMATS[reader](row))[0] for row in list(every)[-rows:]]
+        found[name] = [
+            (torch.tensor([list(e.input_ids)]), torch.tensor([list(e.labels)])) for e in examples
+        ]
     return found
 
 
-def cost(model: str, form: Form) -> dict[str, Any]:
-    """Bits per weight and relative error over all quantised layers."""
-    total = Cost()
-
-    def seen(layer: QuantizedLinear, weight: torch.Tensor) -> None:
-        total.add(layer, weight)
-
-    asked = Quantization(QuantizeConfig.model_validate(section(form)), seen=seen)
-    chosen = ModelConfig.model_validate({"path": model, "dtype": "float32"})
-    build_model(chosen, seed=0, quantization=asked)
-    row = total.row("")
-    return {"bits": round(row["bits"], 3), "error": round(row["error"], 5)}
-
-
-def measure(
-    model: str, form: Form | None, path: Path, name: str, length: int, folder: Path
-) -> dict[str, Any]:
-    """Loss and perplexity as `luthier evaluate` measures them."""
-    config: dict[str, Any] = {
-        "model": {"path": model, "dtype": "float32"},
-        "data": {"path": str(path), "validation_path": str(path), "length": length, "workers": 0},
-        "train": {"batch": 4},
-        "quantize": section(form),
-        "output": str(folder / "nothing"),
-    }
-    if name == "c4":
-        config["data"] |= {"format": "text", "template": "none"}
-    with contextlib.redirect_stdout(io.StringIO()):
-        return luthier.evaluate(config)
+def perplexity(model: Any, examples: list[tuple[Tensor, Tensor]]) -> float:
+    """e to the mean loss per counted token."""
+    loss = count = 0.0
+    with torch.no_grad():
+        for ids, labels in examples:
+            hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # [1, S, D]
+            keep = labels >= 0
+            logits = model.get_output_embeddings()(hidden[keep])  # [n, V]
+            loss += float(F.cross_entropy(logits, labels[keep], reduction="sum"))
+            count += int(keep.sum())
+    return math.exp(loss / count)
