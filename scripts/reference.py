@@ -129,7 +129,10 @@ def quantising() -> str:
 def _quality(path: Path) -> str:
     found = json.loads(path.read_text("utf-8"))
     table, config = found["tables"]["quality"], found["config"]
-    lines = ["| form | bits | error | perplexity, Alpaca | perplexity, C4 |", "|---|---|---|---|---|"]
+    lines = [
+        "| form | bits | error | perplexity, Alpaca | perplexity, C4 |",
+        "|---|---|---|---|---|",
+    ]
     for r in table:
         bits = "" if r["form"] == "none" else f"{r['bits']:.2f}"
         error = "" if r["form"] == "none" else f"{r['error']:.2%}"
@@ -151,7 +154,9 @@ def _errors(path: Path) -> str:
     kinds = [key for key in table[0] if key not in ("form", "bits")]
     lines = [f"| form | bits | {' | '.join(kinds)} |", "|---" * (2 + len(kinds)) + "|"]
     for r in table:
-        lines.append(f"| {r['form']} | {r['bits']:.2f} | {' | '.join(f'{r[k]:.2%}' for k in kinds)} |")
+        lines.append(
+            f"| {r['form']} | {r['bits']:.2f} | {' | '.join(f'{r[k]:.2%}' for k in kinds)} |"
+        )
     lines += [
         "",
         "Error of fixed random matrices [1024, 1024] by how their numbers are distributed; "
