@@ -124,7 +124,7 @@ def _finetune(
         )
     first = data.loader.peek()
     for batch in first:
-        check_batch(batch)
+        check_batch(batch, skips=config.data.pose != "off")
 
     if config.adapter.method == "reft" and config.adapter.positions != "all":
         lengths = [n for batch in first for n in Layout.of(batch).prompt_lengths]
