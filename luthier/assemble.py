@@ -32,7 +32,7 @@ from luthier.adapters import (
 from luthier.adapters.continuing import take_options
 from luthier.adapters.facts import check_made_alike, plain, read_adapter_config
 from luthier.adapters.store import load_adapter, load_tensors, save_adapter
-from luthier.bases import quantization_of, refuse_full_training
+from luthier.bases import quantization_of, refuse_training
 from luthier.batch import Batch
 from luthier.config import MINIMISED, AdapterConfig, RopeScaling, RunConfig
 from luthier.data.dataset import Dataset, LazyDataset, prepare
@@ -122,7 +122,7 @@ def check_training(config: RunConfig, text: Text) -> None:
     """Refuse what the model's folder and config tell before rows are tokenised and weights are read: a
     missing or broken shard, a kernel that does not fit the device, targets, rank."""
     code = config.model.trust_remote_code
-    refuse_full_training(config, config.adapter.path)
+    refuse_training(config, config.adapter.path)
     if config.model.init == "pretrained":
         weight_files(find_folder(config.model.path, code=code))
     check_kernel(config.model.attention, resolve_device(config.model.device), train=True)
@@ -132,7 +132,7 @@ def check_training(config: RunConfig, text: Text) -> None:
         return
     with torch.device("meta"), quiet():
         blueprint: Any = AutoModelForCausalLM.from_config(copy.deepcopy(text.model_config))
-    if (quantization := quantization_of(config.quantize, None)) is not None:
+    if (quantization := quantization_of(config.quantize, None, model=config.model)) is not None:
         quantization.convert(blueprint)
     if config.adapter.path is None:
         plan_of(blueprint, config.adapter)
@@ -166,7 +166,7 @@ def build(
     if adapter is not None:
         check_made_alike(Path(adapter), chosen.num_layers, chosen.rope_scaling)
     new = config.adapter if train else None
-    quantization = quantization_of(config.quantize, adapter, new, config.train.seed)
+    quantization = quantization_of(config.quantize, adapter, new, config.train.seed, model=chosen)
     model = build_model(chosen, seed=config.train.seed, train=train, quantization=quantization)
     built = Built(
         model, Stage(model), device, chosen.path, num_layers=chosen.num_layers, init=chosen.init
