@@ -46,6 +46,7 @@ from luthier.models.load import (
     resolve_device,
     save_model,
 )
+from luthier.models.routers import router_facts, watch_routers
 from luthier.models.stage import Stage, check_stage, compile_layers, set_recompute
 from luthier.text import Text as Text
 from luthier.text import open_text as open_text
@@ -53,6 +54,7 @@ from luthier.train.gates import check_first_gradients
 from luthier.train.master import LossScaler, MasterWeights
 from luthier.train.optim import make_optimizer
 from luthier.train.plan import Plan
+from luthier.train.router import RouterLoss
 from luthier.train.step import Updater
 
 # names under which the families of transformers say that they are mixtures of experts
@@ -341,8 +343,8 @@ def make_updater(config: RunConfig, built: Built) -> Updater:
         optimizer.register_step_post_hook(lambda *_: retract(built.model))
     expected = set(every)
     excused = {
-        f"{layer}.adapter.{name}".removeprefix(".")
-        for layer, adapter in adapters_of(built.model).items()
+        f"{adapter.path}.{name}"
+        for adapter in adapters_of(built.model).values()
         for name in adapter.zero_at_start | adapter.may_idle
     }
     return Updater(
@@ -353,7 +355,24 @@ def make_updater(config: RunConfig, built: Built) -> Updater:
         clip=config.optim.clip,
         gate=partial(check_first_gradients, built.model, expected, excused),
         device=built.device,
+        router=_router_loss(config.train.router_loss, built),
     )
+
+
+def _router_loss(asked: float | None, built: Built) -> RouterLoss | None:
+    """The loss of the model's routers, with the weights of the config or else of the checkpoint."""
+    facts = router_facts(built.model.config)
+    if facts is None and asked:
+        raise Refused(
+            f"train.router_loss={asked}",
+            f"the family '{built.model.config.model_type}' has no router that is trained to balance its experts",
+            "leave it out",
+        )
+    if facts is not None and asked is not None:
+        facts["balance"] = asked
+    if facts is None or not (facts["balance"] or facts["z"]) or not watch_routers(built.model):
+        return None
+    return RouterLoss(**facts)
 
 
 IDENTITY = {
@@ -377,4 +396,4 @@ def identity(config: RunConfig) -> dict[str, Any]:
         "optim.lr": config.lr,
         "train.batch": config.batch,
         "train.seed": config.train.seed,
-    }
+    } | ({} if config.train.router_loss is None else {"train.router_loss": config.train.router_loss})

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from luthier.adapters.base import ADAPTERS, Adapter, Additive
+from luthier.adapters.stacks import layer_of
 from luthier.adapters.targets import features, pattern_value
 from luthier.config import AdapterConfig
 from luthier.errors import Refused
@@ -75,7 +76,7 @@ class LoKr(Additive):
         if config.factor == -1:
             return plan
         for name in plan:
-            num_in, num_out = features(model.get_submodule(name))
+            num_in, num_out = features(layer_of(model, name))
             if config.factor < 1 or num_in % config.factor or num_out % config.factor:
                 near = near_divisors(math.gcd(num_in, num_out), config.factor)
                 raise Refused(

@@ -2,7 +2,7 @@
 trained whole beside it.
 
 A linear layer is an `nn.Linear` (weight [out, in]) or the `Conv1D` of gpt2 (weight [in, out]). Layers
-are named by their path in the model. What is done to them is `base.py`'s.
+are named by their path in the model; matrices of fused experts (`stacks.py`) count as linear layers. What is done to them is `base.py`'s.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
+from luthier.adapters.stacks import is_experts, layer_of, stacks_of
 from luthier.config import AdapterConfig
 from luthier.errors import Refused, suggest
 
@@ -50,13 +51,13 @@ def select_targets(
     matches no linear layer, or when there is no such decoder layer.
     """
     modules = dict(model.named_modules())
-    linear = [name for name, module in modules.items() if isinstance(module, nn.Linear | Conv1D)]
+    linear = _linear_names(model)
     chosen: set[str] = set()
     for item in [targets] if isinstance(targets, str) else targets:
         if item == ALL_LINEAR:
             head = head_name(model)
             # a rank-1 update of a layer with one output (a gate) would be no less than the layer itself
-            found = {n for n in linear if n != head and min(features(modules[n])) > 1}
+            found = {n for n in linear if n != head and min(features(layer_of(model, n))) > 1}
         else:
             found = _matches(item, linear)
         if not found:
@@ -72,6 +73,17 @@ def select_targets(
                 "give targets inside of decoder layers, or adapter.layers=all",
             )
     return [name for name in linear if name in chosen]
+
+
+def _linear_names(model: nn.Module) -> list[str]:
+    """Paths of linear layers and of fused experts' stacks, in the model's order."""
+    found, stacks = [], stacks_of(model)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | Conv1D):
+            found.append(name)
+        elif is_experts(module):
+            found += [stack for stack in stacks if stack.rpartition(".")[0] == name]
+    return found
 
 
 def decoders(model: nn.Module, wanted: Collection[int] | None = None) -> list[str]:
@@ -168,7 +180,8 @@ def shortest_targets(model: nn.Module, names: Collection[str]) -> list[str]:
     Last parts of the paths ("q_proj") where that selects nothing else, as PEFT compares them; else the paths.
     """
     last = {name.rpartition(".")[2] for name in names}
-    same = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in last}
+    every = [*(name for name, _ in model.named_modules()), *stacks_of(model)]
+    same = {name for name in every if name.rpartition(".")[2] in last}
     return sorted(last if same == set(names) else names)
 
 

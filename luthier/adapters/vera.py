@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from luthier.adapters.base import ADAPTERS, Adapter, Additive, LowRank, check_rank, wide
 from luthier.adapters.svd import principal
+from luthier.adapters.stacks import layer_of
 from luthier.adapters.targets import features
 from luthier.config import AdapterConfig
 from luthier.errors import Refused
@@ -125,7 +126,7 @@ class VeRA(Additive):
     def share(cls, model: nn.Module, adapters: Mapping[str, Adapter]) -> None:
         mine = [adapter for adapter in _of(adapters) if adapter.shared]
         if mine:
-            weight = model.get_submodule(mine[0].name).get_parameter("weight")
+            weight = layer_of(model, mine[0].name).get_parameter("weight")
             rank = mine[0].config.rank
             new = torch.zeros(0, dtype=wide(weight.dtype), device=weight.device)
             projections = Projections(

@@ -71,8 +71,8 @@ def test_adapter(
     assert found.keys() == mine.keys()
     reached = {n for n, g in found.items() if g.any()}
     excused = {
-        f"{layer}.adapter.{n}".removeprefix(".")
-        for layer, adapter in adapters_of(model).items()
+        f"{adapter.path}.{n}"
+        for adapter in adapters_of(model).values()
         for n in adapter.may_idle
     }
     assert mine.keys() - excused <= reached
