@@ -39,6 +39,7 @@ from luthier.data.loader import Loader, evaluation_batches
 from luthier.errors import Refused
 from luthier.models.attention import check_kernel
 from luthier.models.dropout import seed_dropout
+from luthier.models.families import untested
 from luthier.models.folder import find_folder, fingerprint, weight_files
 from luthier.models.load import (
     build_model,
@@ -46,7 +47,6 @@ from luthier.models.load import (
     resolve_device,
     save_model,
 )
-from luthier.models.routers import router_facts, watch_routers
 from luthier.models.stage import Stage, check_stage, compile_layers, set_recompute
 from luthier.text import Text as Text
 from luthier.text import open_text as open_text
@@ -54,7 +54,7 @@ from luthier.train.gates import check_first_gradients
 from luthier.train.master import LossScaler, MasterWeights
 from luthier.train.optim import make_optimizer
 from luthier.train.plan import Plan
-from luthier.train.router import RouterLoss
+from luthier.train.router import router_loss
 from luthier.train.step import Updater
 
 # names under which the families of transformers say that they are mixtures of experts
@@ -191,6 +191,8 @@ def build(
         method.check_length(built.adapter, config.data.length, limit)
     built.stage.autocast = None if chosen.autocast == "none" else getattr(torch, chosen.autocast)
     check_stage(built.stage)
+    remark = untested(model.config.model_type)
+    built.remarks += [remark] if remark else []
     if train:
         add_noise(model, config.adapter, seed=config.train.seed)
         seed_dropout(model, config.train.seed)
@@ -355,24 +357,8 @@ def make_updater(config: RunConfig, built: Built) -> Updater:
         clip=config.optim.clip,
         gate=partial(check_first_gradients, built.model, expected, excused),
         device=built.device,
-        router=_router_loss(config.train.router_loss, built),
+        router=router_loss(built.model, config.train.router_loss),
     )
-
-
-def _router_loss(asked: float | None, built: Built) -> RouterLoss | None:
-    """The loss of the model's routers, with the weights of the config or else of the checkpoint."""
-    facts = router_facts(built.model.config)
-    if facts is None and asked:
-        raise Refused(
-            f"train.router_loss={asked}",
-            f"the family '{built.model.config.model_type}' has no router that is trained to balance its experts",
-            "leave it out",
-        )
-    if facts is not None and asked is not None:
-        facts["balance"] = asked
-    if facts is None or not (facts["balance"] or facts["z"]) or not watch_routers(built.model):
-        return None
-    return RouterLoss(**facts)
 
 
 IDENTITY = {
@@ -392,8 +378,16 @@ def identity(config: RunConfig) -> dict[str, Any]:
         for key, value in dump[section].items():
             if keys is None or key in keys:
                 found[f"{section}.{key}"] = value
-    return found | {
-        "optim.lr": config.lr,
-        "train.batch": config.batch,
-        "train.seed": config.train.seed,
-    } | ({} if config.train.router_loss is None else {"train.router_loss": config.train.router_loss})
+    return (
+        found
+        | {
+            "optim.lr": config.lr,
+            "train.batch": config.batch,
+            "train.seed": config.train.seed,
+        }
+        | (
+            {}
+            if config.train.router_loss is None
+            else {"train.router_loss": config.train.router_loss}
+        )
+    )

@@ -29,6 +29,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 
+
 def tiny_model_(
     family: str,
     dtype: torch.dtype = torch.float32,
@@ -51,6 +52,7 @@ def tiny_model_(
     keys = {**config_keys(family, dropout), **overrides}
     config = AutoConfig.for_model(model_type(family), **keys)
     with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # some vectors (attention sinks) are drawn
         model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     with torch.no_grad():
         for name, p in model.named_parameters():

@@ -32,7 +32,8 @@ def make(
     number = len(model.get_parameter(name))
     adapter = method(layer_of(model, name), config, name=name, seed=seed)
     adapter.stacked = number
-    for tensors in (adapter._parameters, adapter._buffers):
+    every: tuple[dict[str, Any], ...] = (adapter._parameters, adapter._buffers)
+    for tensors in every:
         for key, tensor in tensors.items():
             if tensor is not None:
                 new = tensor.new_zeros(number, *tensor.shape)
@@ -85,9 +86,10 @@ def fold(experts: Any, stack: str, adapter: Adapter) -> None:
 @contextmanager
 def expert(adapter: Adapter, parts: Mapping[str, Sequence[Tensor]], number: int) -> Iterator[None]:
     """Make `adapter` that of matrix `number`; `parts`: its tensors, taken apart (`_apart`)."""
-    kept = [(own, dict(own)) for own in (adapter._parameters, adapter._buffers)]
+    every: tuple[dict[str, Any], ...] = (adapter._parameters, adapter._buffers)
+    kept = [(own, dict(own)) for own in every]
     for own, whole in kept:
-        own.update({key: parts[key][number] for key in whole if key in parts})  # pyright: ignore
+        own.update({key: parts[key][number] for key in whole if key in parts})
     try:
         yield
     finally:
@@ -184,7 +186,9 @@ def to_file(adapters: Mapping[str, Adapter], plain: bool) -> dict[str, Tensor]:
             if not plain:
                 found[f"{name}.{suffix}"] = tensor
                 continue
-            rows = tensor.flatten(0, 1) if "lora_A" in suffix else tensor.permute(1, 2, 0).flatten(1)
+            rows = (
+                tensor.flatten(0, 1) if "lora_A" in suffix else tensor.permute(1, 2, 0).flatten(1)
+            )
             found[f"{path}.{NESTED * depth}{suffix}"] = rows
     return found
 

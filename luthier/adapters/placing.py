@@ -245,7 +245,9 @@ def _take_off(model: nn.Module) -> None:
         for handle in adapter.handles:
             handle.remove()
         adapter.handles.clear()
-        owner = model.get_submodule(adapter.name.rpartition(".")[0] if adapter.stacked else adapter.name)
+        owner = model.get_submodule(
+            adapter.name.rpartition(".")[0] if adapter.stacked else adapter.name
+        )
         if hasattr(owner, "adapter"):  # one for all stacks of a module
             del owner.adapter
     for parameter in whole_parameters(model).values():

@@ -149,8 +149,12 @@ def key_value_sizes(text: Any) -> tuple[int, int, int]:
     """(heads of keys and values, width of a key, width of a value) that a layer's attention is given."""
     heads = text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // heads
-    if hasattr(text, "qk_head_dim"):  # latent attention (DeepSeek): head_dim is that of the rotated part
+    if hasattr(
+        text, "qk_head_dim"
+    ):  # latent attention (DeepSeek): head_dim is that of the rotated part
         return heads, text.qk_head_dim, text.v_head_dim
-    if text.model_type == "falcon":  # num_kv_heads counts in one of its forms, which repeats them itself
+    if (
+        text.model_type == "falcon"
+    ):  # num_kv_heads counts in one of its forms, which repeats them itself
         return 1 if text.multi_query and not text.new_decoder_architecture else heads, width, width
     return getattr(text, "num_key_value_heads", None) or heads, width, width

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from luthier.adapters import experts
 from luthier.adapters.base import ADAPTERS, Adapter
 from luthier.adapters.facts import CONFIG, check_base, own_options, read_adapter_config, write_facts
-from luthier.adapters.placing import adapters_of, build, install, names_of, whole_parameters
 from luthier.adapters.peft_lora import LORA
+from luthier.adapters.placing import adapters_of, build, install, names_of, whole_parameters
 from luthier.adapters.stacks import stacks_of
 from luthier.adapters.targets import options_of, shortest_targets
 from luthier.config import AdapterConfig
@@ -137,7 +137,9 @@ def load_adapter(
     made_for = fields.get("base_model_name_or_path")
     remarks = check_base(folder, made_for, base_name, base_hash)
     tensors = _read_tensors(folder)
-    contents = _sort(_by_stack(tensors, model, fields), model, method, fields.get("modules_to_save") or ())
+    contents = _sort(
+        _by_stack(tensors, model, fields), model, method, fields.get("modules_to_save") or ()
+    )
     layers = list(contents.parts)
     config = own = own_options(folder, fields)
     if config is None:
@@ -250,7 +252,9 @@ def _by_stack(
     """The file's tensors with those of fused experts under the names of their stacks."""
     bare = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
     found = experts.from_file(bare, model, fields.get("target_parameters"))
-    kept = tensors.keys() - {f"{PREFIX}{name}" for name in bare}  # VeRA's, which have another prefix
+    kept = tensors.keys() - {
+        f"{PREFIX}{name}" for name in bare
+    }  # VeRA's, which have another prefix
     return {name if name in kept else f"{PREFIX}{name}": tensor for name, tensor in found.items()}
 
 

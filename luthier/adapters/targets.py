@@ -180,7 +180,8 @@ def shortest_targets(model: nn.Module, names: Collection[str]) -> list[str]:
     Last parts of the paths ("q_proj") where that selects nothing else, as PEFT compares them; else the paths.
     """
     last = {name.rpartition(".")[2] for name in names}
-    every = [*(name for name, _ in model.named_modules()), *stacks_of(model)]
+    layers = (name for name, _ in model.named_modules() if ".adapter." not in name)
+    every = [*layers, *stacks_of(model)]
     same = {name for name in every if name.rpartition(".")[2] in last}
     return sorted(last if same == set(names) else names)
 

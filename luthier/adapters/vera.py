@@ -18,8 +18,8 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from luthier.adapters.base import ADAPTERS, Adapter, Additive, LowRank, check_rank, wide
-from luthier.adapters.svd import principal
 from luthier.adapters.stacks import layer_of
+from luthier.adapters.svd import principal
 from luthier.adapters.targets import features
 from luthier.config import AdapterConfig
 from luthier.errors import Refused

@@ -91,7 +91,7 @@ def repair(model: PreTrainedModel) -> None:
     for module in model.modules():
         if isinstance(module, FalconAttention):
             module.__class__ = PackedFalconAttention
-            module.alibi_slopes = slopes
+            module.alibi_slopes = slopes  # pyright: ignore[reportArgumentType]
         if isinstance(module, PreTrainedModel):
             # transformers judges by the source of the class that these layers have left
             module._can_set_attn_implementation = _true  # pyright: ignore[reportAttributeAccessIssue]

@@ -14,8 +14,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from luthier.batch import PADDING, Batch
+from luthier.errors import Refused
+from luthier.models.routers import router_facts, watch_routers
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,25 @@ class RouterLoss:
             if self.z:
                 total = total + self.z * torch.logsumexp(scores, dim=-1).square().sum()
         return total / rows
+
+
+def router_loss(model: PreTrainedModel, asked: float | None) -> RouterLoss | None:
+    """The loss of the model's routers, hooked; `asked` replaces the checkpoint's weight of the balance.
+
+    None where its weights are 0. Refused when it is asked of a model without such routers.
+    """
+    facts = router_facts(model.config)
+    if facts is None and asked:
+        raise Refused(
+            f"train.router_loss={asked}",
+            f"the family '{model.config.model_type}' has no router that is trained to balance its experts",
+            "leave it out",
+        )
+    if facts is not None and asked is not None:
+        facts["balance"] = asked
+    if facts is None or not (facts["balance"] or facts["z"]) or not watch_routers(model):
+        return None
+    return RouterLoss(**facts)
 
 
 def _real(batch: Batch) -> Tensor:

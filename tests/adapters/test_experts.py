@@ -47,9 +47,7 @@ class Separate(nn.Module):
                 layer = nn.Linear(weight.shape[1], weight.shape[0], bias=experts.has_bias)
                 layer.weight = nn.Parameter(weight.contiguous())
                 if experts.has_bias:
-                    layer.bias = nn.Parameter(
-                        getattr(experts, f"{stack}_bias")[e].detach().clone()
-                    )
+                    layer.bias = nn.Parameter(getattr(experts, f"{stack}_bias")[e].detach().clone())
                 layers.append(layer)
             self.add_module(stack, nn.ModuleList(layers))
 
@@ -84,7 +82,9 @@ def test_experts_are_linear_layers(tiny_model: Any, row: str, family: str) -> No
         theirs = next(iter(adapters_of(single).values())).projections
         theirs.fill(mine["down_proj"].projections.A, mine["down_proj"].projections.B)
     x = torch.randn(7, 64, dtype=torch.float64)
-    index = torch.tensor([[0, 1], [1, 2], [0, 2], [2, 1], [0, 1], [1, 0], [2, 0]])  # none to expert 3
+    index = torch.tensor(
+        [[0, 1], [1, 2], [0, 2], [2, 1], [0, 1], [1, 0], [2, 0]]
+    )  # none to expert 3
     weights = torch.rand(7, 2, dtype=torch.float64)
     ours, wanted = experts(x, index, weights), single(x, index, weights)
     assert error(ours, wanted) < 1e-12

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from conftest import tiny_model_
+from tiny_families import FAMILIES, MORE
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -13,6 +15,10 @@ from luthier.batch import IGNORE, Batch, Layout
 from luthier.models.stage import Stage
 from luthier.train.loss import token_loss
 
+# CI runs the families of the first list, `make test-all` every one
+every_family = pytest.mark.parametrize(
+    "family", [*FAMILIES, *(pytest.param(name, marks=pytest.mark.long) for name in MORE)]
+)
 # the longest document is longer than the windows, the shortest is one token; a row of three documents
 DOCUMENTS = [[5, 3, 7], [8, 4], [1, 13]]
 # rounding of float32, ||difference|| / ||reference||: what two orders of summation differ by in logits, and
@@ -63,10 +69,11 @@ def assert_same(ours: dict[str, Tensor], reference: dict[str, Tensor], bound: fl
     """Every tensor of both within `bound` of the other."""
     assert ours.keys() == reference.keys()
     # a gradient that is zero but for rounding (a key's bias) is measured by the others
-    scale = max(float(t.double().norm()) for t in reference.values())
+    scale = max(float(t.detach().double().norm()) for t in reference.values())
     for name, wanted in reference.items():
-        size = max(float(wanted.double().norm()), 1e-3 * scale)
-        assert float((ours[name].double() - wanted.double()).norm()) / size < bound, name
+        size = max(float(wanted.detach().double().norm()), 1e-3 * scale)
+        difference = ours[name].detach().double() - wanted.detach().double()
+        assert float(difference.norm()) / size < bound, name
 
 
 def shuffled(batch: Batch, width: int) -> Batch:

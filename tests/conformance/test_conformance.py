@@ -6,10 +6,10 @@ names of these tests. Adapters are in test_conformance_adapters.py, whole runs i
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from family_checks import (
     DOCUMENTS,
@@ -17,26 +17,28 @@ from family_checks import (
     LOGITS,
     assert_same,
     error,
+    every_family,
     gradients,
     plain_loss,
     plain_model,
     shuffled,
     stage_loss,
 )
-from tiny_families import FAMILIES
 from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
+from luthier.adapters import adapter_parameters, adapters_of, attach, fold_into
 from luthier.batch import Layout
-from luthier.config import ModelConfig
+from luthier.config import AdapterConfig, ModelConfig
 from luthier.models.generate import GenerateOptions, generate
 from luthier.models.load import build_model, save_model
 from luthier.models.stage import Stage, check_stage, set_recompute
+from luthier.seeding import generator
 
-each_family = pytest.mark.parametrize("family", FAMILIES)
 PROMPTS = [[7, 9, 4, 11, 30, 31, 8], [5], [200, 3, 17, 99]]
 
 
-@each_family
+@every_family
 def test_packed(family: str, tiny_model: Any, random_batch: Any) -> None:
     """Logits and all gradients of packed rows are those of each document alone in plain transformers."""
     ours, plain = tiny_model(family), plain_model(family)
@@ -53,7 +55,35 @@ def test_packed(family: str, tiny_model: Any, random_batch: Any) -> None:
     assert_same(mine, gradients(plain, plain_loss(plain, batch)), GRADIENTS)
 
 
-@each_family
+@every_family
+def test_lora_gradients(family: str, tiny_model: Any, random_batch: Any) -> None:
+    """LoRA's gradients, on every linear layer and expert, follow from plain transformers' of the folded weights."""
+    model, batch = tiny_model(family), random_batch(lengths_per_row=DOCUMENTS)
+    config = AdapterConfig(method="lora", rank=4, alpha=6)
+    attach(model, config, seed=1)
+    with torch.no_grad():
+        for name, p in adapter_parameters(model).items():
+            p.add_(0.1 * torch.randn(p.shape, generator=generator(0, name)))
+    mine = gradients(model, stage_loss(Stage(model), batch))
+    plain, folded = plain_model(family), deepcopy(model)
+    fold_into(folded)
+    plain.load_state_dict(folded.state_dict())
+    theirs = gradients(plain.requires_grad_(True), plain_loss(plain, batch))
+    wanted = {}
+    for name, adapter in adapters_of(model).items():
+        # d loss / d W as [..., out, in]
+        weight = theirs[name if adapter.stacked else f"{name}.weight"]
+        owner = plain.get_submodule(name.rpartition(".")[0] if adapter.stacked else name)
+        if isinstance(owner, Conv1D) or getattr(owner, "is_transposed", False):
+            weight = weight.transpose(-1, -2)
+        scale = config.scale_alpha / config.rank
+        A, B = adapter.get_parameter("lora_A"), adapter.get_parameter("lora_B")
+        wanted[f"{adapter.path}.lora_A"] = scale * B.transpose(-1, -2) @ weight
+        wanted[f"{adapter.path}.lora_B"] = scale * weight @ A.transpose(-1, -2)
+    assert_same(mine, wanted, GRADIENTS)
+
+
+@every_family
 def test_padded(family: str, tiny_model: Any, random_batch: Any) -> None:
     """Documents in padded rows of their own give the gradients of the packed rows."""
     model, batch = tiny_model(family), random_batch(lengths_per_row=DOCUMENTS)
@@ -62,7 +92,7 @@ def test_padded(family: str, tiny_model: Any, random_batch: Any) -> None:
     assert_same(gradients(model, stage_loss(stage, shuffled(batch, 17))), packed, GRADIENTS)
 
 
-@each_family
+@every_family
 def test_generation(family: str, tiny_model: Any) -> None:
     """Greedy answers with a cache and left padding are those of plain transformers, token by token anew."""
     model, plain = tiny_model(family), plain_model(family)
@@ -77,7 +107,7 @@ def test_generation(family: str, tiny_model: Any) -> None:
         assert ids[len(prompt) :] == answer
 
 
-@each_family
+@every_family
 def test_saved(family: str, tiny_model: Any, tmp_path: Path) -> None:
     """What is saved loads in plain transformers and here, with the same logits; tied heads are tied."""
     model, ids = tiny_model(family), torch.tensor([PROMPTS[0]])
@@ -98,7 +128,7 @@ def test_saved(family: str, tiny_model: Any, tmp_path: Path) -> None:
         assert torch.equal(ours(input_ids=ids, use_cache=False).logits, wanted)
 
 
-@each_family
+@every_family
 def test_recomputed(family: str, tiny_model: Any, random_batch: Any) -> None:
     """Recomputing layers changes no gradient, bit for bit."""
     model, batch = tiny_model(family), random_batch(lengths_per_row=DOCUMENTS)

@@ -1,6 +1,6 @@
 """Every adapter method on every family: it attaches, leaves the output, trains, folds, and is read back.
 
-CI runs one form of each method, `make test-all` every row of the adapters' contract table.
+CI runs one form of each method, `make test-all` more.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from family_checks import DOCUMENTS, LOGITS, error, gradients, stage_loss
-from tiny_families import FAMILIES
+from family_checks import DOCUMENTS, LOGITS, error, every_family, gradients, stage_loss
 
 from luthier.adapters import (
     adapter_parameters,
@@ -38,6 +37,27 @@ METHODS: dict[str, tuple[dict[str, Any], bool, bool]] = {
     "prefix": ({"num_prefix_tokens": 4}, False, False),
     "prompt": ({"num_prefix_tokens": 4}, False, False),
 }
+# forms of a method that CI leaves to `make test-all`
+FORMS: dict[str, tuple[dict[str, Any], bool, bool]] = {
+    "dora": ({"method": "lora", "rank": 4, "dora": True}, True, True),
+    "pissa": ({"method": "lora", "rank": 4, "pissa": True}, True, True),
+    "mixer": ({"method": "lora", "rank": 4, "mixer": True}, True, True),
+    "mora_type1": ({"method": "mora", "rank": 4, "form": "type1"}, True, True),
+    "vera_paddlenlp": ({"method": "vera", "rank": 4, "form": "paddlenlp"}, True, True),
+    "lokr_both": ({"method": "lokr", "rank": 1, "decompose_both": True}, True, True),
+    "reft_tiny": ({"method": "reft", "rank": 4, "form": "tiny", "positions": "all"}, False, True),
+    "prefix_network": (
+        {
+            "method": "prefix",
+            "num_prefix_tokens": 4,
+            "form": "paddlenlp",
+            "prefix_projection": True,
+            "projection_size": 12,
+        },
+        False,
+        False,
+    ),
+}
 PROMPTS = [[7, 9, 4, 11, 30, 31, 8], [5, 6], [200, 3, 17, 99]]
 
 
@@ -50,12 +70,14 @@ def fill(model: Any) -> None:
     retract(model)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "method", [*METHODS, *(pytest.param(name, marks=pytest.mark.long) for name in FORMS)]
+)
+@every_family
 def test_adapter(
     family: str, method: str, tiny_model: Any, random_batch: Any, tmp_path: Path
 ) -> None:
-    given, folds, unchanged = METHODS[method]
+    given, folds, unchanged = {**METHODS, **FORMS}[method]
     config = AdapterConfig.model_validate({"method": method, **given})
     model, batch = tiny_model(family), random_batch(lengths_per_row=DOCUMENTS)
     stage = Stage(model)
@@ -64,16 +86,16 @@ def test_adapter(
     attach(model, config, seed=1)
     with torch.no_grad():
         first = stage(batch)
-    assert not unchanged or error(first, base) < LOGITS  # bit for bit on linear layers: test_contract
+    assert (
+        not unchanged or error(first, base) < LOGITS
+    )  # bit for bit on linear layers: test_contract
     fill(model)
     mine = adapter_parameters(model)
     found = gradients(model, stage_loss(stage, batch))
     assert found.keys() == mine.keys()
     reached = {n for n, g in found.items() if g.any()}
     excused = {
-        f"{adapter.path}.{n}"
-        for adapter in adapters_of(model).values()
-        for n in adapter.may_idle
+        f"{adapter.path}.{n}" for adapter in adapters_of(model).values() for n in adapter.may_idle
     }
     assert mine.keys() - excused <= reached
     with torch.no_grad():

@@ -36,7 +36,9 @@ def steps(family: str, tiny_model: Any, parts: list[Batch], **keys: Any) -> tupl
         }
     )
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    updater = replace(make_updater(config, Built(model, stage, torch.device("cpu"), "x")), gate=None)
+    updater = replace(
+        make_updater(config, Built(model, stage, torch.device("cpu"), "x")), gate=None
+    )
     report = updater.update(parts, step=1, lr=1.0)
     return {n: before[n] - p.detach() for n, p in model.named_parameters()}, report
 
