@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from luthier import seeding
 from luthier.adapters.base import Adapter, Additive, Placed, Removable, wide
-from luthier.adapters.stacks import STACKS, layer_of, matrix, stacks_of, stand_in
 from luthier.config import AdapterConfig
 from luthier.errors import Refused
+from luthier.stacks import STACKS, linear_of, matrix, stacks_of, stand_in
 
 NESTED = "base_layer."  # PEFT wraps an experts' module once for each of its adapted parameters
 
@@ -30,10 +30,9 @@ def make(
 ) -> Adapter:
     """The adapter of the stack `name`, without values; every tensor [E, ...] of one matrix' adapter."""
     number = len(model.get_parameter(name))
-    adapter = method(layer_of(model, name), config, name=name, seed=seed)
+    adapter = method(linear_of(model, name), config, name=name, seed=seed)
     adapter.stacked = number
-    every: tuple[dict[str, Any], ...] = (adapter._parameters, adapter._buffers)
-    for tensors in every:
+    for tensors in _held(adapter):
         for key, tensor in tensors.items():
             if tensor is not None:
                 new = tensor.new_zeros(number, *tensor.shape)
@@ -86,8 +85,7 @@ def fold(experts: Any, stack: str, adapter: Adapter) -> None:
 @contextmanager
 def expert(adapter: Adapter, parts: Mapping[str, Sequence[Tensor]], number: int) -> Iterator[None]:
     """Make `adapter` that of matrix `number`; `parts`: its tensors, taken apart (`_apart`)."""
-    every: tuple[dict[str, Any], ...] = (adapter._parameters, adapter._buffers)
-    kept = [(own, dict(own)) for own in every]
+    kept = [(own, dict(own)) for own in _held(adapter)]
     for own, whole in kept:
         own.update({key: parts[key][number] for key in whole if key in parts})
     try:
@@ -97,6 +95,11 @@ def expert(adapter: Adapter, parts: Mapping[str, Sequence[Tensor]], number: int)
             for key in parts:
                 if key in whole:
                     own[key] = whole[key]
+
+
+def _held(adapter: Adapter) -> list[dict[str, Any]]:
+    """Where a module keeps its own tensors: slices of parameters are put there, which are none themselves."""
+    return [adapter._parameters, adapter._buffers]
 
 
 def _apart(adapter: Adapter) -> dict[str, Sequence[Tensor]]:

@@ -19,10 +19,11 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from luthier.adapters.base import ADAPTERS, Adapter, Additive, check_rank
-from luthier.adapters.stacks import layer_of
-from luthier.adapters.targets import features, pattern_value
+from luthier.adapters.targets import pattern_value
 from luthier.config import AdapterConfig
 from luthier.errors import Refused
+from luthier.layers import features
+from luthier.stacks import linear_of
 
 ROTATED = ("type6", "paddlenlp")
 BASE = 10000.0  # of the rotation's angles
@@ -60,7 +61,7 @@ class MoRA(Additive):
         plan = super().plan(model, config)
         check_rank(model, plan)
         for name, each in plan.items():
-            num_in, num_out = features(layer_of(model, name))
+            num_in, num_out = features(linear_of(model, name))
             size = square(num_in, num_out, each.rank, each.form_)
             grouped = {"type2": min(num_in, num_out), "type3": num_in, "type4": num_out}
             most = grouped.get(each.form_, size)

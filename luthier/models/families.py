@@ -75,16 +75,16 @@ _FAMILIES: dict[str, Family] = {
 }
 
 
-def untested(model_type: str) -> str | None:
-    """What to tell the user of a family that no row of the support table covers; None for the others."""
+def untested(model_type: str) -> list[str]:
+    """What to tell the user of a family that no row of the support table covers; nothing for the others."""
     if model_type in (*TESTED, *MODEL_TYPES, "chatglm2", "glm_legacy"):
-        return None
+        return []
     near = get_close_matches(model_type, TESTED, n=1)
-    return (
+    return [
         f"the model family '{model_type}' is in no row of the support table (docs/reference/families.md)"
         + (f"; the nearest that is: {near[0]}" if near else "")
         + ". Its packed rows and logits were compared with its plain forward just now, and agree"
-    )
+    ]
 
 
 def family_of(model_type: str) -> Family:

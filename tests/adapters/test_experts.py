@@ -21,8 +21,8 @@ from luthier.adapters import (
     select_targets,
 )
 from luthier.adapters.experts import tensors_of
-from luthier.adapters.stacks import matrix
 from luthier.errors import Refused
+from luthier.stacks import matrix
 
 on_linear = pytest.mark.parametrize("row", [n for n, r in METHODS.items() if r.on == "linear"])
 STACKS = ("gate_up_proj", "down_proj")

@@ -2,7 +2,8 @@
 
 They are no layers; to an adapter each matrix is shown as a linear layer (`stand_in`). A stack is named by the
 path of its parameter ("model.layers.0.mlp.experts.down_proj"). Which modules are meant is told by what
-transformers' `use_experts_implementation` leaves on them. How adapters act on stacks is `experts.py`'s.
+transformers' `use_experts_implementation` leaves on them. How adapters act on stacks is
+`adapters/experts.py`'s.
 """
 
 from __future__ import annotations
@@ -15,26 +16,20 @@ from torch import nn
 STACKS = ("gate_up_proj", "up_proj", "down_proj")  # in the order of use
 
 
-def is_experts(module: nn.Module) -> bool:
-    """Whether the module holds stacks."""
-    return hasattr(module, "has_gate") and hasattr(module, "is_transposed") and bool(_own(module))
-
-
 def stacks_of(model: nn.Module) -> list[str]:
     """Paths of all stacks of a model, in its order."""
     return [
         f"{path}.{name}".removeprefix(".")
         for path, module in model.named_modules()
-        if is_experts(module)
-        for name in _own(module)
+        for name in own_stacks(module)
     ]
 
 
-def layer_of(model: nn.Module, name: str) -> nn.Module:
+def linear_of(model: nn.Module, name: str) -> nn.Module:
     """The linear layer `name`, or the stand-in of a stack's first matrix."""
     path, _, last = name.rpartition(".")
     parent: Any = model.get_submodule(path)
-    if last in STACKS and is_experts(parent) and last in _own(parent):
+    if last in own_stacks(parent):
         return stand_in(parent, last, 0)
     return model.get_submodule(name)
 
@@ -53,6 +48,9 @@ def matrix(experts: Any, stack: str, number: int | torch.Tensor) -> torch.Tensor
     return weight.t() if experts.is_transposed else weight
 
 
-def _own(module: nn.Module) -> list[str]:
+def own_stacks(module: nn.Module) -> list[str]:
+    """Names of the stacks that the module itself holds, in the order of use; none if it is no experts' module."""
+    if not (hasattr(module, "has_gate") and hasattr(module, "is_transposed")):
+        return []
     own = dict(module.named_parameters(recurse=False))
     return [name for name in STACKS if name in own and own[name].ndim == 3]
