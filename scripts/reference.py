@@ -1,6 +1,6 @@
 """Make what the docs take from code and results files.
 
-docs/reference: config.md and config.schema.json from luthier/config.py, paddlenlp.md from its table. The
+README and docs/reference/families.md: the support table from tests/conformance/results.json. docs/reference: config.md and config.schema.json from luthier/config.py, paddlenlp.md from its table. The
 tables in docs/tasks/packing.md and adapters.md from benchmarks/packing and benchmarks/methods. `--check` writes nothing and fails when a file
 is not what the code says; CI runs that.
 """
@@ -26,6 +26,37 @@ METHOD_MARKS = (
     "<!-- methods table: python scripts/reference.py -->",
     "<!-- end of methods table -->",
 )
+README = ROOT / "README.md"
+SUPPORT = ROOT / "tests" / "conformance" / "results.json"
+SUPPORT_MARKS = (
+    "<!-- support table: python scripts/reference.py -->",
+    "<!-- end of support table -->",
+)
+# column -> the checks of tests/conformance that it needs
+COLUMNS = {
+    "full": ("packed", "padded", "recomputed", "saved", "full_run"),
+    "LoRA": ("lora_gradients", "lora_run", "lora", "dora", "pissa", "mixer"),
+    "other adapters": (
+        "mora",
+        "vera",
+        "lokr",
+        "ia3",
+        "reft",
+        "mora_type1",
+        "vera_paddlenlp",
+        "lokr_both",
+        "reft_tiny",
+    ),
+    "prefix, prompt": ("prefix", "prompt", "prefix_network"),
+    "generation": ("generation",),
+}
+FAMILIES = """\
+# Families
+
+Made by `scripts/reference.py` from `tests/conformance/results.json`, which `make support` writes; do not edit. Each
+row is a tiny random model, each cell what became of the checks of `tests/conformance` that are named below.
+
+"""
 MARKS = ("<!-- packing table: python scripts/reference.py -->", "<!-- end of packing table -->")
 SETS = {"advertisegen": "AdvertiseGen", "alpaca": "Alpaca demo"}
 HEAD = """\
@@ -104,6 +135,26 @@ def _listed(names: Iterable[str]) -> str:
 def packing() -> str:
     """The page with the table of padding shares between its marks; one table per results file."""
     return _between(PACKING, MARKS, [_padding(path) for path in sorted(RESULTS.glob("*.json"))])
+
+
+def support() -> str:
+    """A row a family, a column a capability, from the results of the conformance suite."""
+    found = json.loads(SUPPORT.read_text("utf-8"))
+    lines = [f"| family | {' | '.join(COLUMNS)} |", "|---" * (1 + len(COLUMNS)) + "|"]
+    for name, checks in found["families"].items():
+        cells = []
+        for needed in COLUMNS.values():
+            failed = [check for check in needed if checks.get(check) != "passed"]
+            cells.append("yes" if not failed else f"no: {', '.join(failed)}")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
+    return "\n".join([*lines, "", f"Measured with {versions}."]) + "\n"
+
+
+def families() -> str:
+    """The page of the families: the table, and what its columns need."""
+    needs = [f"- {name}: {_listed(checks)}" for name, checks in COLUMNS.items()]
+    return FAMILIES + support() + "\n## Checks\n\n" + "\n".join(needs) + "\n"
 
 
 def adapters() -> str:
@@ -207,6 +258,8 @@ def main() -> int:
         FOLDER / "paddlenlp.md": arguments(),
         PACKING: packing(),
         ADAPTERS: adapters(),
+        README: _between(README, SUPPORT_MARKS, [support()]),
+        FOLDER / "families.md": families(),
         FOLDER / "config.schema.json": json.dumps(json_schema(), indent=2) + "\n",
     }
     stale = [p for p, text in files.items() if not p.is_file() or p.read_text("utf-8") != text]
