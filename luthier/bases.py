@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+
+from torch import nn
 
 from luthier.adapters import plan_of
 from luthier.adapters.residual import FirstSplit, SavedSplit
 from luthier.config import AdapterConfig, QuantizeConfig, RunConfig
 from luthier.errors import Refused
+from luthier.layers import is_quantized
 from luthier.quantize.loading import Quantization
 
 
@@ -35,3 +39,14 @@ def quantization_of(
     if new is None or not new.pissa:
         return Quantization(config)
     return Quantization(config, lambda model: FirstSplit(plan_of(model, new), seed=seed))
+
+
+def storage_words(model: nn.Module) -> str:
+    """How the base is kept: `106,168,320 weights in nf4, 60 MB`; empty where none is quantised."""
+    layers: list[Any] = [module for module in model.modules() if is_quantized(module)]
+    if not layers:
+        return ""
+    schemes = sorted({layer.scheme for layer in layers})
+    weights = sum(layer.spec.numel for layer in layers)
+    size = sum(t.numel() * t.element_size() for layer in layers for t in layer.tensors().values())
+    return f"{weights:,} weights in {' and '.join(schemes)}, {size / 1e6:,.0f} MB"

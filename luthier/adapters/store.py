@@ -21,7 +21,14 @@ from torch import Tensor, nn
 
 from luthier.adapters import experts
 from luthier.adapters.base import ADAPTERS, Adapter
-from luthier.adapters.facts import CONFIG, check_base, own_options, read_adapter_config, write_facts
+from luthier.adapters.facts import (
+    CONFIG,
+    check_base,
+    check_positions_of,
+    own_options,
+    read_adapter_config,
+    write_facts,
+)
 from luthier.adapters.peft_lora import LORA
 from luthier.adapters.placing import adapters_of, build, install, names_of, whole_parameters
 from luthier.adapters.targets import options_of, shortest_targets
@@ -136,6 +143,7 @@ def load_adapter(
     method = method_of(fields)
     made_for = fields.get("base_model_name_or_path")
     remarks = check_base(folder, made_for, base_name, base_hash)
+    check_positions_of(folder, getattr(model, "config", None))
     tensors = read_tensors(folder)
     contents = _sort(
         _by_stack(tensors, model, fields), model, method, fields.get("modules_to_save") or ()

@@ -18,6 +18,7 @@ from luthier.configfile import Layer
 from luthier.errors import Refused, suggest
 from luthier.interop.paddlenlp_arguments import FALSE, TRUE, Arguments, check, is_off
 from luthier.interop.paddlenlp_keys import PARALLEL
+from luthier.interop.paddlenlp_lengths import lengths
 from luthier.interop.paddlenlp_methods import adapter, quantize
 
 KEEP_ALL = 1_000_000  # checkpoint.keep for a file without save_total_limit
@@ -51,6 +52,7 @@ def translate(given: Mapping[str, Any], origins: Mapping[str, str]) -> tuple[Lay
     for part in (
         _model,
         _data,
+        lengths,
         adapter,
         quantize,
         _optim,

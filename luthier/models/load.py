@@ -31,7 +31,7 @@ from transformers.utils import logging as hf_logging
 from luthier.config import ModelConfig
 from luthier.errors import Refused, need
 from luthier.files import write_json
-from luthier.models import attention, folder
+from luthier.models import attention, folder, rotary
 from luthier.models.folder import fingerprint as fingerprint
 from luthier.seeding import derive
 
@@ -108,6 +108,8 @@ def build_model(
     device = resolve_device(config.device)
     path = folder.find_folder(config.path, code=config.trust_remote_code)
     made = load_config(path, trust_remote_code=config.trust_remote_code)
+    if config.rope_scaling is not None:
+        rotary.scale(made, config.rope_scaling)
     files = folder.weight_files(path) if config.init == "pretrained" else []
     remote = {"trust_remote_code": config.trust_remote_code}
     with quiet():
