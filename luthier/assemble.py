@@ -41,6 +41,7 @@ from luthier.errors import Refused
 from luthier.layers import count
 from luthier.models.attention import check_kernel
 from luthier.models.dropout import seed_dropout
+from luthier.models.families import untested
 from luthier.models.folder import find_folder, fingerprint, weight_files
 from luthier.models.load import (
     build_model,
@@ -57,6 +58,7 @@ from luthier.train.gates import check_first_gradients
 from luthier.train.master import LossScaler, MasterWeights
 from luthier.train.optim import make_optimizer
 from luthier.train.plan import Plan
+from luthier.train.router import router_loss
 from luthier.train.step import Updater
 
 # names under which the families of transformers say that they are mixtures of experts
@@ -80,9 +82,7 @@ class Built:
     num_layers: int | None = None
     init: str = "pretrained"
     scaling: RopeScaling | None = None
-    quantize: dict[str, Any] = field(
-        default_factory=dict
-    )  # the options that are not the usual ones
+    quantize: dict[str, Any] = field(default_factory=dict)  # options that are not the usual
     adapter: AdapterConfig | None = None
     remarks: list[str] = field(default_factory=list)
 
@@ -201,6 +201,7 @@ def build(
         method.check_length(built.adapter, config.data.reach, limit)
     built.stage.autocast = None if chosen.autocast == "none" else getattr(torch, chosen.autocast)
     check_stage(built.stage)
+    built.remarks += untested(model.config.model_type)
     if train:
         add_noise(model, config.adapter, seed=config.train.seed)
         seed_dropout(model, config.train.seed)
@@ -357,8 +358,8 @@ def make_updater(config: RunConfig, built: Built) -> Updater:
         optimizer.register_step_post_hook(lambda *_: retract(built.model))
     expected = set(every)
     excused = {
-        f"{layer}.adapter.{name}".removeprefix(".")
-        for layer, adapter in adapters_of(built.model).items()
+        f"{adapter.path}.{name}"
+        for adapter in adapters_of(built.model).values()
         for name in adapter.zero_at_start | adapter.may_idle
     }
     return Updater(
@@ -369,6 +370,7 @@ def make_updater(config: RunConfig, built: Built) -> Updater:
         clip=config.optim.clip,
         gate=partial(check_first_gradients, built.model, expected, excused),
         device=built.device,
+        router=router_loss(built.model, config.train.router_loss),
     )
 
 
@@ -378,6 +380,7 @@ IDENTITY = {
     | {"packing", "lazy", "validation_share", "pose", "pose_window"},
     "adapter": None,
     "quantize": None,
+    "train": {"router_loss"},
     "optim": None,
 }
 

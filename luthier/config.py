@@ -212,6 +212,11 @@ class TrainConfig(Section):
         "its matrix products (`selective`).",
     )
     compile: bool = Field(False, description="Compile the layers with torch.compile.")
+    router_loss: Annotated[float, Field(ge=0)] | None = Field(
+        None,
+        description="Mixtures of experts: weight of the loss that balances the experts. Default: "
+        "`router_aux_loss_coef` of config.json where its `output_router_logits` is true, else 0.",
+    )
     seed: Annotated[int, Field(ge=0)] = Field(
         42, description="Order of rows, dropout, initial values."
     )

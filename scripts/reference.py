@@ -1,5 +1,6 @@
 """Make what the docs take from code and results files.
 
+README and docs/reference/families.md: the support table of tests/conformance/results.json.
 docs/reference: config.md and config.schema.json from luthier/config.py, paddlenlp.md from its table. The
 tables in docs/tasks/packing.md, adapters.md, quantize.md and long-documents.md from benchmarks/packing, methods,
 quantize and attention_cost. `--check` writes nothing and fails when a file
@@ -39,6 +40,37 @@ QUANTISE_MARKS = (
     "<!-- quantise table: python scripts/reference.py -->",
     "<!-- end of quantise table -->",
 )
+README = ROOT / "README.md"
+SUPPORT = ROOT / "tests" / "conformance" / "results.json"
+SUPPORT_MARKS = (
+    "<!-- support table: python scripts/reference.py -->",
+    "<!-- end of support table -->",
+)
+# column -> the checks of tests/conformance that it needs
+COLUMNS = {
+    "full": ("packed", "padded", "recomputed", "saved", "full_run"),
+    "LoRA": ("lora_gradients", "lora_run", "lora", "dora", "pissa", "mixer"),
+    "other adapters": (
+        "mora",
+        "vera",
+        "lokr",
+        "ia3",
+        "reft",
+        "mora_type1",
+        "vera_paddlenlp",
+        "lokr_both",
+        "reft_tiny",
+    ),
+    "prefix, prompt": ("prefix", "prompt", "prefix_network"),
+    "generation": ("generation",),
+}
+FAMILIES = """\
+# Families
+
+Made by `scripts/reference.py` from `tests/conformance/results.json`, which `make support` writes; do not edit. Each
+row is a tiny random model, each cell what became of the checks of `tests/conformance` that are named below.
+
+"""
 MARKS = ("<!-- packing table: python scripts/reference.py -->", "<!-- end of packing table -->")
 SETS = {"advertisegen": "AdvertiseGen", "alpaca": "Alpaca demo"}
 HEAD = """\
@@ -117,6 +149,26 @@ def _listed(names: Iterable[str]) -> str:
 def packing() -> str:
     """The page with the table of padding shares between its marks; one table per results file."""
     return _between(PACKING, MARKS, [_padding(path) for path in sorted(RESULTS.glob("*.json"))])
+
+
+def support() -> str:
+    """A row a family, a column a capability, from the results of the conformance suite."""
+    found = json.loads(SUPPORT.read_text("utf-8"))
+    lines = [f"| family | {' | '.join(COLUMNS)} |", "|---" * (1 + len(COLUMNS)) + "|"]
+    for name, checks in found["families"].items():
+        cells = []
+        for needed in COLUMNS.values():
+            failed = [check for check in needed if checks.get(check) != "passed"]
+            cells.append("yes" if not failed else f"no: {', '.join(failed)}")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
+    return "\n".join([*lines, "", f"Measured with {versions}."]) + "\n"
+
+
+def families() -> str:
+    """The page of the families: the table, and what its columns need."""
+    needs = [f"- {name}: {_listed(checks)}" for name, checks in COLUMNS.items()]
+    return FAMILIES + support() + "\n## Checks\n\n" + "\n".join(needs) + "\n"
 
 
 def adapters() -> str:
@@ -292,6 +344,8 @@ def main() -> int:
         PACKING: packing(),
         ADAPTERS: adapters(),
         QUANTISING: quantising(),
+        README: _between(README, SUPPORT_MARKS, [support()]),
+        FOLDER / "families.md": families(),
         LONG: long_documents(),
         FOLDER / "config.schema.json": json.dumps(json_schema(), indent=2) + "\n",
     }

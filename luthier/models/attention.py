@@ -6,7 +6,7 @@ Inside a stage there is a current `Layout`: no mask is built, and a kernel works
 (a plain call, `generate`) the masks are transformers' own and the result is that of the plain model.
 A layer with an attribute `keys_values`, a function of its index that gives `PrefixKeys`, sees those keys
 first, in a layout or outside one. The kernels are in `kernels.py`, families that do not call here by
-themselves in `bloom.py`.
+themselves in `bloom.py` and `falcon.py`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from luthier.batch import capture as capture
 from luthier.batch import current_capture, current_layout
 from luthier.errors import Refused
-from luthier.models import bloom, kernels, rotary
+from luthier.models import bloom, falcon, kernels, rotary
 from luthier.models.families import TESTED
 from luthier.models.kernels import KERNELS, LACKS, Scores, features
 
@@ -34,7 +34,7 @@ ATTENDED = {
 # arguments that change what is attended to, in families that no kernel here covers
 FOREIGN = ("position_bias", "indices", "block_indices", "sinks", "head_mask")
 # model_type -> what makes such a model's layers call the attention interface
-REPAIRS = {"bloom": bloom.repair}
+REPAIRS = {"bloom": bloom.repair, "falcon": falcon.repair}
 
 
 def install(model: PreTrainedModel, kernel: str, *, train: bool = False) -> str:
