@@ -34,8 +34,10 @@ from luthier.adapters.facts import base_options, read_adapter_config
 from luthier.adapters.store import load_adapter, load_tensors, save_adapter
 from luthier.batch import Batch
 from luthier.config import MINIMISED, AdapterConfig, RunConfig
-from luthier.data.dataset import Dataset, LazyDataset, prepare
-from luthier.data.loader import Loader, evaluation_batches
+from luthier.data.corpus import Corpus
+from luthier.data.dataset import Dataset, LazyDataset
+from luthier.data.loader import CorpusBatches, Loader, evaluation_batches
+from luthier.data.prepare import prepare
 from luthier.errors import Refused
 from luthier.models.attention import check_kernel
 from luthier.models.dropout import seed_dropout
@@ -241,11 +243,11 @@ def name_of(dtype: torch.dtype) -> str:
 
 @dataclass
 class Data:
-    """The rows of a run: training through a loader, evaluation in memory."""
+    """The rows of a run: training through a loader, evaluation in memory or (pretraining) mapped."""
 
-    train: Dataset | LazyDataset
+    train: Dataset | LazyDataset | Corpus
     loader: Loader
-    dev: Dataset | None
+    dev: Dataset | Corpus | None
 
 
 def open_data(config: RunConfig, text: Text, progress: Progress | None = None) -> Data:
@@ -264,7 +266,7 @@ def open_data(config: RunConfig, text: Text, progress: Progress | None = None) -
     dev = None
     if config.evaluate.every != "never" or config.evaluate.before:
         found = prepare(config, text.renderer, "dev", tell("reading evaluation rows"))
-        dev = found if isinstance(found, Dataset) else None
+        dev = None if isinstance(found, LazyDataset) else found
     loader = Loader(
         train,
         batch=config.batch,
@@ -277,8 +279,12 @@ def open_data(config: RunConfig, text: Text, progress: Progress | None = None) -
     return Data(train, loader, dev)
 
 
-def evaluation_rows(config: RunConfig, text: Text, dev: Dataset) -> Sequence[Batch]:
+def evaluation_rows(
+    config: RunConfig, text: Text, dev: Dataset | Corpus
+) -> Sequence[Batch] | CorpusBatches:
     """Batches of the evaluation rows, packed as training is."""
+    if isinstance(dev, Corpus):
+        return CorpusBatches(dev, config.evaluate_micro_batch, text.pad_id, config.evaluate.rows)
     return list(
         evaluation_batches(
             dev,
@@ -357,9 +363,9 @@ def make_updater(config: RunConfig, built: Built) -> Updater:
 
 
 IDENTITY = {
-    "model": {"path", "dtype", "autocast", "master_dtype", "num_layers", "init"},
+    "model": {"path", "dtype", "autocast", "master_dtype", "num_layers", "init", "tokenizer"},
     "data": {"path", "format", "columns", "template", "length", "source_length", "overlong"}
-    | {"packing", "lazy", "validation_share"},
+    | {"packing", "lazy", "validation_share", "split", "borders"},
     "adapter": None,
     "optim": None,
 }
@@ -377,4 +383,5 @@ def identity(config: RunConfig) -> dict[str, Any]:
         "optim.lr": config.lr,
         "train.batch": config.batch,
         "train.seed": config.train.seed,
+        "train.mode": config.train.mode,
     }

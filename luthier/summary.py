@@ -72,7 +72,7 @@ def facts_of(
         status="finished",
         created=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
         model=built.base,
-        data=data.train.source.name,
+        data=data.train.ledger.source,
         adapter=words,
         device=device_name(built.device),
         dtype=str(built.model.dtype).removeprefix("torch."),

@@ -29,12 +29,13 @@ def open_text(config: RunConfig, path: str | None = None) -> Text:
     where = path or config.model.path
     remote = config.model.trust_remote_code
     model_config = load_config(where, trust_remote_code=remote)
-    tokenizer = load_tokenizer(where, trust_remote_code=remote)
+    words = where if config.model.tokenizer is None or path else config.model.tokenizer
+    tokenizer = load_tokenizer(words, trust_remote_code=remote)
     if tokenizer is None:
         raise Refused(
-            f"the tokenizer of '{where}'",
+            f"the tokenizer of '{words}'",
             "the folder has no tokenizer files (tokenizer.json, tokenizer.model, ...)",
-            "copy those of the model into it",
+            "copy those of the model into it, or name their folder with model.tokenizer",
         )
     check_tokenizer(tokenizer, model_config)
     data = config.data

@@ -12,9 +12,10 @@ from pathlib import Path
 from luthier.answers import Evaluator, generate_options, rows_to_answer
 from luthier.assemble import Built, Progress, Text, build, open_data, open_text
 from luthier.config import RunConfig
-from luthier.data.dataset import Dataset, prepare
+from luthier.data.dataset import LazyDataset
 from luthier.data.encode import reference
 from luthier.data.formats import BadRow, Message
+from luthier.data.prepare import prepare
 from luthier.data.preview import as_rich, as_text
 from luthier.errors import Refused
 from luthier.files import check_writable, damage, write_text
@@ -89,7 +90,7 @@ def evaluate(source: Source, overrides: Sequence[str] = ()) -> dict[str, float]:
         check_writable(f"output={output} with evaluate.save=true", output)
     text, chosen = _open(config)
     dev = prepare(config, text.renderer, "dev")
-    if not isinstance(dev, Dataset):
+    if dev is None or isinstance(dev, LazyDataset):
         raise Refused(
             f"evaluation rows at data.path={config.data.path}",
             "there is no dev, validation or test part",
