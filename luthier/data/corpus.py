@@ -11,6 +11,7 @@ import copy
 import math
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -73,15 +74,10 @@ class Corpus:
         """Mean tokens of a row; while shards are being made, those of a full one."""
         if self.lazy:
             return float(self.length)
-        spans = {
-            (block.span.file.prefix, block.span.start): block.span
-            for part in self.parts
-            for number in range(part.num_blocks)
-            if (block := part.block(number))
-        }
-        rows = [span.num_rows(self.length) for span in spans.values()]
+        spans = [s for part in self.parts for s in _spans(part) if s.num_rows(self.length)]
+        rows = [span.num_rows(self.length) for span in spans]
         # each row but the last of a span shares a token with the next
-        tokens = sum(s.stop - s.start for s in spans.values()) + sum(rows) - len(rows)
+        tokens = sum(s.stop - s.start for s in spans) + sum(rows) - len(rows)
         return tokens / sum(rows)
 
     def row(self, n: int) -> Row:
@@ -106,6 +102,14 @@ class Corpus:
         return min(
             int(m) // d.total if d.total else 0 for m, d in zip(drawn, self.drawn, strict=True)
         )
+
+    def documents(self) -> Iterator[np.ndarray]:
+        """The ids [n] of all documents, in order; of token files cut at a split's border as they are."""
+        for part in self.parts:
+            for span in _spans(part):
+                borders = [span.start, *span.file.borders(span.start, span.stop), span.stop]
+                for start, stop in pairwise(borders):
+                    yield span.file.tokens[start:stop]
 
     def book(self) -> None:
         """Take the ledgers of shards opened since into ours."""
@@ -228,6 +232,13 @@ def _start(corpus: Corpus, progress: Progress | None) -> None:
             )
     if corpus.borders == "ignore":
         corpus.ledger.note("data.borders=ignore: tokens see the documents before theirs in the row")
+
+
+def _spans(part: FilePart | TextPart) -> list[Span]:
+    """The runs of tokens of a part, in order."""
+    if isinstance(part, FilePart):
+        return list(part.spans)
+    return [block.span for n in range(part.num_blocks) if (block := part.block(n))]
 
 
 def _given(config: RunConfig, split: Split) -> tuple[list[DataPart], tuple[DataPart, ...]]:

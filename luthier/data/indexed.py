@@ -13,15 +13,15 @@ import json
 import struct
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 
-from luthier.errors import Refused
-from luthier.files import write_json
+from luthier.errors import Failed, Refused
+from luthier.files import PARTIAL, sync, write_json
 
 MAGIC = b"MMIDIDX\x00\x00"
 OLD_MAGIC = b"TNTIDX\x00\x00"
@@ -175,6 +175,39 @@ class Writer:
             handle.write(borders.tobytes())
         if self.facts is not None:
             write_json(with_suffix(self.prefix, ".json"), self.facts)
+
+
+def write_tokens(
+    prefix: Path, documents: Iterable[Any], vocab_size: int, facts: dict[str, Any]
+) -> int:
+    """Write documents, ids [n] each, as one pair of files, whole or not at all; gives their number.
+
+    Raises Refused where there are such files already, Failed when the disk is full.
+    """
+    targets = [with_suffix(prefix, suffix) for suffix in (".bin", ".json", ".idx")]
+    if old := [path.name for path in targets if path.exists()]:
+        raise Refused(f"token files {prefix}", f"{old[0]} is there already", "give another name")
+    partial = prefix.with_name(f"{PARTIAL}{prefix.name}")
+    number = 0
+    try:
+        prefix.parent.mkdir(parents=True, exist_ok=True)
+        with Writer(partial, vocab_size, facts) as writer:
+            for ids in documents:
+                writer.add(ids)
+                number += 1
+        for path in targets:  # the index last: without it nobody believes the rest
+            made = with_suffix(partial, path.suffix)
+            sync(made)
+            made.rename(path)
+    except OSError as error:
+        for path in targets:
+            with_suffix(partial, path.suffix).unlink(missing_ok=True)
+        raise Failed(
+            f"writing the token files {prefix}",
+            f"{error.strerror or error} ({type(error).__name__})",
+            "free space or give another place",
+        ) from error
+    return number
 
 
 def read_facts(prefix: Path) -> dict[str, Any]:
