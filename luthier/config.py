@@ -148,20 +148,19 @@ class DataConfig(Section):
         description="Pretraining: folder of the tokenised shards, used again by every run on the same text and tokenizer. Default: luthier/tokens in the user's cache folder.",
     )
 
-    @field_validator("split")
-    @classmethod
-    def _split(cls, value: str | None) -> str | None:
-        if value is None:
-            return None
+    @model_validator(mode="after")
+    def _split(self) -> DataConfig:
+        if self.split is None:
+            return self
         try:
-            shares = [float(share) for share in value.split(",")]
+            shares = [float(share) for share in self.split.split(",")]
         except ValueError:
             shares = []
         if len(shares) != 3 or not all(0 <= share < float("inf") for share in shares):
-            raise ValueError(f'data.split={value}: expected three shares such as "949,50,1"')
+            raise ValueError(f'data.split={self.split}: expected three shares such as "949,50,1"')
         if not shares[0]:
-            raise ValueError(f"data.split={value} leaves nothing to train")
-        return value
+            raise ValueError(f"data.split={self.split} leaves nothing to train")
+        return self
 
 
 class TrainConfig(Section):

@@ -13,7 +13,7 @@ from pathlib import Path
 from luthier.answers import Evaluator, generate_options, rows_to_answer
 from luthier.assemble import Built, Progress, Text, build, open_data, open_text
 from luthier.config import RunConfig
-from luthier.data.corpus import prepare_corpus
+from luthier.data.corpus_open import prepare_corpus
 from luthier.data.dataset import LazyDataset
 from luthier.data.encode import reference
 from luthier.data.formats import BadRow, Message

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from luthier.interop.paddlenlp import Translation
 
 EVALUATED = 10  # batches of an evaluation, fixed in its script
-OWN = ("split", "min_learning_rate", "num_hidden_layers", "data_impl")  # beside input_dir
+OWN = ("split", "min_learning_rate", "num_hidden_layers")  # beside input_dir
 
 
 def is_pretraining(a: Arguments) -> bool:
