@@ -6,7 +6,6 @@ the parts is told by the recipes.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from typing import Any
 
 import torch
 from torch.nn import Parameter
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from luthier.adapters import (
     ADAPTERS,
@@ -43,8 +42,8 @@ from luthier.models.attention import check_kernel
 from luthier.models.dropout import seed_dropout
 from luthier.models.folder import find_folder, fingerprint, weight_files
 from luthier.models.load import (
+    blueprint,
     build_model,
-    quiet,
     resolve_device,
     save_model,
 )
@@ -120,12 +119,11 @@ def check_training(config: RunConfig, text: Text) -> None:
     if config.model.init == "pretrained":
         weight_files(find_folder(config.model.path, code=code))
     check_kernel(config.model.attention, resolve_device(config.model.device), train=True)
+    model = None if code else blueprint(text.model_config, config.model.path)
     if config.adapter.path is not None:
         read_adapter_config(Path(config.adapter.path))
-    elif config.adapter.method != "none" and not code:
-        with torch.device("meta"), quiet():
-            blueprint = AutoModelForCausalLM.from_config(copy.deepcopy(text.model_config))
-        plan_of(blueprint, config.adapter)
+    elif config.adapter.method != "none" and model is not None:
+        plan_of(model, config.adapter)
         limit = getattr(text.model_config.get_text_config(), "max_position_embeddings", None)
         method = ADAPTERS[config.adapter.method]
         method.check_length(config.adapter, config.data.length, limit)

@@ -167,7 +167,9 @@ def test_twenty_steps_in_float32(family: str, borders: str, folder: Any) -> None
     tree = config_of(folder(family), 128, data__borders=borders, train__steps=20)
     config = resolved(tree).config
     finetune(tree)
-    records = [r for r in read_metrics(Path(config.output) / "metrics.jsonl") if r["kind"] == "train"]
+    records = [
+        r for r in read_metrics(Path(config.output) / "metrics.jsonl") if r["kind"] == "train"
+    ]
     text = open_text(config)
     corpus = open_data(config, text).train
     assert isinstance(corpus, Corpus)
