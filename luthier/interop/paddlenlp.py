@@ -19,7 +19,7 @@ from luthier.errors import Refused, suggest
 from luthier.interop import paddlenlp_pretrain as pretrain
 from luthier.interop.paddlenlp_arguments import FALSE, TRUE, Arguments, check, is_off
 from luthier.interop.paddlenlp_keys import PARALLEL
-from luthier.interop.paddlenlp_methods import adapter
+from luthier.interop.paddlenlp_methods import adapter, quantize
 
 KEEP_ALL = 1_000_000  # checkpoint.keep for a file without save_total_limit
 
@@ -50,10 +50,11 @@ def translate(given: Mapping[str, Any], origins: Mapping[str, str]) -> tuple[Lay
     arguments, remarks = check(given, origins)
     t = Translation(arguments, remarks=remarks)
     if pretrain.is_pretraining(arguments):
-        parts = (_model, pretrain.model, pretrain.data, adapter, _optim, _course)
-        parts += (_evaluation, _checkpoints, pretrain.rest, _log)
+        parts = (_model, pretrain.model, pretrain.data, adapter, quantize, _optim, _course)
     else:
-        parts = (_model, _data, adapter, _optim, _course, _evaluation, _checkpoints, _log)
+        parts = (_model, _data, adapter, quantize, _optim, _course)
+    parts += (_evaluation, _checkpoints, _log)
+    parts += (pretrain.rest,) if pretrain.is_pretraining(arguments) else ()
     for part in parts:
         part(t, arguments)
     parallel = [
