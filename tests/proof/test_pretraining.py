@@ -141,9 +141,9 @@ def plain_run(
         loss = plain_loss(model, documents_of(batch) if borders == "keep" else batch)
         optimizer.zero_grad()
         loss.backward()
-        if step == 0:
-            first.append({n: p.grad.clone() for n, p in model.named_parameters()})
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)))
+        if step == 0:  # clipped, as the trainer's are where they are looked at
+            first.append({n: p.grad.clone() for n, p in model.named_parameters()})
         optimizer.step()
         losses.append(float(loss.detach()))
     return losses, norms, first
@@ -201,9 +201,11 @@ def test_two_hundred_steps_in_float64(family: str, folder: Any) -> None:
         if float(wanted.abs().max()) > 1e-12 * scale:  # what shifts all scores has none
             distance = (gradients[name] - wanted).norm() / wanted.norm()
             assert float(distance) < 1e-10, name
-    found = dict(ours.named_parameters())
-    for name, wanted in model.named_parameters():
-        assert float((found[name] - wanted).norm() / wanted.norm()) < 1e-6, name
+    found = {name: p.detach() for name, p in ours.named_parameters()}
+    for name, p in model.named_parameters():
+        wanted = p.detach()
+        # opt's bias of keys, without a gradient, stays at the rounding that Adam makes of nothing: 1e-12
+        assert float((found[name] - wanted).norm()) < 1e-6 * float(wanted.norm()) + 1e-10, name
 
 
 def our_run(
