@@ -98,7 +98,7 @@ def _table(keys: list[str]) -> list[str]:
 
 def _row(key: str) -> str:
     info = KEYS[key]
-    default = info.default_factory() if info.default_factory else info.default
+    default = info.get_default(call_default_factory=True, validated_data={})
     if info.is_required():
         shown = "required"
     else:

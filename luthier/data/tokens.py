@@ -6,9 +6,12 @@ templates put them there, once.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 from luthier.data.truncation import Ids
@@ -48,6 +51,23 @@ class Tokens:
         newline = self("\n")
         # SentencePiece tokenizers put a blank before a text; inside a rendered conversation it is wrong
         self._newline = newline if self("\n" + PROBE)[len(newline) :] != bare else None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of all that decides which ids a text becomes."""
+        known = self.tokenizer
+        found = hashlib.sha256(f"{self.opening} {self.end}".encode())
+        backend = getattr(known, "backend_tokenizer", None)
+        if backend is None:  # in Python: its class, its words, its model's file
+            found.update(f"{type(known).__qualname__} {sorted(known.get_vocab().items())}".encode())
+            file = getattr(known, "vocab_file", None)
+            found.update(Path(file).read_bytes() if file and Path(file).is_file() else b"")
+        else:
+            parts = json.loads(backend.to_str())
+            for name in ("padding", "truncation"):  # of the latest call
+                parts.pop(name, None)
+            found.update(json.dumps(parts, sort_keys=True).encode())
+        return found.hexdigest()
 
     def __call__(self, text: str) -> Ids:
         """Ids of a text that stands alone, without special tokens of its own."""
