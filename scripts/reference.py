@@ -1,12 +1,13 @@
 """Make what the docs take from code and results files.
 
 docs/reference: config.md and config.schema.json from luthier/config.py, paddlenlp.md from its table. The
-tables in docs/tasks/packing.md and adapters.md from benchmarks/packing and benchmarks/methods. `--check` writes nothing and fails when a file
+tables in docs/tasks/packing.md, adapters.md and speed.md from benchmarks/packing, methods and speed. `--check` writes nothing and fails when a file
 is not what the code says; CI runs that.
 """
 
 import argparse
 import json
+import runpy
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,6 +23,12 @@ PACKING = ROOT / "docs" / "tasks" / "packing.md"
 ADAPTERS = ROOT / "docs" / "tasks" / "adapters.md"
 RESULTS = ROOT / "benchmarks" / "packing" / "results"
 METHODS = ROOT / "benchmarks" / "methods" / "results"
+SPEED = ROOT / "docs" / "tasks" / "speed.md"
+SPEEDS = ROOT / "benchmarks" / "speed" / "results"
+SPEED_MARKS = (
+    "<!-- speed tables: python scripts/reference.py -->",
+    "<!-- end of speed tables -->",
+)
 METHOD_MARKS = (
     "<!-- methods table: python scripts/reference.py -->",
     "<!-- end of methods table -->",
@@ -111,6 +118,15 @@ def adapters() -> str:
     tables = [_learning(path) for path in sorted(METHODS.glob("learning-*.json"))]
     tables += [_speed(path) for path in sorted(METHODS.glob("speed-*.json"))]
     return _between(ADAPTERS, METHOD_MARKS, tables)
+
+
+def speed() -> str:
+    """The page with the tables of the speed benchmark between its marks, one block per results file."""
+    page = runpy.run_path(str(ROOT / "benchmarks" / "speed" / "table.py"))["page"]
+    found = {
+        path.name: json.loads(path.read_text("utf-8")) for path in sorted(SPEEDS.glob("*.json"))
+    }
+    return _between(SPEED, SPEED_MARKS, [page(facts, name) for name, facts in found.items()])
 
 
 def _between(page: Path, marks: tuple[str, str], tables: list[str]) -> str:
@@ -207,6 +223,7 @@ def main() -> int:
         FOLDER / "paddlenlp.md": arguments(),
         PACKING: packing(),
         ADAPTERS: adapters(),
+        SPEED: speed(),
         FOLDER / "config.schema.json": json.dumps(json_schema(), indent=2) + "\n",
     }
     stale = [p for p, text in files.items() if not p.is_file() or p.read_text("utf-8") != text]

@@ -14,6 +14,8 @@ JOBS = {
 def page(found: dict[str, Any], file: str) -> str:
     """All tables of one results file, with what they were measured on."""
     parts = [_job(found, job) for job in found.get("jobs", [])]
+    if "products" in found:
+        parts.append(_gpu(found))
     if found.get("shapes"):
         parts.append(_shapes(found["shapes"]))
     parts.append(_foot(found, file))
@@ -53,6 +55,47 @@ def _job(found: dict[str, Any], job: dict[str, Any]) -> str:
         "",
         f"Matrix products of these shapes ran at {min(rates):,.0f} to {max(rates):,.0f} GFLOP/s in the same turns; a step of nothing but "
         f"its products would make {limit:,.0f} tokens/s. {len(rates)} turns of {config['steps']} steps, {config['warm']} of them not timed.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _gpu(found: dict[str, Any]) -> str:
+    """What `gpu.py` wrote."""
+    shape = found["shape"]
+    lines = [
+        f"One GPU, random weights of {shape['num_hidden_layers']} layers of {shape['hidden_size']:,}, bf16, packed rows",
+        "",
+        "| case | real tokens/s | MFU | peak memory, GB (loaded) |",
+        "|---|---|---|---|",
+    ]
+    for r in found["table"]:
+        if r["kind"] == "head":
+            name = f"the head alone, {r['head']}"
+        else:
+            ways = [f"recompute {r['recompute']}"] if r["recompute"] != "none" else []
+            ways += ["compiled"] if r["compile"] else []
+            ways += [r["attention"]] if r["attention"] != "auto" else []
+            name = ", ".join([f"{r['method']}, {r['rows']} x {r['length']:,}", *ways])
+        if "failed" in r:
+            lines.append(f"| {name} | {r['failed'].replace('|', '/')} | | |")
+        elif r["kind"] == "head":
+            size = f"{r['tokens']:,} x {r['vocabulary']:,} x {r['hidden']:,}"
+            speed = f"{r['milliseconds']:.1f} ms ({r['spread'][0]:.1f} to {r['spread'][1]:.1f})"
+            lines.append(
+                f"| {name}, {size} | {speed} | | {_gb(r['memory_above'])} above its inputs |"
+            )
+        else:
+            low, high = r["spread"]
+            mfu = "?" if r["mfu"] is None else f"{r['mfu']:.1%}"
+            lines.append(
+                f"| {name} | {r['tokens_per_second']:,.0f} ({low:,.0f} to {high:,.0f}) | {mfu} "
+                f"| {_gb(r['memory_peak'])} ({_gb(r['memory_loaded'])}) |"
+            )
+    rate = found["products"]
+    lines += [
+        "",
+        f"Square products of {rate['size']:,} ran at {rate['tflops']:,.0f} TFLOP/s. MFU: {found['mfu']}.",
         "",
     ]
     return "\n".join(lines)

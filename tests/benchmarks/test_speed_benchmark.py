@@ -283,7 +283,13 @@ def test_the_gpu_script_runs_every_kind_of_case_at_tiny_sizes(
 ) -> None:
     assert gpu.main(tmp_path / "gpu.json", tiny=True, quantize=None) == 0
     assert not (tmp_path / "gpu.json").exists()  # a CPU's figures are none of a GPU's
-    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()][1:]
+    head, *rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    page = table.page(
+        {**head, "table": [*rows, {**rows[2], "failed": "out of memory"}]}, "gpu.json"
+    )
+    assert "| lora, 1 x 256, recompute layer | " in page
+    assert "| lora, 2 x 256 | out of memory | | |" in page
+    assert page.count(" ms (") == 2
     assert [row["kind"] for row in rows] == ["head", "head", "step", "step", "step"]
     assert not [row for row in rows if "failed" in row]
     plain, recomputed, full = rows[2:]
