@@ -32,11 +32,13 @@ from luthier.adapters import (
 from luthier.adapters.continuing import take_options
 from luthier.adapters.facts import base_options, read_adapter_config
 from luthier.adapters.store import load_adapter, load_tensors, save_adapter
+from luthier.bases import quantization_of, refuse_full_training
 from luthier.batch import Batch
 from luthier.config import MINIMISED, AdapterConfig, RunConfig
 from luthier.data.dataset import Dataset, LazyDataset, prepare
 from luthier.data.loader import Loader, evaluation_batches
 from luthier.errors import Refused
+from luthier.layers import count
 from luthier.models.attention import check_kernel
 from luthier.models.dropout import seed_dropout
 from luthier.models.folder import find_folder, fingerprint, weight_files
@@ -75,6 +77,9 @@ class Built:
     base_hash: str | None = None
     num_layers: int | None = None
     init: str = "pretrained"
+    quantize: dict[str, Any] = field(
+        default_factory=dict
+    )  # the options that are not the usual ones
     adapter: AdapterConfig | None = None
     remarks: list[str] = field(default_factory=list)
 
@@ -101,9 +106,8 @@ class Built:
 
     @property
     def num_base(self) -> int:
-        return sum(
-            p.numel() for n, p in self.model.named_parameters() if ".adapter." not in f".{n}"
-        )
+        added = (p.numel() for n, p in self.model.named_parameters() if ".adapter." in f".{n}")
+        return count(self.model)[1] - sum(added)
 
     @property
     def reserved(self) -> int:
@@ -115,14 +119,19 @@ def check_training(config: RunConfig, text: Text) -> None:
     """Refuse what the model's folder and config tell before rows are tokenised and weights are read: a
     missing or broken shard, a kernel that does not fit the device, targets, rank."""
     code = config.model.trust_remote_code
+    refuse_full_training(config, config.adapter.path)
     if config.model.init == "pretrained":
         weight_files(find_folder(config.model.path, code=code))
     check_kernel(config.model.attention, resolve_device(config.model.device), train=True)
     if config.adapter.path is not None:
         read_adapter_config(Path(config.adapter.path))
-    elif config.adapter.method != "none" and not code:
-        with torch.device("meta"), quiet():
-            blueprint = AutoModelForCausalLM.from_config(copy.deepcopy(text.model_config))
+    if code or (config.adapter.method == "none" and not config.quantize.on):
+        return
+    with torch.device("meta"), quiet():
+        blueprint: Any = AutoModelForCausalLM.from_config(copy.deepcopy(text.model_config))
+    if (quantization := quantization_of(config.quantize, None)) is not None:
+        quantization.convert(blueprint)
+    if config.adapter.path is None:
         plan_of(blueprint, config.adapter)
         limit = getattr(text.model_config.get_text_config(), "max_position_embeddings", None)
         method = ADAPTERS[config.adapter.method]
@@ -157,10 +166,13 @@ def build(
             f"it was trained on {'all layers' if layers is None else f'the first {layers} layers'}",
             f"give model.num_layers={'null' if layers is None else layers}",
         )
-    model = build_model(chosen, seed=config.train.seed, train=train)
+    new = config.adapter if train else None
+    quantization = quantization_of(config.quantize, adapter, new, config.train.seed)
+    model = build_model(chosen, seed=config.train.seed, train=train, quantization=quantization)
     built = Built(
         model, Stage(model), device, chosen.path, num_layers=chosen.num_layers, init=chosen.init
     )
+    built.quantize = config.quantize.model_dump(mode="json", exclude_defaults=True)
     if chosen.init == "pretrained" and (adapter or (train and adapting)):
         built.base_hash = fingerprint(chosen.path)
     if adapter is not None:
@@ -203,6 +215,7 @@ def write_model(built: Built, text: Text, folder: Path) -> None:
     """The trained thing as others read it: a PEFT folder, or a Hugging Face folder with its tokenizer."""
     if built.adapter is not None:
         made = {"num_layers": built.num_layers, "init": built.init}
+        made |= {"quantize": built.quantize} if built.quantize else {}
         save_adapter(built.model, folder, built.adapter, built.base, built.base_hash, made)
         return
     keep_stops(built.model, text.renderer.stop_ids)
@@ -361,6 +374,7 @@ IDENTITY = {
     "data": {"path", "format", "columns", "template", "length", "source_length", "overlong"}
     | {"packing", "lazy", "validation_share"},
     "adapter": None,
+    "quantize": None,
     "optim": None,
 }
 

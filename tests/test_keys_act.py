@@ -174,6 +174,7 @@ EQUAL = {
     "checkpoint__every": 1,
     "optim__lr": 1e-6,
 }
+NF4 = {"quantize__weights": "nf4"}
 COOLDOWN = {"optim__schedule": "cooldown", "optim__warmup": 2, "optim__decay_steps": 4}
 
 TABLE = [
@@ -229,6 +230,10 @@ TABLE = [
     Row("adapter.feedforward", ["up_proj"], trained, {"adapter__method": "ia3", **NO_RANK}),
     Row("adapter.neftune_alpha", 5.0, trained),
     Row("adapter.neftune_scaling", "paddlenlp", trained, {"adapter__neftune_alpha": 5.0}),
+    Row("quantize.weights", "int4", trained),
+    Row("quantize.block_size", 32, trained, NF4),
+    Row("quantize.double_quant", True, trained, NF4),
+    Row("quantize.modules", ["q_proj"], trained, NF4),
     Row("optim.name", "sgd", trained),
     Row("optim.lr", 1e-3, trained),
     Row("optim.betas", [0.5, 0.9], trained),
