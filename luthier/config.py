@@ -15,6 +15,7 @@ from luthier.config_adapter import GENERAL as GENERAL
 from luthier.config_adapter import AdapterConfig as AdapterConfig
 from luthier.config_optim import SCHEDULES as SCHEDULES
 from luthier.config_optim import OptimConfig, Positive, Section
+from luthier.config_parallel import ParallelConfig
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Every = Annotated[int, Field(ge=1)] | Literal["epoch", "end", "never"]
@@ -264,6 +265,7 @@ class RunConfig(Section):
     evaluate: EvaluateConfig = EvaluateConfig.model_validate({})
     predict: PredictConfig = PredictConfig.model_validate({})
     checkpoint: CheckpointConfig = CheckpointConfig.model_validate({})
+    parallel: ParallelConfig = ParallelConfig.model_validate({})
     log: LogConfig = LogConfig.model_validate({})
     output: str = Field(
         description="Folder of the run; refused if it holds another run and resume is `never`."

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from luthier.adapters import Adapter, fold_into
 from luthier.adapters.facts import layers_of_base, read_adapter_config
 from luthier.adapters.store import load_adapter, method_of
-from luthier.assemble import keep_stops
+from luthier.built import keep_stops
 from luthier.config import ModelConfig
 from luthier.data.encode import Renderer
 from luthier.errors import Failed, LuthierError, Refused
