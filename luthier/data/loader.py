@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 
-from luthier.batch import IGNORE, PADDING, Batch
+from luthier.batch import FILLER, IGNORE, PADDING, Batch
 from luthier.data.ahead import ahead
 from luthier.data.dataset import Dataset, LazyDataset
 from luthier.data.encode import Positions, check_labels
@@ -35,7 +36,7 @@ class Loader:
     packed anew in each epoch; lazy data is drawn in a new order and packed buffer by buffer.
 
     Of the micro-batches of a step, `rank` of `ranks` gets every `ranks`-th one, and all ranks equally many: a
-    rank for which there are no rows gets one of padding alone. The step itself is the same for any `ranks`.
+    rank for which there are no rows gets a filler (`Batch.is_filler`). The step itself is the same for any `ranks`.
     """
 
     def __init__(
@@ -177,7 +178,7 @@ class Loader:
         return [
             collate(step.rows[i : i + size], self.pad_id, step.first + i, self._positions)
             if i < len(step.rows)
-            else _nothing(self.pad_id, step.first, self._positions)
+            else _filler(step, self.pad_id, self._positions)
             for first in range(0, len(step.rows), size * self.ranks)
             for i in [first + self.rank * size]
         ]
@@ -246,12 +247,14 @@ def collate(
     return Batch(*tensors, rows=tuple(range(first, first + len(rows))))
 
 
-def _nothing(pad_id: int, first: int, positions_of: Positions | None) -> Batch:
-    """A row of padding alone: it supervises nothing and counts no token, but a forward runs on it."""
-    shape = (1, 2)
-    ids, labels = torch.full(shape, pad_id), torch.full(shape, IGNORE)
-    positions = torch.zeros(shape if positions_of is None else (1, 2, 2), dtype=torch.int64)
-    return Batch(ids, labels, positions, torch.full(shape, PADDING), rows=(first,))
+def _filler(step: Step, pad_id: int, positions_of: Positions | None) -> Batch:
+    """A document of the step that supervises nothing, for a rank that has no row of its own.
+
+    A real one: the forward has to reach every weight, as on the other ranks.
+    """
+    ids, labels = step.rows[0][0]
+    row = [(ids, np.full_like(labels, IGNORE))]
+    return replace(collate([row], pad_id, 0, positions_of), rows=(FILLER,))
 
 
 def _slots(sizes: Sequence[int], micro_batch: int) -> int:

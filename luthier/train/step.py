@@ -118,7 +118,7 @@ class Updater:
 
     def _counts(self, micro_batches: Sequence[Batch]) -> list[int]:
         """Supervised tokens, real tokens and slots of the step on all ranks."""
-        real = [batch for batch in micro_batches if batch.num_real_tokens]
+        real = [batch for batch in micro_batches if not batch.is_filler]
         ours = [
             float(sum(batch.num_supervised for batch in real)),
             float(sum(batch.num_real_tokens for batch in real)),
@@ -159,7 +159,7 @@ class Updater:
             for i in range(int(self.world.max(len(rows)))):
                 if not self._loss_sum(rows[i % len(rows)]).isfinite() and i < len(rows):
                     bad.append(rows[i].rows[0])
-        every = [row.rows[0] for row in rows if row.num_real_tokens]
+        every = [row.rows[0] for row in rows if not row.is_filler]
         found = self.world.gather([bad, every])
         weights: dict[str, Tensor] = dict(self.stage.model.named_parameters())
         if self.world.size > 1:

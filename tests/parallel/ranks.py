@@ -1,0 +1,80 @@
+"""A few processes that stay up and run functions together, as the ranks of a run: starting them is what is slow."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+from luthier.config_parallel import ParallelConfig
+from luthier.parallel.joining import Place
+from luthier.parallel.world import World
+
+
+def free_port() -> int:
+    with socket.socket() as made:
+        made.bind(("127.0.0.1", 0))
+        return made.getsockname()[1]
+
+
+class Ranks:
+    """`number` processes; `run` may use fewer of them."""
+
+    def __init__(self, number: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipes: list[Connection] = []
+        self.processes = []
+        for _ in range(number):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs,), daemon=True)
+            process.start()
+            self.pipes.append(ours)
+            self.processes.append(process)
+
+    def run(self, degrees: dict[str, Any], function: Callable[..., Any], *args: Any) -> list[Any]:
+        """`function(world, *args)` on every rank of a world of these degrees; what each gave, by rank."""
+        size = degrees.get("replicate", 1) * degrees.get("shard", 1)
+        port = free_port()
+        for rank in range(size):
+            place = Place(rank=rank, size=size, local_rank=rank, local_size=size, port=port)
+            self.pipes[rank].send((place, degrees, function, args))
+        found = []
+        for pipe in self.pipes[:size]:
+            if not pipe.poll(120):
+                self.close()
+                raise AssertionError(f"{function.__name__}: the ranks hang with {degrees}")
+            found.append(pipe.recv())
+        errors = [text for ok, text in found if not ok]
+        assert not errors, "\n".join(errors)
+        return [value for _, value in found]
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+
+def _serve(pipe: Connection) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123
+    while True:
+        try:
+            place, degrees, function, args = pipe.recv()
+        except EOFError:
+            return
+        try:
+            world = World.join(place, ParallelConfig.model_validate(degrees), "cpu", {})
+            value = function(world, *args)
+            world.close()
+            pipe.send((True, value))
+        except BaseException:
+            pipe.send((False, f"rank {place.rank}:\n{traceback.format_exc()}"))
