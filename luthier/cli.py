@@ -103,12 +103,13 @@ def _run(words: list[str]) -> int:
 
 def _launch(name: str, words: list[str], processes: int, restarts: int) -> int:
     """Run the command in several processes, after whatever the config alone tells is refused."""
-    from luthier.parallel.degrees import fit_batch, mesh_sizes
+    from luthier.parallel.degrees import check_sharding, fit_batch, mesh_sizes
     from luthier.parallel.launch import launch
 
     config = _config(name, words[1:] if name == "verify" else words, processes).config
     sizes = mesh_sizes(config.parallel, processes)
     fit_batch(config, sizes["replicate"] * sizes["shard"])
+    check_sharding(config, sizes["shard"])
     return launch([name, *words], processes, restarts)
 
 

@@ -22,7 +22,7 @@ class ParallelConfig(Section):
         description="Processes that train on different rows and share the training state as `stage` says; "
         "-1 = as many as are left.",
     )
-    stage: Literal[1, 2, 3] = Field(
+    stage: Annotated[int, Field(ge=1, le=3)] = Field(
         2,
         description="What is cut into `shard` parts: 1 the optimiser's state, 2 also gradients, 3 also the "
         "weights. The result does not depend on it.",

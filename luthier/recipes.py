@@ -40,7 +40,7 @@ from luthier.errors import Refused
 from luthier.files import PARTIAL, check_writable, publish, write_json, write_text
 from luthier.interop.read import read_config
 from luthier.models.load import resolve_device
-from luthier.parallel.degrees import fit_batch
+from luthier.parallel.degrees import check_sharding, fit_batch
 from luthier.parallel.world import World, speaks
 from luthier.summary import facts_of
 from luthier.train.checkpoint import Checkpoints, Found, check_identity, find, read
@@ -109,6 +109,7 @@ def flat(config: RunConfig) -> dict[str, Any]:
 def _prepare(config: RunConfig, world: World) -> dict[str, Any]:
     """All that can be refused before weights are read; then the run."""
     recorded, config = config, fit_batch(config, world.data_size)
+    check_sharding(config, world.sizes["shard"])
     if Path(config.model.path).resolve() == Path(config.output).resolve():
         raise Refused(
             f"output={config.output}", "it is the folder of the model itself", "name another output"

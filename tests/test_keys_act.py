@@ -27,6 +27,7 @@ from luthier.config import RunConfig
 from luthier.configkeys import KEYS
 from luthier.errors import LuthierError
 from luthier.models.load import save_model
+from luthier.parallel.degrees import mesh_sizes
 from luthier.recipes import finetune
 from luthier.train.metrics import read_metrics
 from luthier.train.schedules import make_schedule
@@ -138,6 +139,12 @@ def answers(tree: Tree) -> Any:
     """Predictions, and where they are written."""
     found = predict(tree)
     return found, [p.name for p in Path(tree["output"]).parent.rglob("*.jsonl") if p.is_file()]
+
+
+def cut(tree: Tree) -> Any:
+    """The mesh of four processes; what is done with its stages, `tests/parallel` compares."""
+    config = config_of(tree).parallel
+    return outcome(lambda: (mesh_sizes(config, 4), config.stage, config.offload))
 
 
 def accepted(tree: Tree) -> str:
@@ -279,6 +286,15 @@ TABLE = [
     Row("checkpoint.keep", 1, files, {"checkpoint__every": 1, "checkpoint__best": "none"}),
     Row("checkpoint.best", "none", trained, EQUAL),
     Row("checkpoint.resume", "auto", going_on),
+    Row("parallel.replicate", 2, cut),
+    Row("parallel.shard", 3, cut),
+    Row("parallel.stage", 3, cut),
+    Row("parallel.offload", True, cut),
+    *(Row(f"parallel.{axis}", 2, cut) for axis in ("tensor", "context", "pipeline")),
+    Row("parallel.sequence", False, cut),
+    Row("parallel.context_method", "ring", cut),
+    Row("parallel.virtual_stages", 2, cut),
+    Row("parallel.schedule", "interleaved", cut),
     Row("log.every", 2, records),
     Row("log.sinks", ["tensorboard"], files),
     Row("log.progress", "plain", shown),

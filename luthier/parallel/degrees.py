@@ -17,6 +17,14 @@ ABSENT = {
     "pipeline": "pipeline parallelism",
 }
 
+BESIDE = {  # keys that say how an absent axis works
+    "sequence": "tensor",
+    "context_method": "context",
+    "virtual_stages": "pipeline",
+    "schedule": "pipeline",
+}
+WHOLE = ("adamw_mini", "adafactor")  # optimisers that need all rows of a tensor in one place
+
 
 def mesh_sizes(parallel: ParallelConfig, processes: int) -> dict[str, int]:
     """Size of each axis, in the order of `AXES`; their product is `processes`. Refused if it cannot be."""
@@ -27,6 +35,14 @@ def mesh_sizes(parallel: ParallelConfig, processes: int) -> dict[str, int]:
                 f"parallel.{axis}={sizes[axis]}",
                 f"{words} is not there in this version of Luthier",
                 "use parallel.shard (with parallel.stage=3 for models that do not fit) or parallel.replicate",
+            )
+    for key, axis in BESIDE.items():
+        value = getattr(parallel, key)
+        if value != type(parallel).model_fields[key].default:
+            raise Refused(
+                f"parallel.{key}={value}",
+                f"it says how {ABSENT[axis]} works, which is not there in this version of Luthier",
+                "leave it out",
             )
     fixed = math.prod(size for size in sizes.values() if size != -1)
     rest = [axis for axis, size in sizes.items() if size == -1]
@@ -48,6 +64,16 @@ def mesh_sizes(parallel: ParallelConfig, processes: int) -> dict[str, int]:
             "start more processes, or leave it out",
         )
     return sizes
+
+
+def check_sharding(config: RunConfig, shards: int) -> None:
+    """Refuse what cannot be cut over several shards."""
+    if shards > 1 and config.optim.name in WHOLE:
+        raise Refused(
+            f"optim.name={config.optim.name} with parallel.shard={shards}",
+            "its moments are shared by rows of a tensor that would lie on different ranks",
+            "use optim.name=adamw, or parallel.replicate in place of parallel.shard",
+        )
 
 
 def fit_batch(config: RunConfig, data_ranks: int) -> RunConfig:

@@ -57,18 +57,18 @@ def launch(words: Sequence[str], processes: int, max_restarts: int = 0) -> int:
             return 128 + int(error.sigval)
         except ChildFailedError as error:
             codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
-            return _exit_code(codes)
+            return _exit_code(codes, processes)
     return 0
 
 
-def _exit_code(codes: dict[int, int]) -> int:
+def _exit_code(codes: dict[int, int], processes: int) -> int:
     """Exit codes by rank -> that of the run. Negative: ended by that signal; SIGTERM comes from the launcher."""
     for rank, code in sorted(codes.items()):
         if code < 0 and code != -signal.SIGTERM:
             name = signal.Signals(-code).name
             more = " (often: out of memory)" if name == "SIGKILL" else ""
             raise Failed(
-                f"the run of {len(codes)} failed processes",
+                f"the run of {processes} processes",
                 f"rank {rank} was ended by {name}{more}",
                 "what was saved is whole: go on with checkpoint.resume=auto",
             )

@@ -50,8 +50,9 @@ def place() -> Place:
             if env.get(name, "1").strip() != "1":
                 raise Refused(
                     f"a run of several processes was started ({name}={env[name]})",
-                    "its launcher does not say which of them this is (RANK, MASTER_ADDR)",
-                    "start `luthier ... --nproc N`, or `torchrun ... -m luthier ...`, or unset the variable",
+                    "its launcher does not say which of them this is in torchrun's words (RANK, MASTER_ADDR)",
+                    "start `luthier finetune FILE --nproc N` (in place of paddle.distributed.launch, mpirun, ...), "
+                    "or `torchrun ... -m luthier finetune FILE`, or unset the variable",
                 )
         return Place()
     try:

@@ -31,7 +31,6 @@ STATE_KEYS: dict[type[Optimizer], frozenset[str]] = {
     SGD: frozenset({"momentum_buffer"}),
     Adafactor: frozenset({"step", "row_var", "col_var", "variance"}),
 }
-WHOLE = ("adamw_mini", "adafactor")  # optimisers that need all rows of a tensor in one place
 
 
 def decays(name: str, parameter: Tensor) -> bool:
@@ -63,12 +62,6 @@ def make_optimizer(
     unknown = sorted(scales.keys() - {name for name, _ in named_parameters})
     if unknown:
         raise ValueError(f"learning-rate ratios for parameters that are not trained: {unknown[:3]}")
-    if config.name in WHOLE and any(isinstance(p, DTensor) for _, p in named_parameters):
-        raise Refused(
-            f"optim.name={config.name} with parallel.shard above 1",
-            "its moments are shared by rows of a tensor that would lie on different ranks",
-            "use optim.name=adamw, or parallel.replicate in place of parallel.shard",
-        )
     grouped: dict[tuple[bool, float, bool], list[tuple[str, Parameter]]] = {}
     for name, parameter in named_parameters:
         # sharded and whole tensors cannot be updated by one kernel

@@ -74,4 +74,3 @@ def worst(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> tuple[f
         # a gradient that is zero but for rounding has no digits to compare
         found.append((distance / size if size > 1e-12 * scale else distance / scale, name))
     return max(found)
-

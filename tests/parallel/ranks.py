@@ -23,41 +23,40 @@ def free_port() -> int:
         return made.getsockname()[1]
 
 
-class Ranks:
-    """`number` processes; `run` may use fewer of them."""
+_context = multiprocessing.get_context("spawn")
+_ranks: list[tuple[Any, Connection]] = []  # process, our end of its pipe
 
-    def __init__(self, number: int) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.pipes: list[Connection] = []
-        self.processes = []
-        for _ in range(number):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs,), daemon=True)
-            process.start()
-            self.pipes.append(ours)
-            self.processes.append(process)
 
-    def run(self, degrees: dict[str, Any], function: Callable[..., Any], *args: Any) -> list[Any]:
-        """`function(world, *args)` on every rank of a world of these degrees; what each gave, by rank."""
-        size = degrees.get("replicate", 1) * degrees.get("shard", 1)
-        port = free_port()
-        for rank in range(size):
-            place = Place(rank=rank, size=size, local_rank=rank, local_size=size, port=port)
-            self.pipes[rank].send((place, degrees, function, args))
-        found = []
-        for pipe in self.pipes[:size]:
-            if not pipe.poll(120):
-                self.close()
-                raise AssertionError(f"{function.__name__}: the ranks hang with {degrees}")
-            found.append(pipe.recv())
-        errors = [text for ok, text in found if not ok]
-        assert not errors, "\n".join(errors)
-        return [value for _, value in found]
+def run_ranks(degrees: dict[str, Any], function: Callable[..., Any], *args: Any) -> list[Any]:
+    """`function(world, *args)` on every rank of a world of these degrees; what each gave, by rank."""
+    size = degrees.get("replicate", 1) * degrees.get("shard", 1)
+    while len(_ranks) < size:
+        ours, theirs = _context.Pipe()
+        process = _context.Process(target=_serve, args=(theirs,), daemon=True)
+        process.start()
+        _ranks.append((process, ours))
+    port = free_port()
+    for rank in range(size):
+        place = Place(rank=rank, size=size, local_rank=rank, local_size=size, port=port)
+        _ranks[rank][1].send((place, degrees, function, args))
+    found = []
+    for _, pipe in _ranks[:size]:
+        if not pipe.poll(120):
+            _end()
+            raise AssertionError(f"{function.__name__}: the ranks hang with {degrees}")
+        found.append(pipe.recv())
+    errors = [text for ok, text in found if not ok]
+    if errors:
+        _end()  # whatever they were in the middle of
+    assert not errors, "\n".join(errors)
+    return [value for _, value in found]
 
-    def close(self) -> None:
-        for process in self.processes:
-            process.kill()
-            process.join()
+
+def _end() -> None:
+    while _ranks:
+        process, _ = _ranks.pop()
+        process.kill()
+        process.join()
 
 
 def _serve(pipe: Connection) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from layouts import Found, steps, worst
-from ranks import Ranks
+from ranks import run_ranks
 from tiny_runs import write_data
 
 from luthier.parallel.world import World
@@ -86,11 +86,9 @@ def assert_same(ours: Found, theirs: Found, tolerance: float = 1e-9) -> None:
 
 
 @pytest.mark.parametrize(("method", "layout"), pairs())
-def test_two_ranks_train_what_one_does(
-    method: str, layout: str, two: Ranks, alone: Callable[..., Any]
-) -> None:
+def test_two_ranks_train_what_one_does(method: str, layout: str, alone: Callable[..., Any]) -> None:
     folders, keys, theirs = alone(method)
-    found = two.run(LAYOUTS[layout], steps, folders, with_layout(keys, LAYOUTS[layout]))
+    found = run_ranks(LAYOUTS[layout], steps, folders, with_layout(keys, LAYOUTS[layout]))
     for ours in found:
         assert_same(ours, theirs)
     for mine, yours, every in zip(found[0]["rows"], found[1]["rows"], theirs["rows"], strict=True):
