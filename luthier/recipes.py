@@ -86,7 +86,7 @@ def finetune(source: Source, overrides: Sequence[str] = ()) -> dict[str, Any]:
             say(f"note: {remark}")
         if world.size > 1:
             say(f"{world.words}, stage {resolved.config.parallel.stage}")
-        return world.broadcast(_prepare(resolved.config, world))
+        return world.broadcast(run_on(resolved.config, world))
 
 
 @contextmanager
@@ -106,8 +106,8 @@ def flat(config: RunConfig) -> dict[str, Any]:
     return own | {f"{s}.{k}": v for s, part in sections.items() for k, v in part.items()}
 
 
-def _prepare(config: RunConfig, world: World) -> dict[str, Any]:
-    """All that can be refused before weights are read; then the run."""
+def run_on(config: RunConfig, world: World) -> dict[str, Any]:
+    """`finetune` as one of the processes of `world`: all that can be refused before weights are read; the run."""
     recorded, config = config, fit_batch(config, world.data_size)
     check_sharding(config, world.sizes["shard"])
     if Path(config.model.path).resolve() == Path(config.output).resolve():

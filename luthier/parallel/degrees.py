@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 
 from luthier.config import RunConfig
-from luthier.config_parallel import AXES, ParallelConfig
+from luthier.config_parallel import ParallelConfig
 from luthier.errors import Refused
 
 ABSENT = {
@@ -17,18 +17,18 @@ ABSENT = {
     "pipeline": "pipeline parallelism",
 }
 
-BESIDE = {  # keys that say how an absent axis works
-    "sequence": "tensor",
-    "context_method": "context",
-    "virtual_stages": "pipeline",
-    "schedule": "pipeline",
-}
 WHOLE = ("adamw_mini", "adafactor")  # optimisers that need all rows of a tensor in one place
 
 
 def mesh_sizes(parallel: ParallelConfig, processes: int) -> dict[str, int]:
-    """Size of each axis, in the order of `AXES`; their product is `processes`. Refused if it cannot be."""
-    sizes = {axis: int(getattr(parallel, axis)) for axis in AXES}
+    """Size of each axis, outermost first (`AXES`); their product is `processes`. Refused if it cannot be."""
+    sizes = {
+        "pipeline": parallel.pipeline,
+        "replicate": parallel.replicate,
+        "shard": parallel.shard,
+        "context": parallel.context,
+        "tensor": parallel.tensor,
+    }
     for axis, words in ABSENT.items():
         if sizes[axis] != 1:
             raise Refused(
@@ -36,8 +36,13 @@ def mesh_sizes(parallel: ParallelConfig, processes: int) -> dict[str, int]:
                 f"{words} is not there in this version of Luthier",
                 "use parallel.shard (with parallel.stage=3 for models that do not fit) or parallel.replicate",
             )
-    for key, axis in BESIDE.items():
-        value = getattr(parallel, key)
+    beside = {  # says how an absent axis works
+        "sequence": (parallel.sequence, "tensor"),
+        "context_method": (parallel.context_method, "context"),
+        "virtual_stages": (parallel.virtual_stages, "pipeline"),
+        "schedule": (parallel.schedule, "pipeline"),
+    }
+    for key, (value, axis) in beside.items():
         if value != type(parallel).model_fields[key].default:
             raise Refused(
                 f"parallel.{key}={value}",

@@ -11,10 +11,11 @@ import signal
 import sys
 import tempfile
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from luthier.errors import Failed, Refused
-from luthier.parallel.world import place, set_threads
+from luthier.parallel.world import place, shared_threads
 
 SAVING_SECONDS = 1800  # for the processes to save what they have after a signal
 
@@ -36,8 +37,11 @@ def launch(words: Sequence[str], processes: int, max_restarts: int = 0) -> int:
 
     for name in ("agent.server.api", "agent.server.local_elastic_agent", "multiprocessing.api"):
         logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
-    set_threads(processes)
-    with tempfile.TemporaryDirectory(prefix="luthier-") as logs:
+    with (
+        shared_threads(processes),
+        kept_handlers(),
+        tempfile.TemporaryDirectory(prefix="luthier-") as logs,
+    ):
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -59,6 +63,17 @@ def launch(words: Sequence[str], processes: int, max_restarts: int = 0) -> int:
             codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
             return _exit_code(codes, processes)
     return 0
+
+
+@contextmanager
+def kept_handlers() -> Iterator[None]:
+    """Put the handlers of signals back that torch's launcher replaces."""
+    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
 
 
 def _exit_code(codes: dict[int, int], processes: int) -> int:

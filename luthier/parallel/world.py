@@ -11,7 +11,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -97,9 +98,16 @@ def _place_or_alone() -> Place:
         return Place()
 
 
-def set_threads(processes: int) -> None:
-    """Share the machine's cores among the processes about to be started, unless the user did."""
+@contextmanager
+def shared_threads(processes: int) -> Iterator[None]:
+    """Share the machine's cores among the processes that are started inside, unless the user did."""
+    before = dict(os.environ)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    try:
+        yield
+    finally:  # torch's launcher leaves variables of its own behind
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def lost_peer(error: BaseException) -> bool:
