@@ -32,6 +32,7 @@ from luthier.adapters import (
 from luthier.adapters.continuing import take_options
 from luthier.adapters.facts import base_options, read_adapter_config
 from luthier.adapters.store import load_adapter
+from luthier.bases import quantization_of, refuse_full_training
 from luthier.batch import Batch
 from luthier.built import Built as Built
 from luthier.built import cut
@@ -75,14 +76,19 @@ def check_training(config: RunConfig, text: Text) -> None:
     """Refuse what the model's folder and config tell before rows are tokenised and weights are read: a
     missing or broken shard, a kernel that does not fit the device, targets, rank."""
     code = config.model.trust_remote_code
+    refuse_full_training(config, config.adapter.path)
     if config.model.init == "pretrained":
         weight_files(find_folder(config.model.path, code=code))
     check_kernel(config.model.attention, resolve_device(config.model.device), train=True)
     if config.adapter.path is not None:
         read_adapter_config(Path(config.adapter.path))
-    elif config.adapter.method != "none" and not code:
-        with torch.device("meta"), quiet():
-            blueprint = AutoModelForCausalLM.from_config(copy.deepcopy(text.model_config))
+    if code or (config.adapter.method == "none" and not config.quantize.on):
+        return
+    with torch.device("meta"), quiet():
+        blueprint: Any = AutoModelForCausalLM.from_config(copy.deepcopy(text.model_config))
+    if (quantization := quantization_of(config.quantize, None)) is not None:
+        quantization.convert(blueprint)
+    if config.adapter.path is None:
         plan_of(blueprint, config.adapter)
         limit = getattr(text.model_config.get_text_config(), "max_position_embeddings", None)
         method = ADAPTERS[config.adapter.method]
@@ -122,11 +128,14 @@ def build(
             f"it was trained on {'all layers' if layers is None else f'the first {layers} layers'}",
             f"give model.num_layers={'null' if layers is None else layers}",
         )
-    model = build_model(chosen, seed=config.train.seed, train=train)
+    new = config.adapter if train else None
+    quantization = quantization_of(config.quantize, adapter, new, config.train.seed)
+    model = build_model(chosen, seed=config.train.seed, train=train, quantization=quantization)
     built = Built(
         model, Stage(model), device, chosen.path, num_layers=chosen.num_layers, init=chosen.init
     )
     built.world = world or World()
+    built.quantize = config.quantize.model_dump(mode="json", exclude_defaults=True)
     if chosen.init == "pretrained" and (adapter or (train and adapting)):
         built.base_hash = fingerprint(chosen.path)
     if adapter is not None:
@@ -301,6 +310,7 @@ IDENTITY = {
     "data": {"path", "format", "columns", "template", "length", "source_length", "overlong"}
     | {"packing", "lazy", "validation_share"},
     "adapter": None,
+    "quantize": None,
     "optim": None,
 }
 

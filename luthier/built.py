@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn import Parameter
@@ -19,6 +20,7 @@ from luthier.adapters.base import Adapter
 from luthier.adapters.store import load_tensors, save_adapter
 from luthier.config import AdapterConfig, RunConfig
 from luthier.config_parallel import ParallelConfig
+from luthier.layers import count
 from luthier.models.load import build_model, save_model
 from luthier.models.stage import Stage, decoder_layers
 from luthier.parallel.shard import Sharding, assign, whole
@@ -40,6 +42,9 @@ class Built:
     base_hash: str | None = None
     num_layers: int | None = None
     init: str = "pretrained"
+    quantize: dict[str, Any] = field(
+        default_factory=dict
+    )  # the options that are not the usual ones
     adapter: AdapterConfig | None = None
     remarks: list[str] = field(default_factory=list)
     world: World = field(default_factory=World)
@@ -81,9 +86,8 @@ class Built:
 
     @property
     def num_base(self) -> int:
-        return sum(
-            p.numel() for n, p in self.model.named_parameters() if ".adapter." not in f".{n}"
-        )
+        added = (p.numel() for n, p in self.model.named_parameters() if ".adapter." in f".{n}")
+        return count(self.model)[1] - sum(added)
 
     @property
     def reserved(self) -> int:
@@ -116,6 +120,7 @@ def write_model(built: Built, text: Text, folder: Path) -> None:
     """The trained thing as others read it: a PEFT folder, or a Hugging Face folder with its tokenizer."""
     if built.adapter is not None:
         made = {"num_layers": built.num_layers, "init": built.init}
+        made |= {"quantize": built.quantize} if built.quantize else {}
         save_adapter(built.model, folder, built.adapter, built.base, built.base_hash, made)
         return
     keep_stops(built.model, text.renderer.stop_ids)

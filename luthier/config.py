@@ -16,6 +16,7 @@ from luthier.config_adapter import AdapterConfig as AdapterConfig
 from luthier.config_optim import SCHEDULES as SCHEDULES
 from luthier.config_optim import OptimConfig, Positive, Section
 from luthier.config_parallel import ParallelConfig
+from luthier.config_quantize import QuantizeConfig as QuantizeConfig
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Every = Annotated[int, Field(ge=1)] | Literal["epoch", "end", "never"]
@@ -260,6 +261,7 @@ class RunConfig(Section):
     model: ModelConfig
     data: DataConfig
     adapter: AdapterConfig = AdapterConfig.model_validate({})
+    quantize: QuantizeConfig = QuantizeConfig.model_validate({})
     optim: OptimConfig = OptimConfig.model_validate({})
     train: TrainConfig = TrainConfig.model_validate({})
     evaluate: EvaluateConfig = EvaluateConfig.model_validate({})

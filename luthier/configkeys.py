@@ -118,7 +118,8 @@ def _word(part: Any) -> str:
             return f"a list of {_words(items[0])[0]}"
         return f"a list of {len(items)}, each {_words(items[0])[0]}"
     if get_origin(part) is dict:
-        return "a mapping {name: name}"
+        values = get_args(part)[1]
+        return f"a mapping {{name: {'name' if values is str else _words(values)[0]}}}"
     if isinstance(part, type) and issubclass(part, BaseModel):
         return f"{{{', '.join(part.model_fields)}}}"
     return {int: "a whole number", float: "a number", bool: "true or false"}.get(part, "text")

@@ -16,9 +16,9 @@ from typing import Any
 from luthier.config import METRICS
 from luthier.configfile import Layer
 from luthier.errors import Refused, suggest
-from luthier.interop.paddlenlp_arguments import FALSE, TRUE, Arguments, check, is_off
-from luthier.interop.paddlenlp_keys import PARALLEL
-from luthier.interop.paddlenlp_methods import adapter
+from luthier.interop.paddlenlp_arguments import FALSE, TRUE, Arguments, check
+from luthier.interop.paddlenlp_layout import layout
+from luthier.interop.paddlenlp_methods import adapter, quantize
 
 KEEP_ALL = 1_000_000  # checkpoint.keep for a file without save_total_limit
 
@@ -53,17 +53,19 @@ def translate(
     """
     arguments, remarks = check(given, origins)
     t = Translation(arguments, remarks=remarks)
-    for part in (_model, _data, adapter, _optim, _course, _evaluation, _checkpoints, _log):
+    for part in (
+        _model,
+        _data,
+        adapter,
+        quantize,
+        _optim,
+        _course,
+        _evaluation,
+        _checkpoints,
+        _log,
+    ):
         part(t, arguments)
-    parallel = [
-        f"{name}={arguments.values[name]}"
-        for name in PARALLEL
-        if name in arguments and _on(name, arguments)
-    ]
-    if processes > 1:
-        _parallel(t, arguments, processes)
-    elif parallel:
-        t.remarks.append(f"one process: the parallel settings are off ({', '.join(parallel)})")
+    layout(t, arguments, processes)
     return Layer(t.values, t.origins), t.remarks
 
 
@@ -74,55 +76,6 @@ def jobs(given: Mapping[str, Any], origins: Mapping[str, str]) -> list[str]:
     if not found and (arguments["do_eval"] or arguments["evaluation_strategy"] != "no"):
         found.append("evaluate")
     return found + ["predict"] * arguments["do_predict"]
-
-
-def _parallel(t: Translation, a: Arguments, processes: int) -> None:
-    """The degrees: world = data x sharding x what cuts the model; the first is what is left."""
-    cutting = {
-        "tensor_parallel_degree": "tensor",
-        "pipeline_parallel_degree": "pipeline",
-        "sep_parallel_degree": "context",
-        "context_parallel_degree": "context",
-    }
-    for name, axis in cutting.items():
-        if name in a and _on(name, a):
-            t.put(f"parallel.{axis}", int(a.values[name]), name)
-            if name == "sep_parallel_degree":
-                t.put("parallel.context_method", "heads", name)
-    words = str(a.values["sharding"]).split() if "sharding" in a else []
-    stages = [word for word in words if word in ("stage1", "stage2", "stage3")]
-    if words and (len(stages) != 1 or set(words) - {*stages, "offload"}):
-        raise Refused(
-            f"sharding={a.values['sharding']}",
-            "it is one of stage1, stage2, stage3, and maybe offload",
-            'give sharding="stage2" or "stage2 offload"',
-        )
-    degree = next(
-        (
-            int(a.values[name])
-            for name in ("sharding_parallel_degree", "sharding_degree")
-            if name in a and str(a.values[name]) != "-1"
-        ),
-        -1,
-    )
-    if stages:
-        t.put("parallel.stage", int(stages[0][-1]), "sharding")
-        t.put("parallel.offload", "offload" in words, "sharding")
-    elif degree > 1:
-        raise Refused(
-            f"sharding_parallel_degree={degree}", "sharding is not given", 'add sharding="stage2"'
-        )
-    t.put("parallel.shard", degree if stages else 1, "sharding_parallel_degree", "sharding")
-    data = int(a.values["data_parallel_degree"]) if "data_parallel_degree" in a else -1
-    if data != -1:
-        t.put("parallel.replicate", data, "data_parallel_degree")
-    else:
-        t.put("parallel.replicate", 1 if stages and degree == -1 else -1, "data_parallel_degree")
-
-
-def _on(name: str, arguments: Arguments) -> bool:
-    value, off = arguments.values[name], PARALLEL[name]
-    return str(value).lower() != str(off).lower() and str(value) != "-1" and not is_off(value)
 
 
 def _choice(t: Translation, name: str, known: Mapping[str, Any]) -> Any:

@@ -57,6 +57,11 @@ READ: dict[str, tuple[type, Any]] = {
     "dropout": (float, 0.0),
     "neftune": (bool, False),
     "neftune_noise_alpha": (float, 5.0),
+    # quantised base
+    "weight_quantize_algo": (str, None),
+    "weight_blocksize": (int, 64),
+    "weight_double_quant": (bool, False),
+    "weight_double_quant_block_size": (int, 256),
     # data
     "dataset_name_or_path": (str, None),
     "task_name": (str, None),
@@ -152,7 +157,6 @@ INERT = names("""
     past_index prediction_loss_only eval_accumulation_steps local_rank flatten_param_grads
     release_grads offload_optim scale_loss amp_master_grad
     from_aistudio aistudio_repo_id aistudio_repo_private aistudio_repo_license aistudio_token
-    weight_blocksize weight_double_quant weight_double_quant_block_size
     rope_scaling_factor strategy_type strategy_name ssa_group_size_ratio
     quant_type fp8_type skip_list_names weight_quant_method act_quant_method cachekv_quant_method
     search_alpha_min search_alpha_max search_scale_min search_scale_max ptq_step
@@ -209,9 +213,6 @@ _QUANTISE = "fine-tune without it; compress the result with another tool for now
 OFF: dict[str, Switch] = {
     "rslora_plus": Switch(
         bool, False, "fine-tuning never had it", "give rslora=true and lora_plus_scale"
-    ),
-    "weight_quantize_algo": Switch(
-        str, None, f"a quantised base (QLoRA) {_LATER}", "leave it out: LoRA on a bf16 base"
     ),
     "use_long_sequence_strategies": Switch(
         bool, False, f"stretching RoPE or ALiBi {_LATER}", "train within the model's own length"

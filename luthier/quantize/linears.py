@@ -222,17 +222,16 @@ class QuantizedLinear(QuantizedTensor):
         )
 
     @classmethod
-    def from_linear(
+    def like(
         cls,
         layer: nn.Module,
         scheme: str,
         block_size: int | None = None,
         double_quant: bool = False,
     ) -> Self:
-        """The quantised form of `layer`, on its device; on the meta device, the form without values.
+        """The form of `layer` on the meta device: no values yet, but its sizes, type and mode.
 
-        Refused: a layer that is quantised already, or is no linear layer; and what `make_spec` and
-        `load_from` refuse.
+        Refused: a layer that is quantised already, or is no linear layer; and what `make_spec` refuses.
         """
         if isinstance(layer, QuantizedTensor):
             raise Refused(
@@ -246,7 +245,7 @@ class QuantizedLinear(QuantizedTensor):
                 "only linear layers (Linear, Conv1D) are quantised",
                 "leave it out of quantize.modules: it stays in full precision",
             )
-        weight, bias = layer.weight, layer.bias
+        weight = layer.weight
         transposed = isinstance(layer, Conv1D)
         num_out, num_in = weight.shape[::-1] if transposed else weight.shape
         made = cls.meta(
@@ -255,13 +254,28 @@ class QuantizedLinear(QuantizedTensor):
             scheme,
             block_size,
             double_quant,
-            bias=bias is not None,
+            bias=layer.bias is not None,
             transposed=transposed,
             dtype=weight.dtype if weight.is_floating_point() else None,
         )
-        made.train(layer.training)
+        return made.train(layer.training)
+
+    @classmethod
+    def from_linear(
+        cls,
+        layer: nn.Module,
+        scheme: str,
+        block_size: int | None = None,
+        double_quant: bool = False,
+    ) -> Self:
+        """The quantised form of `layer`, on its device; on the meta device, the form without values.
+
+        Refused: what `like` and `load_from` refuse.
+        """
+        made = cls.like(layer, scheme, block_size, double_quant)
+        weight = layer.get_parameter("weight")
         if weight.device.type != "meta":
-            made.load_from(weight, bias)
+            made.load_from(weight, getattr(layer, "bias", None))
         return made
 
     def load_from(self, weight: Tensor, bias: Tensor | None = None) -> None:
