@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -67,6 +68,26 @@ from luthier.train.plan import Plan
 from luthier.train.step import Updater
 
 Progress = Callable[[str, int, int | None], None]  # what, done, of
+
+
+# ---- processes
+
+
+@contextmanager
+def joined(config: RunConfig) -> Iterator[World]:
+    """The run's processes, all with this config, for as long as they work together."""
+    device = resolve_device(config.model.device)
+    world = World.start(config.parallel, device.type, flat(config))
+    yield world  # after an error the others are not there to take leave of
+    world.close()
+
+
+def flat(config: RunConfig) -> dict[str, Any]:
+    """Dotted key -> plain value."""
+    dump = config.model_dump(mode="json")
+    sections = {name: part for name, part in dump.items() if isinstance(part, dict)}
+    own = {name: value for name, value in dump.items() if name not in sections}
+    return own | {f"{s}.{k}": v for s, part in sections.items() for k, v in part.items()}
 
 
 # ---- model

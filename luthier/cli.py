@@ -26,7 +26,7 @@ usage: luthier COMMAND ...
   merge    BASE ADAPTER OUT                      fold an adapter into its base, checked before it is published
   show     FILE [...]                            the resolved config and where each value comes from
   preview  FILE [...] [--rows N]                 rows as coloured tokens: what is trained and what is not
-  verify   CHECK FILE [...]                      prove on your model and data: data, packing, loss
+  verify   CHECK FILE [...]                      prove on your model and data: data, packing, loss, layout
   convert  SOURCE OUT                            GGUF, checkpoint, PaddleNLP adapter -> Hugging Face / PEFT folder
   example  [NAME]                                list ready configs, or print one
   schema                                         JSON schema of the config, for editors

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from luthier.assemble import (
     check_training,
     expected_steps,
     identity,
+    joined,
     make_plan,
     make_updater,
     name_of,
@@ -39,7 +39,6 @@ from luthier.data.dataset import LazyDataset
 from luthier.errors import Refused
 from luthier.files import PARTIAL, check_writable, publish, write_json, write_text
 from luthier.interop.read import read_config
-from luthier.models.load import resolve_device
 from luthier.parallel.degrees import check_sharding, fit_batch
 from luthier.parallel.world import World, speaks
 from luthier.summary import facts_of
@@ -87,23 +86,6 @@ def finetune(source: Source, overrides: Sequence[str] = ()) -> dict[str, Any]:
         if world.size > 1:
             say(f"{world.words}, stage {resolved.config.parallel.stage}")
         return world.broadcast(run_on(resolved.config, world))
-
-
-@contextmanager
-def joined(config: RunConfig) -> Iterator[World]:
-    """The run's processes, all with this config, for as long as they work together."""
-    device = resolve_device(config.model.device)
-    world = World.start(config.parallel, device.type, flat(config))
-    yield world  # after an error the others are not there to take leave of
-    world.close()
-
-
-def flat(config: RunConfig) -> dict[str, Any]:
-    """Dotted key -> plain value."""
-    dump = config.model_dump(mode="json")
-    sections = {name: part for name, part in dump.items() if isinstance(part, dict)}
-    own = {name: value for name, value in dump.items() if name not in sections}
-    return own | {f"{s}.{k}": v for s, part in sections.items() for k, v in part.items()}
 
 
 def run_on(config: RunConfig, world: World) -> dict[str, Any]:
