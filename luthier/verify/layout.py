@@ -22,7 +22,7 @@ from luthier.parallel.degrees import check_sharding, fit_batch
 from luthier.parallel.shard import gathered, whole
 from luthier.parallel.world import World
 from luthier.train.optim import make_optimizer
-from luthier.verify.loss import EXACT, Measured, compare, show_differences, wake
+from luthier.verify.loss import EXACT, Difference, Measured, compare, show_differences, wake
 from luthier.verify.packing import open_training
 
 
@@ -55,7 +55,7 @@ def compare_layout(config: RunConfig, world: World, say: Callable[[str], object]
     )
     config = fit_batch(config, world.data_size)
     check_sharding(config, world.sizes["shard"])
-    ours, built = _first_step(config, world)
+    ours, norm, built = _first_step(config, world)
     say(
         f"{world.words}, stage {config.parallel.stage}; {config.batch} rows in micro-batches of "
         f"{config.micro_batch}; {name_of(built.model.dtype)} on {built.device}, "
@@ -64,25 +64,29 @@ def compare_layout(config: RunConfig, world: World, say: Callable[[str], object]
     what = f"{world.size} processes = one process"
 
     def alone() -> dict[str, Any]:
-        difference = compare(ours, _first_step(config, World())[0])
-        return asdict(difference)
+        theirs, wanted, _ = _first_step(config, World())
+        return {**asdict(compare(ours, theirs)), "norm": abs(norm - wanted) / wanted}
 
     found = world.lead(alone)
-    differences = {what: type(EXACT)(**found)}
-    show_differences(differences, {what: EXACT}, say)
-    if not (found["loss"] <= EXACT.loss and found["worst"] <= EXACT.worst):
+    norm_apart = found.pop("norm")
+    show_differences({what: Difference(**found)}, {what: EXACT}, say)
+    if not (
+        found["loss"] <= EXACT.loss
+        and found["worst"] <= EXACT.worst
+        and norm_apart <= EXACT.gradients
+    ):
         raise Failed(
             f"verify layout with {world.words}",
-            f"the loss differs by {found['loss']:.2g}, the gradient of {found['name']} by {found['worst']:.2g} "
-            "(relative): more than rounding",
+            f"the loss differs by {found['loss']:.2g}, the gradient of {found['name']} by {found['worst']:.2g}, "
+            f"the norm of all of them by {norm_apart:.2g} (relative): more than rounding",
             "do not train in this layout; report this with the config",
         )
     say("verify layout: ok")
     return {what: found}
 
 
-def _first_step(config: RunConfig, world: World) -> tuple[Measured, Built]:
-    """Loss and whole gradients of the run's first step on this world; gradients on its rank 0 alone."""
+def _first_step(config: RunConfig, world: World) -> tuple[Measured, float, Built]:
+    """Loss, whole gradients (on rank 0 alone) and their norm of the run's first step on this world."""
     config, _, data = open_training(config, world)
     try:
         micro_batches = data.loader.peek()
@@ -92,7 +96,10 @@ def _first_step(config: RunConfig, world: World) -> tuple[Measured, Built]:
     with whole(*adapters_of(built.model).values(), write=True):
         wake(built, config.train.seed)
     updater = make_updater(config, built)
-    updater.gate = None
+    updater.gate, updater.clip = (
+        None,
+        0.0,
+    )  # clipped, gradients of any wrong scale would be the same
     still = OptimConfig.model_validate({"name": "sgd", "betas": (0.0, 0.0)})
     updater.optimizer = make_optimizer(updater.master.named, still, 0.0)
     kept: dict[str, Tensor] = {}
@@ -103,4 +110,4 @@ def _first_step(config: RunConfig, world: World) -> tuple[Measured, Built]:
 
     updater.optimizer.register_step_pre_hook(keep)
     report = updater.update(micro_batches, step=1, lr=0.0)
-    return Measured(report.loss or 0.0, kept), built
+    return Measured(report.loss or 0.0, kept), report.grad_norm or 0.0, built
