@@ -144,6 +144,7 @@ def _answer(
             use_cache=True,
         ),
         logits_processor=_processors(options, numbers),
+        synced_gpus=False,  # ranks answer different numbers of prompts, each with the whole model
     )
     assert isinstance(out, Tensor)
     return out[:, width:].tolist()

@@ -9,7 +9,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from luthier.config_parallel import ParallelConfig
@@ -39,17 +39,23 @@ def run_ranks(degrees: dict[str, Any], function: Callable[..., Any], *args: Any)
     for rank in range(size):
         place = Place(rank=rank, size=size, local_rank=rank, local_size=size, port=port)
         _ranks[rank][1].send((place, degrees, function, args))
-    found = []
-    for _, pipe in _ranks[:size]:
-        if not pipe.poll(120):
-            _end()
-            raise AssertionError(f"{function.__name__}: the ranks hang with {degrees}")
-        found.append(pipe.recv())
-    errors = [text for ok, text in found if not ok]
+    found: dict[Any, tuple[bool, Any]] = {}
+    waiting = [pipe for _, pipe in _ranks[:size]]
+    seconds = 120.0
+    while waiting and (ready := wait(waiting, seconds)):
+        for pipe in ready:
+            waiting.remove(pipe)  # pyright: ignore[reportArgumentType]
+            found[pipe] = pipe.recv()  # pyright: ignore[reportAttributeAccessIssue]
+            # the others may wait for a rank that failed
+            seconds = seconds if found[pipe][0] else 5.0
+    if waiting and all(ok for ok, _ in found.values()):
+        _end()
+        raise AssertionError(f"{function.__name__}: the ranks hang with {degrees}")
+    errors = [text for ok, text in found.values() if not ok]
     if errors:
         _end()  # whatever they were in the middle of
     assert not errors, "\n".join(errors)
-    return [value for _, value in found]
+    return [found[pipe][1] for _, pipe in _ranks[:size]]
 
 
 def _end() -> None:

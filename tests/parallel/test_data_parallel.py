@@ -29,6 +29,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "prefix": {"adapter__method": "prefix", "adapter__rank": None},
     "prompt": {"adapter__method": "prompt", "adapter__rank": None},
     "reft": {"adapter__method": "reft"},
+    "qlora": {"adapter__method": "lora", "quantize__weights": "nf4"},
     "whole": {"adapter__method": "lora", "adapter__modules_to_save": ["lm_head"]},
 }
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -40,6 +41,7 @@ OFTEN = {  # the pairs that every run of the tests sees: each method and each la
     *(("lora", layout) for layout in LAYOUTS),
     *(("dora", "shard2-3"), ("pissa", "shard2-3"), ("vera", "shard2-3"), ("reft", "shard2-3")),
     *(("mora", "shard2-2"), ("lokr", "shard2-1"), ("prefix", "shard2-3"), ("whole", "shard2-2")),
+    *(("qlora", "dp2"), ("qlora", "shard2-3")),
     *(("prompt", "dp2"), ("ia3", "shard2-2"), ("mixer", "shard2-1"), ("reft", "dp2")),
 }
 

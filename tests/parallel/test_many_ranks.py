@@ -12,9 +12,11 @@ from layouts import config_of, steps, worst
 from ranks import run_ranks
 from tiny_runs import write_data
 
+from luthier.parallel.degrees import fit_batch
 from luthier.parallel.world import World
 from luthier.recipes import run_on
 from luthier.train.metrics import read_metrics
+from luthier.use import _evaluate, _predict
 
 FULL = {"adapter__method": "none", "adapter__rank": None}
 TWELVE = {"train__batch": 12, "train__micro_batch": 1, "data__length": 128, "train__epochs": 9}
@@ -87,6 +89,14 @@ def whole_run(world: World, folders: tuple[Path, Path, Path], keys: dict[str, An
     return None
 
 
+def using_the_result(world: World, folders: tuple[Path, Path, Path], keys: dict[str, Any]) -> Any:
+    """`luthier evaluate` and `luthier predict`, sampling."""
+    config = fit_batch(
+        config_of(folders, keys | {"evaluate__top_k": 5}, "float32"), world.data_size
+    )
+    return _evaluate(config, world), _predict(config, world)
+
+
 @pytest.mark.parametrize("method", [FULL, {"adapter__method": "lora"}], ids=["full", "lora"])
 def test_resume_on_another_number_of_ranks(
     method: dict[str, Any], folders: tuple[Path, Path, Path], tmp_path: Path
@@ -96,6 +106,7 @@ def test_resume_on_another_number_of_ranks(
     keys = {
         **{**TWELVE, "train__batch": 6, "optim__schedule": "constant", "optim__lr": 1e-2},
         **{"evaluate__every": 2, "checkpoint__every": 2, **method},
+        **{"evaluate__generate": True, "evaluate__max_new_tokens": 4, "evaluate__micro_batch": 2},
     }
     whole_run(World(), (model, data, tmp_path / "whole"), {**keys, "train__steps": 6})
     parts = (model, data, tmp_path / "parts")
@@ -111,4 +122,8 @@ def test_resume_on_another_number_of_ranks(
         json.loads((folder / "report.json").read_text("utf-8"))["after"]
         for folder in (parts[2], tmp_path / "whole")
     )
-    assert mine == pytest.approx(other, rel=1e-6)
+    assert mine == pytest.approx(other, rel=1e-6) and mine["answers"] == 6
+    using = (*parts[:2], parts[2])
+    alone = using_the_result(World(), using, keys)
+    for found in run_ranks({"shard": 2}, using_the_result, using, keys):
+        assert found[0] == pytest.approx(alone[0], rel=1e-6) and found[1] == alone[1]
