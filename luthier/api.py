@@ -11,7 +11,7 @@ import torch
 from pydantic import ValidationError
 from transformers import PreTrainedModel
 
-from luthier.adapters.facts import layers_of_base
+from luthier.adapters.facts import base_for_use
 from luthier.adapters.several import HOME
 from luthier.adapters.store import load_adapter
 from luthier.bases import quantization_of
@@ -35,10 +35,10 @@ def load(
     `model.generate(...)`. Raises Refused for what cannot be read or does not fit.
     """
     name = "auto" if dtype is None else str(dtype).removeprefix("torch.")
-    options = {} if adapter is None else layers_of_base(Path(adapter))
+    options = {} if adapter is None else base_for_use(Path(adapter))
     config = ModelConfig.model_validate({"path": str(path), "dtype": name, **options})
     stored = _quantize_config(quantize)
-    model = build_model(config, seed=0, quantization=quantization_of(stored, adapter))
+    model = build_model(config, seed=0, quantization=quantization_of(stored, adapter, model=config))
     # for `Adapters`, which compares the base's hash when it loads one
     vars(model)[HOME] = (str(path), partial(fingerprint, path))
     if adapter is not None:

@@ -31,9 +31,9 @@ from luthier.adapters import (
     whole_parameters,
 )
 from luthier.adapters.continuing import take_options
-from luthier.adapters.facts import base_options, read_adapter_config
+from luthier.adapters.facts import check_made_alike, read_adapter_config
 from luthier.adapters.store import load_adapter
-from luthier.bases import quantization_of, refuse_full_training
+from luthier.bases import quantization_of, refuse_training
 from luthier.batch import Batch
 from luthier.built import Built as Built
 from luthier.built import cut
@@ -52,13 +52,9 @@ from luthier.models.load import (
     quiet,
     resolve_device,
 )
-from luthier.models.stage import (
-    Stage,
-    check_stage,
-    compile_layers,
-    set_recompute,
-)
+from luthier.models.stage import Stage, check_stage, compile_layers, set_recompute
 from luthier.parallel.world import World
+from luthier.positions import num_positions
 from luthier.text import Text as Text
 from luthier.text import open_text as open_text
 from luthier.train.gates import check_first_gradients
@@ -97,7 +93,7 @@ def check_training(config: RunConfig, text: Text) -> None:
     """Refuse what the model's folder and config tell before rows are tokenised and weights are read: a
     missing or broken shard, a kernel that does not fit the device, targets, rank."""
     code = config.model.trust_remote_code
-    refuse_full_training(config, config.adapter.path)
+    refuse_training(config, config.adapter.path)
     if config.model.init == "pretrained":
         weight_files(find_folder(config.model.path, code=code))
     check_kernel(config.model.attention, resolve_device(config.model.device), train=True)
@@ -107,13 +103,13 @@ def check_training(config: RunConfig, text: Text) -> None:
         return
     with torch.device("meta"), quiet():
         blueprint: Any = AutoModelForCausalLM.from_config(copy.deepcopy(text.model_config))
-    if (quantization := quantization_of(config.quantize, None)) is not None:
+    if (quantization := quantization_of(config.quantize, None, model=config.model)) is not None:
         quantization.convert(blueprint)
     if config.adapter.path is None:
         plan_of(blueprint, config.adapter)
-        limit = getattr(text.model_config.get_text_config(), "max_position_embeddings", None)
+        limit = num_positions(text.model_config)
         method = ADAPTERS[config.adapter.method]
-        method.check_length(config.adapter, config.data.length, limit)
+        method.check_length(config.adapter, config.data.reach, limit)
 
 
 def build(
@@ -131,7 +127,9 @@ def build(
     """
     chosen = config.model
     if path is not None and path != chosen.path:  # a trained folder is whole as it is
-        chosen = chosen.model_copy(update={"path": path, "init": "pretrained", "num_layers": None})
+        chosen = chosen.model_copy(
+            update={"path": path, "init": "pretrained", "num_layers": None, "rope_scaling": None}
+        )
     device = resolve_device(chosen.device)
     adapter = adapter or config.adapter.path
     adapting = config.adapter.method != "none"
@@ -141,21 +139,16 @@ def build(
             "full fine-tuning trains no adapter",
             "give adapter.method=lora to go on with that adapter, or merge it into the base first",
         )
-    if adapter is not None and (layers := base_options(Path(adapter))["num_layers"]) != (
-        chosen.num_layers
-    ):
-        raise Refused(
-            f"model.num_layers={chosen.num_layers} with the adapter {adapter}",
-            f"it was trained on {'all layers' if layers is None else f'the first {layers} layers'}",
-            f"give model.num_layers={'null' if layers is None else layers}",
-        )
+    if adapter is not None:
+        check_made_alike(Path(adapter), chosen.num_layers, chosen.rope_scaling)
     new = config.adapter if train else None
-    quantization = quantization_of(config.quantize, adapter, new, config.train.seed)
+    quantization = quantization_of(config.quantize, adapter, new, config.train.seed, model=chosen)
     model = build_model(chosen, seed=config.train.seed, train=train, quantization=quantization)
     built = Built(
         model, Stage(model), device, chosen.path, num_layers=chosen.num_layers, init=chosen.init
     )
     built.world = world or World()
+    built.scaling = chosen.rope_scaling
     built.quantize = config.quantize.model_dump(mode="json", exclude_defaults=True)
     if chosen.init == "pretrained" and (adapter or (train and adapting)):
         built.base_hash = fingerprint(chosen.path)
@@ -180,9 +173,9 @@ def build(
     elif train:
         model.requires_grad_(True)
     if built.adapter is not None:
-        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        limit = num_positions(model.config)
         method = ADAPTERS[built.adapter.method]
-        method.check_length(built.adapter, config.data.length, limit)
+        method.check_length(built.adapter, config.data.reach, limit)
     built.stage.autocast = None if chosen.autocast == "none" else getattr(torch, chosen.autocast)
     if train and built.world.sharded:
         cut(built, config.parallel)
@@ -327,9 +320,9 @@ def make_updater(config: RunConfig, built: Built) -> Updater:
 
 
 IDENTITY = {
-    "model": {"path", "dtype", "autocast", "master_dtype", "num_layers", "init"},
+    "model": {"path", "dtype", "autocast", "master_dtype", "num_layers", "init", "rope_scaling"},
     "data": {"path", "format", "columns", "template", "length", "source_length", "overlong"}
-    | {"packing", "lazy", "validation_share"},
+    | {"packing", "lazy", "validation_share", "pose", "pose_window"},
     "adapter": None,
     "quantize": None,
     "optim": None,

@@ -17,11 +17,13 @@ from transformers import PreTrainedModel
 
 from luthier.adapters import ADAPTERS, adapters_of, whole_parameters
 from luthier.adapters.base import Adapter
+from luthier.adapters.facts import plain
 from luthier.adapters.store import load_tensors, save_adapter
-from luthier.config import AdapterConfig, RunConfig
+from luthier.config import AdapterConfig, RopeScaling, RunConfig
 from luthier.config_parallel import ParallelConfig
 from luthier.layers import count
 from luthier.models.load import build_model, save_model
+from luthier.models.rotary import config_changes
 from luthier.models.stage import Stage, decoder_layers
 from luthier.parallel.shard import Sharding, assign, whole
 from luthier.parallel.world import World
@@ -42,6 +44,7 @@ class Built:
     base_hash: str | None = None
     num_layers: int | None = None
     init: str = "pretrained"
+    scaling: RopeScaling | None = None
     quantize: dict[str, Any] = field(
         default_factory=dict
     )  # the options that are not the usual ones
@@ -120,6 +123,9 @@ def write_model(built: Built, text: Text, folder: Path) -> None:
     """The trained thing as others read it: a PEFT folder, or a Hugging Face folder with its tokenizer."""
     if built.adapter is not None:
         made = {"num_layers": built.num_layers, "init": built.init}
+        if built.scaling is not None:
+            made |= {"rope_scaling": plain(built.scaling)}
+            made |= {"config_changes": config_changes(built.model.config)}
         made |= {"quantize": built.quantize} if built.quantize else {}
         save_adapter(built.model, folder, built.adapter, built.base, built.base_hash, made)
         return
@@ -137,7 +143,7 @@ def read_model(built: Built, config: RunConfig, folder: Path) -> None:
         return
     again = config.model.model_copy(
         update={"path": str(folder), "init": "pretrained", "dtype": name_of(built.model.dtype)}
-        | {"device": "cpu", "attention": "math", "num_layers": None}
+        | {"device": "cpu", "attention": "math", "num_layers": None, "rope_scaling": None}
     )
     saved = build_model(again, seed=config.train.seed).state_dict()
     with torch.no_grad():

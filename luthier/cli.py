@@ -23,6 +23,7 @@ usage: luthier COMMAND ...
   finetune FILE [FILE] [section.key=value ...]   train, evaluate, save; FILE: YAML, JSON, PaddleNLP arguments
   evaluate FILE [...]                            loss, perplexity, accuracy (and BLEU/ROUGE) of the run's model
   predict  FILE [...]                            answer rows: JSON lines in, JSON lines out
+  quantize FILE [...]                            the base in few bits: a folder that transformers opens
   merge    BASE ADAPTER OUT                      fold an adapter into its base, checked before it is published
   show     FILE [...]                            the resolved config and where each value comes from
   preview  FILE [...] [--rows N]                 rows as coloured tokens: what is trained and what is not
@@ -106,14 +107,19 @@ def _launch(name: str, words: list[str], processes: int, restarts: int) -> int:
     from luthier.parallel.degrees import check_sharding, fit_batch, mesh_sizes
     from luthier.parallel.launch import launch
 
-    config = _config(name, words[1:] if name == "verify" else words, processes).config
+    config = _config(name, words[1:] if name == "verify" else words, processes=processes).config
     sizes = mesh_sizes(config.parallel, processes)
     fit_batch(config, sizes["replicate"] * sizes["shard"])
     check_sharding(config, sizes["shard"])
     return launch([name, *words], processes, restarts)
 
 
-def _config(name: str, words: list[str], processes: int | None = None) -> Any:
+def _config(
+    name: str,
+    words: list[str],
+    defaults: dict[str, Any] | None = None,
+    processes: int | None = None,
+) -> Any:
     from luthier.interop.read import read_config, split_words
 
     files, overrides = split_words(words)
@@ -121,7 +127,7 @@ def _config(name: str, words: list[str], processes: int | None = None) -> Any:
         raise Refused(
             f"luthier {name}", "no FILE was given", f"luthier {name} run.yaml; see luthier example"
         )
-    return read_config(files, overrides, processes)
+    return read_config(files, overrides, defaults, processes)
 
 
 def _take_option(words: list[str], option: str, default: int) -> tuple[int, list[str]]:
@@ -155,6 +161,13 @@ def evaluate(words: list[str]) -> None:
 def predict(words: list[str]) -> None:
     resolved = _config("predict", words)
     from luthier.use import predict as run
+
+    run(resolved)
+
+
+def quantize(words: list[str]) -> None:
+    resolved = _config("quantize", words, {"data.path": "none"})  # it reads no rows
+    from luthier.compress import quantize_model as run
 
     run(resolved)
 
@@ -304,6 +317,7 @@ COMMANDS: dict[str, Command] = {
     "finetune": finetune,
     "evaluate": evaluate,
     "predict": predict,
+    "quantize": quantize,
     "merge": merge,
     "show": show,
     "preview": preview,

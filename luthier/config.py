@@ -17,6 +17,7 @@ from luthier.config_optim import SCHEDULES as SCHEDULES
 from luthier.config_optim import OptimConfig, Positive, Section
 from luthier.config_parallel import ParallelConfig
 from luthier.config_quantize import QuantizeConfig as QuantizeConfig
+from luthier.config_rope import RopeScaling as RopeScaling
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Every = Annotated[int, Field(ge=1)] | Literal["epoch", "end", "never"]
@@ -56,6 +57,12 @@ class ModelConfig(Section):
     )
     init: Literal["pretrained", "random"] = Field(
         "pretrained", description="Read the weights, or start from random ones of the same shape."
+    )
+    rope_scaling: RopeScaling | None = Field(
+        None,
+        description="Stretch rotary positions to longer documents: {type: linear, ntk, dynamic, yarn, llama3 or "
+        "yarn_paddlenlp, factor: 4}, or `model.rope_scaling.factor=4` on the command line. It is written into the "
+        "saved model's config.json. Refused for families without rotary positions.",
     )
     trust_remote_code: bool = Field(
         False, description="Run Python code that comes with the model. Only for authors you trust."
@@ -108,6 +115,15 @@ class DataConfig(Section):
         description="Chat template: `auto` (the tokenizer's, else none), `none`, or a file: Jinja, or "
         "PaddleNLP's chat_template.json.",
     )
+    supervise: Literal["answers", "turns"] = Field(
+        "answers",
+        description="What is trained: every answer with its end token, or (`turns`, ChatML tokenizers) also the "
+        "tokens that open and close every message, as Qwen's own fine-tuning code.",
+    )
+    blanks: Literal["none", "spans", "sentences", "rest", "mixed"] = Field(
+        "none",
+        description="What GLM fills in rows of text: the whole text, spans of a few tokens ([MASK]), sentences ([sMASK]), the end ([gMASK]), or one of the three by chance.",
+    )
     length: Annotated[int, Field(ge=2)] = Field(
         2048, description="Longest row in tokens, prompt and answer; also the size of a packed row."
     )
@@ -130,10 +146,44 @@ class DataConfig(Section):
         2,
         description="Processes that tokenise. The result does not depend on it; 0 = in the main process.",
     )
+    pose: bool | Literal["off", "paper", "paddlenlp"] = Field(
+        "off",
+        description="Let the positions of training documents skip, so that rows of `length` tokens train for "
+        "`pose_window` (PoSE, arXiv:2309.10400): the `paper`'s form, or PaddleNLP's, which acts on texts longer "
+        "than `length` only.",
+    )
+    pose_window: Positive | None = Field(
+        None, description="Longest context that `pose` trains for: positions lie below it."
+    )
     validation_share: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0,
         description="Share of the training rows held out for evaluation when there is no dev file.",
     )
+
+    @model_validator(mode="after")
+    def _pose(self) -> DataConfig:
+        if isinstance(self.pose, bool):  # YAML reads `off` as false
+            object.__setattr__(self, "pose", "paper" if self.pose else "off")
+        if self.pose == "off" and self.pose_window is not None:
+            raise ValueError(
+                "data.pose_window has no meaning without data.pose; add data.pose=paper"
+            )
+        if self.pose != "off" and (self.pose_window or 0) < self.length:
+            raise ValueError(
+                f"data.pose={self.pose} needs data.pose_window, the context to train for: at least "
+                f"data.length={self.length}, usually several times that"
+            )
+        if self.pose == "paddlenlp" and self.overlong != "cut":
+            raise ValueError(
+                f"data.pose=paddlenlp takes its chunks from texts that are too long, which data.overlong="
+                f"{self.overlong} does not leave to it; use data.overlong=cut or data.pose=paper"
+            )
+        return self
+
+    @property
+    def reach(self) -> int:
+        """Positions that a training document may take: `length`, or with PoSE its window."""
+        return self.pose_window or self.length
 
 
 class TrainConfig(Section):

@@ -77,10 +77,18 @@ def admits(key: str, value: Any) -> bool:
         part = get_args(part)[0] if get_origin(part) is Annotated else part
         if get_origin(part) in (tuple, dict):
             kinds.add({tuple: list, dict: dict}[get_origin(part)])
+        elif isinstance(part, type) and issubclass(part, BaseModel):
+            kinds.add(dict)
         else:
             kinds |= {type(choice) for choice in _choices(part)} or {part}
     kinds |= {int} if float in kinds else set()
     return type(value) in kinds or (value is None and _optional(KEYS[key].annotation))
+
+
+def is_mapping(key: str) -> bool:
+    """Whether a key takes a mapping with keys of its own."""
+    members = _members(KEYS[key].annotation)
+    return any(isinstance(m, type) and issubclass(m, BaseModel) for m in members)
 
 
 def _optional(annotation: Any) -> bool:

@@ -1,7 +1,8 @@
 """Make what the docs take from code and results files.
 
 docs/reference: config.md and config.schema.json from luthier/config.py, paddlenlp.md from its table. The
-tables in docs/tasks/packing.md and adapters.md from benchmarks/packing and benchmarks/methods. `--check` writes nothing and fails when a file
+tables in docs/tasks/packing.md, adapters.md, quantize.md and long-documents.md from benchmarks/packing, methods,
+quantize and attention_cost. `--check` writes nothing and fails when a file
 is not what the code says; CI runs that.
 """
 
@@ -21,10 +22,22 @@ FOLDER = ROOT / "docs" / "reference"
 PACKING = ROOT / "docs" / "tasks" / "packing.md"
 ADAPTERS = ROOT / "docs" / "tasks" / "adapters.md"
 RESULTS = ROOT / "benchmarks" / "packing" / "results"
+LONG = ROOT / "docs" / "tasks" / "long-documents.md"
+COSTS = ROOT / "benchmarks" / "attention_cost" / "results"
+COST_MARKS = (
+    "<!-- attention table: python scripts/reference.py -->",
+    "<!-- end of attention table -->",
+)
 METHODS = ROOT / "benchmarks" / "methods" / "results"
 METHOD_MARKS = (
     "<!-- methods table: python scripts/reference.py -->",
     "<!-- end of methods table -->",
+)
+QUANTISING = ROOT / "docs" / "tasks" / "quantize.md"
+QUANTISED = ROOT / "benchmarks" / "quantize" / "results"
+QUANTISE_MARKS = (
+    "<!-- quantise table: python scripts/reference.py -->",
+    "<!-- end of quantise table -->",
 )
 MARKS = ("<!-- packing table: python scripts/reference.py -->", "<!-- end of packing table -->")
 SETS = {"advertisegen": "AdvertiseGen", "alpaca": "Alpaca demo"}
@@ -111,6 +124,77 @@ def adapters() -> str:
     tables = [_learning(path) for path in sorted(METHODS.glob("learning-*.json"))]
     tables += [_speed(path) for path in sorted(METHODS.glob("speed-*.json"))]
     return _between(ADAPTERS, METHOD_MARKS, tables)
+
+
+def quantising() -> str:
+    """The page with the tables of what each quantised form costs between its marks."""
+    tables = [_quality(path) for path in sorted(QUANTISED.glob("quality-*.json"))]
+    tables += [_errors(path) for path in sorted(QUANTISED.glob("cpu.json"))]
+    return _between(QUANTISING, QUANTISE_MARKS, tables)
+
+
+def _quality(path: Path) -> str:
+    found = json.loads(path.read_text("utf-8"))
+    table, config = found["tables"]["quality"], found["config"]
+    lines = [
+        "| form | bits | error | perplexity, Alpaca | perplexity, C4 |",
+        "|---|---|---|---|---|",
+    ]
+    for r in table:
+        bits = "" if r["form"] == "none" else f"{r['bits']:.2f}"
+        error = "" if r["form"] == "none" else f"{r['error']:.2%}"
+        name = "the model itself" if r["form"] == "none" else r["form"]
+        lines.append(f"| {name} | {bits} | {error} | {r['alpaca']:.3f} | {r['c4']:.3f} |")
+    lines += [
+        "",
+        f"{config['quality']} in float32, the last {config['rows']} rows of each [data set](data-sets.md) cut at "
+        f"{config['length']} tokens: {table[0]['alpaca_tokens']:,} tokens of answers and {table[0]['c4_tokens']:,} of "
+        f"documents, the same for all. A small sample: it orders forms that lie far apart. Bits per weight with scales; "
+        f"error of the model's weights, relative Frobenius norm. `benchmarks/quantize/results/{path.name}`.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _errors(path: Path) -> str:
+    found = json.loads(path.read_text("utf-8"))
+    table = found["tables"]["error"]
+    kinds = [key for key in table[0] if key not in ("form", "bits")]
+    lines = [f"| form | bits | {' | '.join(kinds)} |", "|---" * (2 + len(kinds)) + "|"]
+    for r in table:
+        lines.append(
+            f"| {r['form']} | {r['bits']:.2f} | {' | '.join(f'{r[k]:.2%}' for k in kinds)} |"
+        )
+    lines += [
+        "",
+        "Error of fixed random matrices [1024, 1024] by how their numbers are distributed; "
+        f"`benchmarks/quantize/results/{path.name}`.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def long_documents() -> str:
+    """The page with the tables of what attention costs between its marks; one table per results file."""
+    return _between(LONG, COST_MARKS, [_cost(path) for path in sorted(COSTS.glob("*.json"))])
+
+
+def _cost(path: Path) -> str:
+    found = json.loads(path.read_text("utf-8"))
+    config, tables = found["config"], found["tables"]
+    names = list(tables)
+    lines = [f"| row, tokens | {' | '.join(names)} |", "|---" * (1 + len(names)) + "|"]
+    for width in tables["packed"]:
+        cells = (tables[name].get(width) for name in names)
+        shown = ("" if c is None else f"{c['us_per_token']:.1f}" for c in cells)
+        lines.append(f"| {int(width):,} | {' | '.join(shown)} |")
+    lines += [
+        "",
+        f"Microseconds per token of one layer's attention, forward and backward, {config['tokens']:,} tokens in all; "
+        f"{config['heads']} heads of {config['head_dim']} over {config['kv_heads']} of keys, {config['dtype']} on "
+        f"{found['device']}, {found['threads']} thread(s), torch {found['versions']['torch']}. `packed`: documents of "
+        f"{config['document']} tokens on average; these rows lie within {found['spread']:.1%} of each other. "
+        f"`benchmarks/attention_cost/results/{path.name}`.",
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def _between(page: Path, marks: tuple[str, str], tables: list[str]) -> str:
@@ -207,6 +291,8 @@ def main() -> int:
         FOLDER / "paddlenlp.md": arguments(),
         PACKING: packing(),
         ADAPTERS: adapters(),
+        QUANTISING: quantising(),
+        LONG: long_documents(),
         FOLDER / "config.schema.json": json.dumps(json_schema(), indent=2) + "\n",
     }
     stale = [p for p, text in files.items() if not p.is_file() or p.read_text("utf-8") != text]

@@ -1,4 +1,4 @@
-"""Shared fixtures: tiny random models of eight families, their folders, a tiny tokenizer, random batches.
+"""Shared fixtures: tiny random models of twelve families, their folders, a tiny tokenizer, random batches.
 
 The models are built in code from seeds. Weights are larger than a real initialisation's, and biases and
 norms are random too, so that attention is far from uniform and every parameter matters to the result.
@@ -17,6 +17,7 @@ import torch
 
 from luthier.batch import IGNORE, PADDING, Batch
 from luthier.seeding import generator
+from tests.zoo_configs import ZOO_CONFIGS, ZOO_RATES
 
 torch.set_num_threads(1)  # on tensors this small more threads only cost
 
@@ -89,7 +90,9 @@ _FAMILY: dict[str, dict[str, Any]] = {
         "eos_token_id": 2,
         "pad_token_id": 0,
     },
+    **ZOO_CONFIGS,
 }
+_OWN_KEYS = ("gpt2", "opt", "bloom", *ZOO_CONFIGS)
 
 
 def tiny_model_(
@@ -111,11 +114,12 @@ def tiny_model_(
 
     import luthier.models.attention
 
-    base = {} if family in ("gpt2", "opt", "bloom") else _DECODER
+    base = {} if family in _OWN_KEYS else _DECODER
     rates = {
         "gpt2": ("resid_pdrop", "embd_pdrop", "attn_pdrop"),
         "opt": ("dropout",),
         "bloom": ("hidden_dropout",),
+        **ZOO_RATES,
     }
     drops = {name: dropout for name in (*rates.get(family, ()), "attention_dropout")}
     config = AutoConfig.for_model(family, **{**base, **_FAMILY[family], **drops, **overrides})

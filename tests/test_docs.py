@@ -32,11 +32,18 @@ from luthier.configkeys import KEYS, SECTIONS
 from luthier.interop.read import read_config
 from luthier.models.families import TESTED
 from tests.conftest import FAMILIES
+from tests.zoo_configs import ZOO_CONFIGS
+from tests.zoo_folders import zoo_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 MODELS = ("HuggingFaceTB/SmolLM2-135M-Instruct", "HuggingFaceTB/SmolLM2-135M")
+OWN = {
+    "THUDM/chatglm3-6b": "chatglm2",
+    "THUDM/glm-large-chinese": "glm_legacy",
+    "Qwen/Qwen-7B-Chat": "qwen",
+}
 
 NOT_RUN = {  # beginnings of commands that are not run here, and why
     "make ": "it makes an environment of its own; CI runs `make test`, `make demo` is the demo",
@@ -66,6 +73,8 @@ def models(tmp_path_factory: pytest.TempPathFactory, tiny_model: Any, tiny_token
     first = folder / MODELS[0]
     save_model(tiny_model("llama", max_position_embeddings=8192), first, tiny_tokenizer())
     shutil.copytree(first, folder / MODELS[1])
+    for name, family in OWN.items():
+        zoo_folder(family, folder / name, positions=2048, roles=name.endswith("chatglm3-6b"))
     return folder
 
 
@@ -305,7 +314,10 @@ def test_the_support_table_names_the_tested_families() -> None:
 
 @pytest.mark.parametrize(
     "family",
-    [pytest.param(f, marks=() if f in FAMILIES else pytest.mark.long) for f in TESTED],
+    [
+        pytest.param(f, marks=() if f in (*FAMILIES, *ZOO_CONFIGS) else pytest.mark.long)
+        for f in TESTED
+    ],
 )
 def test_each_cell_of_the_support_table(
     family: str, tiny_tokenizer: Any, model_folder: Callable[[str], Path], sandbox: Path
@@ -313,10 +325,14 @@ def test_each_cell_of_the_support_table(
     """Full fine-tuning, LoRA, packing, generation and merging, each once from the command line."""
     if family in FAMILIES:
         base = str(model_folder(family))
+    elif family in ZOO_CONFIGS:
+        base = str(zoo_folder(family, Path(family)))
     else:
         base = random_model(family, tiny_tokenizer())
     write_lines(Path("data/train.json"), [{"src": src, "tgt": tgt} for src, tgt in PAIRS[:8]])
-    words = [f"model.path={base}", "model.dtype=float32", "data.path=data", "data.length=128"]
+    length = 256 if family in ZOO_CONFIGS else 128  # their vocabularies are mostly bytes
+    words = [f"model.path={base}", "model.dtype=float32", "data.path=data"]
+    words += [f"data.length={length}"]
     words += ["train.steps=1", "train.batch=2", "evaluate.every=never", "checkpoint.every=never"]
     words += ["log.sinks=[]", "log.progress=none"]
     lora = ["adapter.method=lora", "adapter.rank=2", *BY_NAME.get(family, ())]

@@ -32,6 +32,7 @@ from luthier.recipes import finetune
 from luthier.train.metrics import read_metrics
 from luthier.train.schedules import make_schedule
 from luthier.use import predict
+from tests.zoo_folders import zoo_folder
 
 Tree = dict[str, Any]
 Probe = Callable[[Tree], Any]
@@ -181,6 +182,7 @@ EQUAL = {
     "checkpoint__every": 1,
     "optim__lr": 1e-6,
 }
+NF4 = {"quantize__weights": "nf4"}
 COOLDOWN = {"optim__schedule": "cooldown", "optim__warmup": 2, "optim__decay_steps": 4}
 
 TABLE = [
@@ -193,17 +195,22 @@ TABLE = [
     Row("model.num_layers", 1, model),
     Row("model.init", "random", trained),
     Row("model.trust_remote_code", True, reading, {"model__path": "REMOTE"}),
+    Row("model.rope_scaling", {"type": "linear", "factor": 2}, trained),
     Row("data.path", "OTHER_DATA", trained),
     Row("data.validation_path", "OTHER_DATA/train.json", data),
     Row("data.format", "text", data, {"data__path": "TWO_FORMATS"}),
     Row("data.columns", {"src": "q", "tgt": "a"}, data, {"data__path": "RENAMED"}),
     Row("data.template", "none", data),
+    Row("data.supervise", "turns", data, {"model__path": "QWEN", "data__length": 256}),
+    Row("data.blanks", "rest", data, {"model__path": "GLM", "data__path": "TEXTS"}),
     Row("data.length", 64, data),
     Row("data.source_length", 4, data, {"data__template": "none"}),
     Row("data.overlong", "drop", data, {"data__length": 64}),
     Row("data.packing", "none", data),
     Row("data.lazy", True, data, {"evaluate__every": "never"}),
     Row("data.workers", 1, data, LAZY),
+    Row("data.pose", "paper", data, {"data__pose_window": 250}),
+    Row("data.pose_window", 200, trained, {"data__pose": "paper", "data__pose_window": 250}),
     Row("data.validation_share", 0.4, data, {"data__path": "DATA/train.json"}),
     Row("adapter.method", None, files, {"adapter__rank": None}),
     Row("adapter.path", "ADAPTER", trained),
@@ -236,6 +243,10 @@ TABLE = [
     Row("adapter.feedforward", ["up_proj"], trained, {"adapter__method": "ia3", **NO_RANK}),
     Row("adapter.neftune_alpha", 5.0, trained),
     Row("adapter.neftune_scaling", "paddlenlp", trained, {"adapter__neftune_alpha": 5.0}),
+    Row("quantize.weights", "int4", trained),
+    Row("quantize.block_size", 32, trained, NF4),
+    Row("quantize.double_quant", True, trained, NF4),
+    Row("quantize.modules", ["q_proj"], trained, NF4),
     Row("optim.name", "sgd", trained),
     Row("optim.lr", 1e-3, trained),
     Row("optim.betas", [0.5, 0.9], trained),
@@ -343,6 +354,9 @@ class World:
             "TWO_FORMATS": root / "two.json",
             "RENAMED": root / "renamed.json",
             "ADAPTER": root / "adapter",
+            "QWEN": zoo_folder("qwen", root / "qwen"),
+            "GLM": zoo_folder("glm_legacy", root / "glm"),
+            "TEXTS": write_rows(root / "texts.json", [{"text": "the box. seven apples"}] * 9),
         }
         save_model(tiny_model_("llama", seed=1), root / "model", tiny_tokenizer_())
         save_model(tiny_model_("llama"), root / "remote", tiny_tokenizer_())

@@ -20,7 +20,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from luthier.adapters.base import ADAPTERS, Adapter
-from luthier.adapters.facts import CONFIG, check_base, own_options, read_adapter_config, write_facts
+from luthier.adapters.facts import (
+    CONFIG,
+    check_base,
+    check_positions_of,
+    own_options,
+    read_adapter_config,
+    write_facts,
+)
 from luthier.adapters.placing import adapters_of, build, install, names_of, whole_parameters
 from luthier.adapters.targets import options_of, shortest_targets
 from luthier.config import AdapterConfig
@@ -126,6 +133,7 @@ def load_adapter(
     method = method_of(fields)
     made_for = fields.get("base_model_name_or_path")
     remarks = check_base(folder, made_for, base_name, base_hash)
+    check_positions_of(folder, getattr(model, "config", None))
     tensors = read_tensors(folder)
     contents = _sort(tensors, model, method, fields.get("modules_to_save") or ())
     layers = list(contents.parts)

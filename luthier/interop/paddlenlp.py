@@ -18,6 +18,7 @@ from luthier.configfile import Layer
 from luthier.errors import Refused, suggest
 from luthier.interop.paddlenlp_arguments import FALSE, TRUE, Arguments, check
 from luthier.interop.paddlenlp_layout import layout
+from luthier.interop.paddlenlp_lengths import lengths
 from luthier.interop.paddlenlp_methods import adapter, quantize
 
 KEEP_ALL = 1_000_000  # checkpoint.keep for a file without save_total_limit
@@ -56,6 +57,7 @@ def translate(
     for part in (
         _model,
         _data,
+        lengths,
         adapter,
         quantize,
         _optim,

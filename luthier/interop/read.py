@@ -7,11 +7,12 @@ MindFormers' YAML is refused by name.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from luthier.configfile import (
+    Layer,
     Resolved,
     file_layer,
     override_layer,
@@ -37,12 +38,16 @@ MINDFORMERS = names("""
 
 
 def read_config(
-    paths: Sequence[Path | str], overrides: Sequence[str] = (), processes: int | None = None
+    paths: Sequence[Path | str],
+    overrides: Sequence[str] = (),
+    defaults: Mapping[str, Any] | None = None,
+    processes: int | None = None,
 ) -> Resolved:
     """Read config files of any suite with overrides (words of the command line). Raises `Refused`.
 
-    Without files, foreign overrides alone make the config: PaddleNLP's plain command line. Parallel degrees of
-    a foreign file hold for several `processes` (default: as many as a launcher started) and are off for one.
+    Without files, foreign overrides alone make the config: PaddleNLP's plain command line. `defaults` are values
+    of a command that does without keys which others need. Parallel degrees of a foreign file hold for several
+    `processes` (default: as many as a launcher started) and are off for one.
     """
     parsed = [parse_file(Path(path)) for path in paths]
     foreign, ours, items = _sort(parsed, overrides)
@@ -53,6 +58,8 @@ def read_config(
             *foreign, world.processes() if processes is None else processes
         )
         layers.insert(0, layer)
+    if defaults:
+        layers.insert(0, Layer(dict(defaults), dict.fromkeys(defaults, "default")))
     return resolve([*layers, override_layer(items)], remarks)
 
 

@@ -21,7 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from luthier.batch import capture as capture
 from luthier.batch import current_capture, current_layout
 from luthier.errors import Refused
-from luthier.models import bloom, kernels
+from luthier.models import bloom, kernels, rotary
 from luthier.models.families import TESTED
 from luthier.models.kernels import KERNELS, LACKS, Scores, features
 
@@ -58,6 +58,7 @@ def install(model: PreTrainedModel, kernel: str, *, train: bool = False) -> str:
     lacking = sorted(asked & LACKS[chosen])
     _refuse_lacking(chosen, lacking, model.config.model_type)
     model.set_attn_implementation(NAME)
+    rotary.per_document(model)
     for module in layers:
         module.attention_kernel = chosen  # pyright: ignore[reportArgumentType]
     return f"{chosen} (layers with {' or '.join(lacking)}: math)" if lacking else chosen

@@ -100,6 +100,7 @@ class QuantizedTensor(nn.Module):
         codes.dequantize_range(self.codes, scale, self.spec, first * width, last * width, out)
         return out.view(self.spec.shape if index is None else self.spec.shape[-2:])
 
+    @torch.compiler.disable()  # decoding is table look-ups: there is nothing to fuse
     def product(self, x: Tensor, addend: Tensor | None = None, index: int | None = None) -> Tensor:
         """addend + x W^T with a gradient for x [..., in] and addend ([..., out] or [out]), not for W.
 
@@ -118,12 +119,14 @@ class QuantizedTensor(nn.Module):
         y = _Product.apply(x, addend, self.spec, rows, *self.tensors().values())
         return cast(Tensor, y).view(*lead, rows[1] - rows[0])
 
+    @torch.compiler.disable()
     def multiply(self, x: Tensor, addend: Tensor | None = None, index: int | None = None) -> Tensor:
         """addend + x W^T, [N, out], for x [N, in], outside autograd: for nodes that compute more with it."""
         return _times_transposed(
             x, addend, self.spec, self._rows(index), list(self.tensors().values())
         )
 
+    @torch.compiler.disable()
     def multiply_back(
         self, g: Tensor, addend: Tensor | None = None, index: int | None = None
     ) -> Tensor:

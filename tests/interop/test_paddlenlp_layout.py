@@ -22,7 +22,7 @@ def config(folder: Path, processes: int, **arguments: Any) -> Any:
     }
     path = folder / "lora_argument.json"
     path.write_text(json.dumps(given))
-    return read_config([path], [], processes)
+    return read_config([path], [], processes=processes)
 
 
 @pytest.mark.parametrize(

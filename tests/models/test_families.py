@@ -15,6 +15,7 @@ from luthier.models.attention import install
 from luthier.models.dropout import seed_dropout
 from luthier.models.families import TESTED
 from luthier.models.stage import Stage, check_stage
+from tests.zoo_configs import ZOO_CONFIGS  # tests/zoo
 
 BASE = {
     "vocab_size": 320,
@@ -68,7 +69,7 @@ def _models(family):
 
 
 def test_the_list_of_tested_families_is_this_one():
-    assert set(TESTED) == set(FAMILIES) | set(test_packing.FAMILIES)
+    assert set(TESTED) == set(FAMILIES) | set(test_packing.FAMILIES) | set(ZOO_CONFIGS)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
