@@ -40,7 +40,9 @@ class Evaluator:
             self.batches,
             self.built.device,
             lambda done: tell("evaluating", done, len(self.batches)),
+            self.built.world,
         )
+        self.built.settle()
         if self.config.evaluate.generate:
             values |= self.generate()
         return values
@@ -57,17 +59,19 @@ class Evaluator:
             answered += number
             tell("generating", answered, len(rows))
 
-        scores, self.records = evaluate_generation(
-            self.built.model,
-            self.text.renderer,
-            rows,
-            generate_options(self.config, self.built),
-            pad_id=self.text.pad_id,
-            micro_batch=self.config.evaluate_micro_batch,
-            progress=count,
-            autocast=self.built.stage.autocast,
-        )
-        if self.config.evaluate.save and self.output is not None:
+        with self.built.gathered():
+            scores, self.records = evaluate_generation(
+                self.built.model,
+                self.text.renderer,
+                rows,
+                generate_options(self.config, self.built),
+                pad_id=self.text.pad_id,
+                micro_batch=self.config.evaluate_micro_batch,
+                progress=count,
+                autocast=self.built.stage.autocast,
+                world=self.built.world,
+            )
+        if self.config.evaluate.save and self.output is not None and self.built.world.is_main:
             write_generated(self.output, self.records)
         return scores
 

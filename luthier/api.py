@@ -18,7 +18,8 @@ from luthier.bases import quantization_of
 from luthier.config import ModelConfig, QuantizeConfig
 from luthier.errors import Refused
 from luthier.models.folder import fingerprint
-from luthier.models.load import build_model, load_tokenizer
+from luthier.models.load import build_model
+from luthier.models.tokenizer import load_tokenizer
 
 
 def load(

@@ -7,15 +7,15 @@ the parts is told by the recipes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn import Parameter
-from transformers import PreTrainedModel
 
 from luthier.adapters import (
     ADAPTERS,
@@ -29,17 +29,21 @@ from luthier.adapters import (
     whole_parameters,
 )
 from luthier.adapters.continuing import take_options
-from luthier.adapters.facts import check_made_alike, plain, read_adapter_config
-from luthier.adapters.store import load_adapter, load_tensors, save_adapter
+from luthier.adapters.facts import check_made_alike, read_adapter_config
+from luthier.adapters.store import load_adapter
 from luthier.bases import quantization_of, refuse_training
 from luthier.batch import Batch
-from luthier.config import MINIMISED, AdapterConfig, RopeScaling, RunConfig
+from luthier.built import Built as Built
+from luthier.built import cut
+from luthier.built import name_of as name_of
+from luthier.built import read_model as read_model
+from luthier.built import write_model as write_model
+from luthier.config import MINIMISED, RunConfig
 from luthier.data.corpus import Corpus
 from luthier.data.dataset import Dataset, LazyDataset
 from luthier.data.loader import CorpusBatches, Loader, evaluation_batches
 from luthier.data.prepare import prepare
 from luthier.errors import Refused
-from luthier.layers import count
 from luthier.models.attention import check_kernel
 from luthier.models.dropout import seed_dropout
 from luthier.models.families import untested
@@ -48,10 +52,9 @@ from luthier.models.load import (
     blueprint,
     build_model,
     resolve_device,
-    save_model,
 )
-from luthier.models.rotary import config_changes
 from luthier.models.stage import Stage, check_stage, compile_layers, set_recompute
+from luthier.parallel.world import World
 from luthier.positions import num_positions
 from luthier.text import Text as Text
 from luthier.text import open_text as open_text
@@ -62,61 +65,30 @@ from luthier.train.plan import Plan
 from luthier.train.router import router_loss
 from luthier.train.step import Updater
 
-# names under which the families of transformers say that they are mixtures of experts
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-
 Progress = Callable[[str, int, int | None], None]  # what, done, of
 
 
+# ---- processes
+
+
+@contextmanager
+def joined(config: RunConfig) -> Iterator[World]:
+    """The run's processes, all with this config, for as long as they work together."""
+    device = resolve_device(config.model.device)
+    world = World.start(config.parallel, device.type, flat(config))
+    yield world  # after an error the others are not there to take leave of
+    world.close()
+
+
+def flat(config: RunConfig) -> dict[str, Any]:
+    """Dotted key -> plain value."""
+    dump = config.model_dump(mode="json")
+    sections = {name: part for name, part in dump.items() if isinstance(part, dict)}
+    own = {name: value for name, value in dump.items() if name not in sections}
+    return own | {f"{s}.{k}": v for s, part in sections.items() for k, v in part.items()}
+
+
 # ---- model
-
-
-@dataclass
-class Built:
-    """A model ready to run: weights read, adapter attached, attention installed."""
-
-    model: PreTrainedModel
-    stage: Stage
-    device: torch.device
-    base: str  # folder or hub name of the base
-    base_hash: str | None = None
-    num_layers: int | None = None
-    init: str = "pretrained"
-    scaling: RopeScaling | None = None
-    quantize: dict[str, Any] = field(default_factory=dict)  # options that are not the usual
-    adapter: AdapterConfig | None = None
-    remarks: list[str] = field(default_factory=list)
-
-    @property
-    def kernel(self) -> str:
-        """The attention kernel that was installed."""
-        kernels = (getattr(module, "attention_kernel", None) for module in self.model.modules())
-        return next(kernel for kernel in kernels if kernel)
-
-    @property
-    def rounding(self) -> float:
-        """What packing may change in a hidden state: nothing, but for mixtures of experts."""
-        text = self.model.config.get_text_config()
-        experts = any(getattr(text, name, None) for name in EXPERTS)
-        return 8 * torch.finfo(self.model.dtype).eps if experts else 0.0
-
-    @property
-    def trained(self) -> list[tuple[str, Parameter]]:
-        return [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
-
-    @property
-    def num_trained(self) -> int:
-        return sum(p.numel() for _, p in self.trained)
-
-    @property
-    def num_base(self) -> int:
-        added = (p.numel() for n, p in self.model.named_parameters() if ".adapter." in f".{n}")
-        return count(self.model)[1] - sum(added)
-
-    @property
-    def reserved(self) -> int:
-        """Positions of the model that the adapter takes from every document."""
-        return ADAPTERS[self.adapter.method].reserve(self.adapter) if self.adapter else 0
 
 
 def check_training(config: RunConfig, text: Text) -> None:
@@ -142,9 +114,14 @@ def check_training(config: RunConfig, text: Text) -> None:
 
 
 def build(
-    config: RunConfig, *, train: bool, path: str | None = None, adapter: str | None = None
+    config: RunConfig,
+    *,
+    train: bool,
+    path: str | None = None,
+    adapter: str | None = None,
+    world: World | None = None,
 ) -> Built:
-    """The model of the config, for training or for use.
+    """The model of the config, for training or for use; trained, it is cut over the shard axis of `world`.
 
     `path` replaces model.path (a run's own result, say), `adapter` adapter.path. Raises Refused for what
     does not fit, before or while reading, with nothing written.
@@ -171,6 +148,7 @@ def build(
     built = Built(
         model, Stage(model), device, chosen.path, num_layers=chosen.num_layers, init=chosen.init
     )
+    built.world = world or World()
     built.scaling = chosen.rope_scaling
     built.quantize = config.quantize.model_dump(mode="json", exclude_defaults=True)
     if chosen.init == "pretrained" and (adapter or (train and adapting)):
@@ -200,8 +178,11 @@ def build(
         method = ADAPTERS[built.adapter.method]
         method.check_length(built.adapter, config.data.reach, limit)
     built.stage.autocast = None if chosen.autocast == "none" else getattr(torch, chosen.autocast)
+    if train and built.world.sharded:
+        cut(built, config.parallel)
     check_stage(built.stage)
     built.remarks += untested(model.config.model_type)
+    built.settle()
     if train:
         add_noise(model, config.adapter, seed=config.train.seed)
         seed_dropout(model, config.train.seed)
@@ -210,47 +191,6 @@ def build(
             compile_layers(built.stage)
         model.train()
     return built
-
-
-def write_model(built: Built, text: Text, folder: Path) -> None:
-    """The trained thing as others read it: a PEFT folder, or a Hugging Face folder with its tokenizer."""
-    if built.adapter is not None:
-        made = {"num_layers": built.num_layers, "init": built.init}
-        if built.scaling is not None:
-            made |= {"rope_scaling": plain(built.scaling)}
-            made |= {"config_changes": config_changes(built.model.config)}
-        made |= {"quantize": built.quantize} if built.quantize else {}
-        save_adapter(built.model, folder, built.adapter, built.base, built.base_hash, made)
-        return
-    keep_stops(built.model, text.renderer.stop_ids)
-    save_model(built.model, folder, text.tokenizer)
-
-
-def read_model(built: Built, config: RunConfig, folder: Path) -> None:
-    """Put the weights that `write_model` wrote back into the live model, bit for bit."""
-    if built.adapter is not None:
-        load_tensors(built.model, folder)
-        return
-    again = config.model.model_copy(
-        update={"path": str(folder), "init": "pretrained", "dtype": name_of(built.model.dtype)}
-        | {"device": "cpu", "attention": "math", "num_layers": None, "rope_scaling": None}
-    )
-    saved = build_model(again, seed=config.train.seed).state_dict()
-    with torch.no_grad():
-        for name, tensor in built.model.state_dict().items():
-            tensor.copy_(saved[name])
-
-
-def keep_stops(model: PreTrainedModel, stop_ids: Sequence[int]) -> None:
-    """Record every end token in the generation config, so that whoever serves the model stops there."""
-    if model.generation_config is not None and stop_ids:
-        ends = list(stop_ids)
-        model.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
-
-
-def name_of(dtype: torch.dtype) -> str:
-    """`bfloat16` of torch.bfloat16."""
-    return str(dtype).removeprefix("torch.")
 
 
 # ---- data
@@ -265,8 +205,12 @@ class Data:
     dev: Dataset | Corpus | None
 
 
-def open_data(config: RunConfig, text: Text, progress: Progress | None = None) -> Data:
-    """Encode and pack the rows of a run; refuses data that cannot teach anything."""
+def open_data(
+    config: RunConfig, text: Text, progress: Progress | None = None, world: World | None = None
+) -> Data:
+    """Encode and pack the rows of a run, of which the loader gives out this rank's; refuses data that cannot
+    teach anything."""
+    world = world or World()
 
     def tell(what: str) -> Callable[[int, int], None] | None:
         return None if progress is None else partial(progress, what)
@@ -290,6 +234,8 @@ def open_data(config: RunConfig, text: Text, progress: Progress | None = None) -
         seed=config.train.seed,
         length=config.data.length,
         packing=config.data.packing,
+        rank=world.data_rank,
+        ranks=world.data_size,
     )
     return Data(train, loader, dev)
 
@@ -375,6 +321,8 @@ def make_updater(config: RunConfig, built: Built) -> Updater:
         gate=partial(check_first_gradients, built.model, expected, excused),
         device=built.device,
         router=router_loss(built.model, config.train.router_loss),
+        world=built.world,
+        sharding=built.sharding,
     )
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 IGNORE = -100  # a label that is not supervised
+FILLER = -1  # the serial number of a row that counts for nothing
 PADDING = -1  # the document id of padding: one more document, seen by nobody else
 
 
@@ -47,6 +48,11 @@ class Batch:
     def num_real_tokens(self) -> int:
         """Non-padding tokens, prompt and answer (rule 8 of the contract)."""
         return int((self.document_ids != PADDING).sum())
+
+    @property
+    def is_filler(self) -> bool:
+        """Whether no row of the data is in it: its tokens count nowhere."""
+        return self.rows == (FILLER,)
 
     def to(self, device: torch.device | str) -> Batch:
         move = {n: getattr(self, n).to(device, non_blocking=True) for n in TENSORS}

@@ -28,13 +28,14 @@ usage: luthier COMMAND ...
   tokenize FILE [...] [--out NAME]               pretraining: tokenise ahead, or write NAME.bin and NAME.idx
   show     FILE [...]                            the resolved config and where each value comes from
   preview  FILE [...] [--rows N]                 rows as coloured tokens: what is trained and what is not
-  verify   CHECK FILE [...]                      prove on your model and data: data, packing, loss
+  verify   CHECK FILE [...]                      prove on your model and data: data, packing, loss, layout
   convert  SOURCE OUT                            GGUF, checkpoint, PaddleNLP adapter -> Hugging Face / PEFT folder
   example  [NAME]                                list ready configs, or print one
   schema                                         JSON schema of the config, for editors
   env                                            versions and devices
   --version
 
+  --nproc N [--max-restarts N] after finetune, evaluate, predict or verify runs it in N processes.
   --debug after any command shows the traceback of an error.
 """
 
@@ -49,26 +50,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(words)
     except LuthierError as error:
-        if debug:
-            traceback.print_exc()
-        print(f"luthier: {error}", file=sys.stderr)
+        _tell(error, str(error), debug)
         return error.exit_code
-    except KeyboardInterrupt:
-        print("luthier: stopped", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        _tell(error, "stopped", False)
         return 130
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         sys.stderr.close()
         return 0
     except Exception as error:
-        if debug:
-            traceback.print_exc()
-        kind = type(error).__name__
-        print(
-            f"luthier: an unexpected error: {kind}: {error}. What was saved before is intact. "
-            "Run again with --debug for the traceback.",
-            file=sys.stderr,
+        text = (
+            f"an unexpected error: {type(error).__name__}: {error}. What was saved before is intact. "
+            "Run again with --debug for the traceback."
         )
+        _tell(error, text, debug)
         return 1
+
+
+def _tell(error: BaseException, text: str, debug: bool) -> None:
+    """Show an error, once in a run of several processes."""
+    from luthier.parallel.world import tells
+
+    if tells(error):
+        if debug:
+            traceback.print_exception(error)
+        print(f"luthier: {text}", file=sys.stderr, flush=True)
 
 
 def _run(words: list[str]) -> int:
@@ -88,11 +94,33 @@ def _run(words: list[str]) -> int:
     if rest and rest[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0
+    if name in LAUNCHED:
+        restarts, rest = _take_option(rest, "--max-restarts", 0)
+        processes, rest = _take_option(rest, "--nproc", 1)
+        if processes > 1:
+            return _launch(name, rest, processes, restarts)
     COMMANDS[name](rest)
     return 0
 
 
-def _config(name: str, words: list[str], defaults: dict[str, Any] | None = None) -> Any:
+def _launch(name: str, words: list[str], processes: int, restarts: int) -> int:
+    """Run the command in several processes, after whatever the config alone tells is refused."""
+    from luthier.parallel.degrees import check_sharding, fit_batch, mesh_sizes
+    from luthier.parallel.launch import launch
+
+    config = _config(name, words[1:] if name == "verify" else words, processes=processes).config
+    sizes = mesh_sizes(config.parallel, processes)
+    fit_batch(config, sizes["replicate"] * sizes["shard"])
+    check_sharding(config, sizes["shard"])
+    return launch([name, *words], processes, restarts)
+
+
+def _config(
+    name: str,
+    words: list[str],
+    defaults: dict[str, Any] | None = None,
+    processes: int | None = None,
+) -> Any:
     from luthier.interop.read import read_config, split_words
 
     files, overrides = split_words(words)
@@ -100,7 +128,7 @@ def _config(name: str, words: list[str], defaults: dict[str, Any] | None = None)
         raise Refused(
             f"luthier {name}", "no FILE was given", f"luthier {name} run.yaml; see luthier example"
         )
-    return read_config(files, overrides, defaults)
+    return read_config(files, overrides, defaults, processes)
 
 
 def _take_option(words: list[str], option: str, default: int) -> tuple[int, list[str]]:
@@ -111,7 +139,7 @@ def _take_option(words: list[str], option: str, default: int) -> tuple[int, list
             text = (
                 word.partition("=")[2] if inline else (words[i + 1] if i + 1 < len(words) else "")
             )
-            if not text.isdigit() or int(text) < 1:
+            if not text.isdigit() or (int(text) < 1 and default > 0):
                 raise Refused(f"{option} {text}".strip(), "it is no positive number", f"{option} 3")
             return int(text), words[:i] + words[i + (1 if inline else 2) :]
     return default, words
@@ -305,6 +333,7 @@ def env(words: list[str]) -> None:
     run()
 
 
+LAUNCHED = ("finetune", "evaluate", "predict", "verify")  # commands that several processes can run
 COMMANDS: dict[str, Command] = {
     "finetune": finetune,
     "evaluate": evaluate,

@@ -24,14 +24,8 @@ from luthier.errors import Failed, Refused
 from luthier.files import check_writable, publish
 from luthier.interop.read import read_config
 from luthier.models.folder import find_folder, weight_files
-from luthier.models.load import (
-    build_model,
-    load_config,
-    load_tokenizer,
-    quiet,
-    resolve_device,
-    save_model,
-)
+from luthier.models.load import build_model, load_config, quiet, resolve_device, save_model
+from luthier.models.tokenizer import load_tokenizer
 from luthier.prequantized import prequantized
 from luthier.quantize import QuantizedLinear, codes, layouts
 from luthier.quantize.folders import pack

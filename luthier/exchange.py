@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from luthier.adapters import Adapter, fold_into
 from luthier.adapters.facts import base_for_use, read_adapter_config
 from luthier.adapters.store import load_adapter, method_of
-from luthier.assemble import keep_stops
+from luthier.built import keep_stops
 from luthier.config import ModelConfig
 from luthier.data.encode import Renderer
 from luthier.errors import Failed, LuthierError, Refused
@@ -28,15 +28,9 @@ from luthier.files import MANIFEST, check_writable, damage, publish, write_json
 from luthier.interop.gguf import convert_gguf, is_gguf
 from luthier.interop.paddlenlp_folder import convert_adapter, is_paddle_adapter
 from luthier.models.folder import fingerprint
-from luthier.models.load import (
-    build_model,
-    load_config,
-    load_tokenizer,
-    quiet,
-    resolve_device,
-    save_model,
-)
+from luthier.models.load import build_model, load_config, quiet, resolve_device, save_model
 from luthier.models.stage import plain_inputs
+from luthier.models.tokenizer import load_tokenizer
 from luthier.summary import device_name, versions
 from luthier.train.report import write_report
 

@@ -22,6 +22,7 @@ from luthier.assemble import (
     check_training,
     expected_steps,
     identity,
+    joined,
     make_plan,
     make_updater,
     name_of,
@@ -39,14 +40,14 @@ from luthier.data.dataset import LazyDataset
 from luthier.errors import Refused
 from luthier.files import PARTIAL, check_writable, publish, write_json, write_text
 from luthier.interop.read import read_config
-from luthier.models.load import resolve_device
-from luthier.parallel.world import World
+from luthier.parallel.degrees import check_sharding, fit_batch
+from luthier.parallel.world import World, speaks
 from luthier.summary import facts_of
 from luthier.train.checkpoint import Checkpoints, Found, check_identity, find, read
 from luthier.train.gates import check_batch, check_isolation
 from luthier.train.loop import Trainer
 from luthier.train.metrics import Metrics, memory
-from luthier.train.report import pair_samples, write_report
+from luthier.train.report import Facts, pair_samples, write_report
 from luthier.train.schedules import make_schedule, warmup_steps
 from luthier.train.sinks import check_sinks
 
@@ -56,8 +57,9 @@ BEFORE = "before.json"  # the evaluation before training, kept for a resumed run
 
 
 def say(text: str = "") -> None:
-    """A plain line for the user."""
-    print(text, flush=True)
+    """A plain line for the user, from one process of the run."""
+    if speaks():
+        print(text, flush=True)
 
 
 def resolve(source: Source, overrides: Sequence[str] = ()) -> Resolved:
@@ -79,25 +81,32 @@ def resolve(source: Source, overrides: Sequence[str] = ()) -> Resolved:
 def finetune(source: Source, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Train by the config and leave the final model at the top of `output`. Returns the report's facts."""
     resolved = resolve(source, overrides)
-    config = resolved.config
-    for remark in resolved.remarks:
-        say(f"note: {remark}")
-    World.current()
+    with joined(resolved.config) as world:
+        for remark in resolved.remarks:
+            say(f"note: {remark}")
+        if world.size > 1:
+            say(f"{world.words}, stage {resolved.config.parallel.stage}")
+        return world.broadcast(run_on(resolved.config, world))
+
+
+def run_on(config: RunConfig, world: World) -> dict[str, Any]:
+    """`finetune` as one of the processes of `world`: all that can be refused before weights are read; the run."""
+    recorded, config = config, fit_batch(config, world.data_size)
+    check_sharding(config, world.sizes["shard"])
     if Path(config.model.path).resolve() == Path(config.output).resolve():
         raise Refused(
             f"output={config.output}", "it is the folder of the model itself", "name another output"
         )
-    resolve_device(config.model.device)
     check_sinks(config.log.sinks)
     output = Path(config.output)
-    found = find(output, config.checkpoint.resume)
-    check_writable(f"output={output}", output)
+    found = world.lead(lambda: _start(config, output, world))
+    found = Found(found["path"] and Path(found["path"]), tuple(found["remarks"]))
     if found.path is not None:
         check_identity(read(found.path).identity, identity(config))
 
     text = open_text(config)
     check_training(config, text)
-    data = open_data(config, text)
+    data = open_data(config, text, world=world)
     if config.evaluate.before and data.dev is None:
         raise Refused(
             "evaluate.before=true",
@@ -105,14 +114,23 @@ def finetune(source: Source, overrides: Sequence[str] = ()) -> dict[str, Any]:
             "give data.validation_path, or a dev part beside the training rows",
         )
     try:
-        return _finetune(config, output, found, text, data)
+        return _finetune(config, recorded, world, found, text, data)
     finally:
         data.loader.close()
 
 
+def _start(config: RunConfig, output: Path, world: World) -> dict[str, Any]:
+    """Where the run starts, as JSON. A run that its launcher started again goes on by itself."""
+    resume = config.checkpoint.resume
+    found = find(output, "auto" if world.attempt and resume == "never" else resume)
+    check_writable(f"output={output}", output)
+    return {"path": found.path and str(found.path), "remarks": list(found.remarks)}
+
+
 def _finetune(
-    config: RunConfig, output: Path, found: Found, text: Text, data: Data
+    config: RunConfig, recorded: RunConfig, world: World, found: Found, text: Text, data: Data
 ) -> dict[str, Any]:
+    output = Path(config.output)
     remarks = list(found.remarks)
     for dataset in (data.train, data.dev):
         if dataset is not None:
@@ -128,13 +146,13 @@ def _finetune(
 
     if config.adapter.method == "reft" and config.adapter.positions != "all":
         lengths = [n for batch in first for n in Layout.of(batch).prompt_lengths]
-        if max(lengths, default=0) < 2:
+        if world.max(max(lengths, default=0)) < 2:
             raise Refused(
                 f"adapter.positions={config.adapter.positions}",
                 "no document of the first step has a prompt of two tokens or more: nothing would be edited",
                 "give rows with prompts, or adapter.positions=all",
             )
-    built = build(config, train=True)
+    built = build(config, train=True, world=world)
     loaded = memory(built.device)
     if found.path is not None and built.adapter is not None:
         check_base(found.path, None, None, built.base_hash)
@@ -146,9 +164,9 @@ def _finetune(
         f"{stored + '; ' if stored else ''}"
         f"{built.num_trained:,} trained parameters ({share:.2%} of {built.num_base:,})"
     )
-    isolation = check_isolation(
-        built.stage, first[0].to(built.device), kernel=built.kernel, rounding=built.rounding
-    )
+    sample = data.loader.sample().to(built.device)
+    isolation = check_isolation(built.stage, sample, kernel=built.kernel, rounding=built.rounding)
+    built.settle()
     checks: list[tuple[str, bool, str]] = [
         ("labels are the next tokens of their own documents", True, "first step's rows"),
         (
@@ -171,14 +189,17 @@ def _finetune(
         )
     checkpoints = Checkpoints(output, keep=config.checkpoint.keep, identity=identity(config))
 
-    output.mkdir(parents=True, exist_ok=True)
-    write_text(output / "config.yaml", to_yaml(config))
-    metrics = Metrics(output, config.log.sinks, config.log.progress, config.model_dump(mode="json"))
+    world.lead(lambda: _begin(output, to_yaml(recorded), fresh=found.path is None))
+    metrics = Metrics(
+        output,
+        config.log.sinks,
+        config.log.progress,
+        config.model_dump(mode="json"),
+        silent=not world.is_main,
+    )
     evaluator = None
     if data.dev is not None:
         evaluator = Evaluator(config, text, built, data.dev, output, metrics.activity)
-    if found.path is None:
-        (output / BEFORE).unlink(missing_ok=True)
 
     trainer = Trainer(
         updater=updater,
@@ -190,12 +211,14 @@ def _finetune(
         write_model=lambda folder: write_model(built, text, folder),
         read_model=lambda folder: read_model(built, config, folder),
         evaluate=evaluator if plan.evaluate_every != "never" else None,
-        before=(lambda: _evaluate_before(output, evaluator))
+        before=(lambda: _evaluate_before(output, evaluator, world))
         if evaluator and config.evaluate.before
         else None,
         facts={"trained_parameters": built.num_trained, "total_steps": plan.steps},
         remarks=remarks,
         evaluation_data="" if data.dev is None else data.dev.fingerprint,
+        world=world,
+        held=built.held,
     )
     result = trainer.fit(found.path)
     if updater.gated:
@@ -203,10 +226,9 @@ def _finetune(
             ("every trained tensor had a gradient at the first step, no frozen one", True, "")
         )
 
-    _publish_final(output, lambda folder: write_model(built, text, folder))
+    with built.held():
+        world.lead(lambda: _publish_final(output, lambda folder: write_model(built, text, folder)))
     data.train.ledger.reconcile(data.train.ledger.num_rows)
-    ledgers = {d.split: d.ledger.to_dict() for d in (data.train, data.dev) if d is not None}
-    write_json(output / "ledger.json", ledgers)
     if (
         evaluator
         and config.evaluate.generate
@@ -215,6 +237,25 @@ def _finetune(
     ):
         evaluator.generate()
     facts = facts_of(config, built, data, result, loaded, plan)
+    facts["checks"] = checks
+    world.lead(lambda: _report(output, facts, data, evaluator, result.final_step))
+    return dict(facts)
+
+
+def _begin(output: Path, config: str, *, fresh: bool) -> None:
+    """The first files of a run."""
+    output.mkdir(parents=True, exist_ok=True)
+    write_text(output / "config.yaml", config)
+    if fresh:
+        (output / BEFORE).unlink(missing_ok=True)
+
+
+def _report(
+    output: Path, facts: Facts, data: Data, evaluator: Evaluator | None, final_step: int
+) -> None:
+    """What a finished run leaves besides the model; completes `facts`."""
+    ledgers = {d.split: d.ledger.to_dict() for d in (data.train, data.dev) if d is not None}
+    write_json(output / "ledger.json", ledgers)
     before = {}
     if (output / BEFORE).is_file():
         before = json.loads((output / BEFORE).read_text("utf-8"))
@@ -222,17 +263,17 @@ def _finetune(
     facts["samples"] = pair_samples(
         before.get("records", []), evaluator.records if evaluator else []
     )
-    facts["checks"] = checks
     write_json(output / "report.json", dict(facts))
     report = write_report(output, facts)
-    _say_result(output, facts, result.final_step, report)
-    return dict(facts)
+    _say_result(output, facts, final_step, report)
 
 
-def _evaluate_before(output: Path, evaluator: Evaluator) -> dict[str, float]:
+def _evaluate_before(output: Path, evaluator: Evaluator, world: World) -> dict[str, float]:
     """The evaluation before the first step, kept for the report of a run that is resumed."""
     values = evaluator()
-    write_json(output / BEFORE, {"values": values, "records": evaluator.records})
+    world.lead(
+        lambda: write_json(output / BEFORE, {"values": values, "records": evaluator.records})
+    )
     evaluator.records = []
     return values
 

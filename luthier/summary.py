@@ -70,6 +70,9 @@ def facts_of(
 ) -> Facts:
     """The facts of a finished run that do not depend on what it generated."""
     words = method_words(config, built)
+    processes = {}
+    if built.world.size > 1:
+        processes["Processes"] = f"{built.world.words}, stage {config.parallel.stage}"
     facts = Facts(
         title=f"{words.split(',')[0][:1].upper()}{words.split(',')[0][1:]} of {Path(built.base).name}",
         status="finished",
@@ -90,7 +93,7 @@ def facts_of(
         after=result.evaluation or {},
         ledger={d.split: d.ledger.to_dict() for d in (data.train, data.dev) if d is not None},
         remarks=list(result.remarks),
-        more={"Final weights": f"step {result.final_step}", "Output": config.output},
+        more={"Final weights": f"step {result.final_step}", "Output": config.output, **processes},
     )
     if "padding_share" in data.train.ledger.packing:
         facts["padding_share"] = data.train.ledger.packing["padding_share"]

@@ -13,8 +13,9 @@ from luthier.data.encode import Renderer
 from luthier.data.templates import PaddleNLP
 from luthier.errors import Refused
 from luthier.models.folder import find_folder
-from luthier.models.load import check_tokenizer, load_config, load_tokenizer, pad_id, quiet
+from luthier.models.load import load_config, quiet
 from luthier.models.rotary import scale
+from luthier.models.tokenizer import check_tokenizer, load_tokenizer, pad_id
 from luthier.positions import check_positions, kind_of_positions
 
 

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from luthier.answers import Evaluator, generate_options, rows_to_answer
-from luthier.assemble import Built, Progress, Text, build, open_data, open_text
+from luthier.assemble import Built, Progress, Text, build, joined, open_data, open_text
 from luthier.config import RunConfig
 from luthier.data.corpus_open import prepare_corpus
 from luthier.data.dataset import LazyDataset
@@ -23,10 +23,12 @@ from luthier.data.preview import as_rich, as_text
 from luthier.data.sources import Split
 from luthier.errors import Refused
 from luthier.files import check_writable, damage, write_text
-from luthier.models.generate import generate
 from luthier.models.load import resolve_device
+from luthier.parallel.degrees import fit_batch
+from luthier.parallel.world import World, speaks
 from luthier.recipes import Source, resolve, say
 from luthier.train.checkpoint import step_of, steps_in
+from luthier.train.evaluate import generate_all
 from luthier.train.progress import open_progress
 
 
@@ -79,8 +81,8 @@ def _open(config: RunConfig) -> tuple[Text, Chosen]:
     return open_text(config, chosen.path), chosen
 
 
-def _build(config: RunConfig, chosen: Chosen) -> Built:
-    built = build(config, train=False, path=chosen.path, adapter=chosen.adapter)
+def _build(config: RunConfig, chosen: Chosen, world: World) -> Built:
+    built = build(config, train=False, path=chosen.path, adapter=chosen.adapter, world=world)
     for remark in built.remarks:
         say(f"note: {remark}")
     return built
@@ -89,6 +91,12 @@ def _build(config: RunConfig, chosen: Chosen) -> Built:
 def evaluate(source: Source, overrides: Sequence[str] = ()) -> dict[str, float]:
     """Loss, perplexity and accuracy on the evaluation rows; BLEU-4 and ROUGE with evaluate.generate."""
     config = resolve(source, overrides).config
+    with joined(config) as world:
+        return _evaluate(fit_batch(config, world.data_size), world)
+
+
+def _evaluate(config: RunConfig, world: World) -> dict[str, float]:
+    """`evaluate` as one of the processes of `world`, each of which has the whole model."""
     output = Path(config.output)
     if config.evaluate.save:
         check_writable(f"output={output} with evaluate.save=true", output)
@@ -101,7 +109,7 @@ def evaluate(source: Source, overrides: Sequence[str] = ()) -> dict[str, float]:
             "give data.validation_path",
         )
     say(dev.ledger.summary())
-    built = _build(config, chosen)
+    built = _build(config, chosen, world)
     if config.evaluate.save:
         output.mkdir(parents=True, exist_ok=True)
     with _activity(config) as progress:
@@ -114,6 +122,12 @@ def evaluate(source: Source, overrides: Sequence[str] = ()) -> dict[str, float]:
 def predict(source: Source, overrides: Sequence[str] = ()) -> list[dict[str, str]]:
     """Answer the rows of `predict.input` and write one JSON line per row, in order, to `predict.output`."""
     config = resolve(source, overrides).config
+    with joined(config) as world:
+        return _predict(fit_batch(config, world.data_size), world)
+
+
+def _predict(config: RunConfig, world: World) -> list[dict[str, str]]:
+    """`predict` as one of the processes of `world`, each of which has the whole model."""
     path = Path(config.predict.output or Path(config.output) / "predictions.jsonl")
     if path.is_dir():
         raise Refused(f"predict.output={path}", "it is a folder", "name a file")
@@ -121,7 +135,7 @@ def predict(source: Source, overrides: Sequence[str] = ()) -> list[dict[str, str
     text, chosen = _open(config)
     rows = rows_to_answer(config)
     prompts = _prompts(text, rows)
-    built = _build(config, chosen)
+    built = _build(config, chosen, world)
     answered = 0
     with _activity(config) as progress:
 
@@ -130,10 +144,11 @@ def predict(source: Source, overrides: Sequence[str] = ()) -> list[dict[str, str
             answered += number
             progress("generating", answered, len(prompts))
 
-        ids = generate(
+        ids = generate_all(
             built.model,
             prompts,
             generate_options(config, built),
+            world,
             pad_id=text.pad_id,
             stop_ids=text.renderer.stop_ids,
             micro_batch=config.evaluate_micro_batch,
@@ -146,12 +161,17 @@ def predict(source: Source, overrides: Sequence[str] = ()) -> list[dict[str, str
         record = {"prompt": asked[-1] if asked else "", "output": text.renderer.decode(answer)}
         target = reference(messages)
         records.append({**record, "tgt": target} if target else record)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
+    lines = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
+    world.lead(lambda: _write(path, lines))
     for record in records[:3]:
         say(f"  {record['prompt'][-100:]!r} -> {record['output'][:200]!r}")
     say(f"{len(records)} answers: {path}")
     return records
+
+
+def _write(path: Path, lines: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, lines)
 
 
 def _prompts(text: Text, rows: Sequence[Sequence[Message]]) -> list[list[int]]:
@@ -174,7 +194,7 @@ def _prompts(text: Text, rows: Sequence[Sequence[Message]]) -> list[list[int]]:
 @contextmanager
 def _activity(config: RunConfig) -> Iterator[Progress]:
     """The live display of a command that does not train."""
-    progress = open_progress(config.log.progress)
+    progress = open_progress(config.log.progress if speaks() else "none")
     try:
         yield progress.activity
     finally:

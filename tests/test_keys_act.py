@@ -29,6 +29,7 @@ from luthier.configkeys import KEYS
 from luthier.data.corpus import Corpus
 from luthier.errors import LuthierError
 from luthier.models.load import save_model
+from luthier.parallel.degrees import mesh_sizes
 from luthier.recipes import finetune
 from luthier.train.metrics import read_metrics
 from luthier.train.schedules import make_schedule
@@ -151,6 +152,16 @@ def kept(tree: Tree) -> list[str]:
     """Token files in the run's own folder."""
     data(tree)
     return [path.name for path in Path(tree["output"]).rglob("*.idx")]
+
+
+def cut(tree: Tree) -> Any:
+    """The mesh of four processes; what is done with its stages, `tests/parallel` compares."""
+    config = config_of(tree).parallel
+    return outcome(lambda: (mesh_sizes(config, 4), config.stage, config.offload))
+
+
+def accepted(tree: Tree) -> str:
+    return outcome(lambda: resolved(tree).config.train.mode)
 
 
 # ---- the table
@@ -309,6 +320,15 @@ TABLE = [
     Row("checkpoint.keep", 1, files, {"checkpoint__every": 1, "checkpoint__best": "none"}),
     Row("checkpoint.best", "none", trained, EQUAL),
     Row("checkpoint.resume", "auto", going_on),
+    Row("parallel.replicate", 2, cut),
+    Row("parallel.shard", 3, cut),
+    Row("parallel.stage", 3, cut),
+    Row("parallel.offload", True, cut),
+    *(Row(f"parallel.{axis}", 2, cut) for axis in ("tensor", "context", "pipeline")),
+    Row("parallel.sequence", False, cut),
+    Row("parallel.context_method", "ring", cut),
+    Row("parallel.virtual_stages", 2, cut),
+    Row("parallel.schedule", "interleaved", cut),
     Row("log.every", 2, records),
     Row("log.sinks", ["tensorboard"], files),
     Row("log.progress", "plain", shown),

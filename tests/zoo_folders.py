@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from luthier.models.load import load_tokenizer, quiet, save_model
+from luthier.models.load import quiet, save_model
+from luthier.models.tokenizer import load_tokenizer
 from tests.conftest import tiny_model_
 
 ZOO = ("chatglm", "chatglm2", "glm_legacy", "qwen")

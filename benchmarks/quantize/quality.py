@@ -22,7 +22,8 @@ from luthier.compress import Cost
 from luthier.config import ModelConfig, QuantizeConfig
 from luthier.data.encode import Renderer
 from luthier.data.formats import FORMATS
-from luthier.models.load import build_model, load_tokenizer
+from luthier.models.load import build_model
+from luthier.models.tokenizer import load_tokenizer
 from luthier.quantize import QuantizedLinear
 from luthier.quantize.loading import plan_quantization
 

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 
-from luthier.batch import IGNORE, PADDING, Batch
+from luthier.batch import FILLER, IGNORE, PADDING, Batch
 from luthier.data.ahead import ahead
 from luthier.data.corpus import Corpus, Steps
 from luthier.data.dataset import Dataset, LazyDataset
@@ -36,6 +36,9 @@ class Loader:
     `batch` rows per step, `micro_batch` rows per `Batch`, `length` tokens per packed row. Examples of one
     origin are packed once, in data order, and the rows shuffled anew in each epoch; a mixture is drawn and
     packed anew in each epoch; lazy data is drawn in a new order and packed buffer by buffer.
+
+    Of the micro-batches of a step, `rank` of `ranks` gets every `ranks`-th one, and all ranks equally many: a
+    rank for which there are no rows gets a filler (`Batch.is_filler`). The step itself is the same for any `ranks`.
     """
 
     def __init__(
@@ -49,9 +52,12 @@ class Loader:
         length: int,
         packing: Method,
         shuffle: bool = True,
+        rank: int = 0,
+        ranks: int = 1,
     ) -> None:
         self.dataset, self.batch = dataset, batch
         self.micro_batch, self.pad_id = micro_batch, pad_id
+        self.rank, self.ranks = rank, ranks
         self._positions: Positions | None = None
         if isinstance(dataset, Corpus):
             self._feed: Stream | _Memory | Steps = Steps(dataset, batch=batch)
@@ -114,7 +120,7 @@ class Loader:
             while True:
                 self.peek()
                 step, batches = self._next.pop()
-                self._book(step, batches)
+                self._book(step)
                 yield batches
         finally:
             self._stop()
@@ -129,6 +135,12 @@ class Loader:
         if not self._next:
             self._next.append(next(self._ready))
         return self._next[0][1]
+
+    def sample(self) -> Batch:
+        """The first micro-batch of the step that comes next, the same one on every rank."""
+        self.peek()
+        step = self._next[0][0]
+        return collate(step.rows[: self.micro_batch], self.pad_id, step.first, self._positions)
 
     def state(self) -> dict[str, Any]:
         """The position behind the last step handed out, as plain values for JSON."""
@@ -176,23 +188,26 @@ class Loader:
         self._next.clear()
 
     def _batches(self, step: Step) -> list[Batch]:
+        size = self.micro_batch
         return [
-            collate(
-                step.rows[i : i + self.micro_batch], self.pad_id, step.first + i, self._positions
-            )
-            for i in range(0, len(step.rows), self.micro_batch)
+            collate(step.rows[i : i + size], self.pad_id, step.first + i, self._positions)
+            if i < len(step.rows)
+            else _filler(step, self.pad_id, self._positions)
+            for first in range(0, len(step.rows), size * self.ranks)
+            for i in [first + self.rank * size]
         ]
 
-    def _book(self, step: Step, batches: list[Batch]) -> None:
+    def _book(self, step: Step) -> None:
         """Note that `step` is handed out now."""
         ledger = self.dataset.ledger
         for later in step.ledgers:
             self._ledger_before = ledger.snapshot()
             ledger.merge(later)
         if isinstance(self.dataset, LazyDataset) and self._position["epoch"] == 0:
-            self._padding["rows"] += len(step.rows)
-            self._padding["tokens"] += sum(batch.num_real_tokens for batch in batches)
-            self._padding["slots"] += sum(batch.input_ids.numel() for batch in batches)
+            sizes = [sum(len(ids) for ids, _ in row) for row in step.rows]
+            self._padding["rows"] += len(sizes)
+            self._padding["tokens"] += sum(sizes)
+            self._padding["slots"] += _slots(sizes, self.micro_batch)
             self._book_padding()
             if step.after["epoch"] == 1:
                 ledger.reconcile(len(self.dataset.source))
@@ -274,6 +289,22 @@ def collate(
     return Batch(*tensors, rows=tuple(range(first, first + len(rows))))
 
 
+def _filler(step: Step, pad_id: int, positions_of: Positions | None) -> Batch:
+    """A document of the step that supervises nothing, for a rank that has no row of its own.
+
+    A real one: the forward has to reach every weight, as on the other ranks.
+    """
+    ids, labels = step.rows[0][0]
+    row = [(ids, np.full_like(labels, IGNORE))]
+    return replace(collate([row], pad_id, 0, positions_of), rows=(FILLER,))
+
+
+def _slots(sizes: Sequence[int], micro_batch: int) -> int:
+    """Places of a step's batches, padding included, for rows of these sizes."""
+    cut = [sizes[i : i + micro_batch] for i in range(0, len(sizes), micro_batch)]
+    return sum(max(part) * len(part) for part in cut)
+
+
 class _Memory:
     """Steps of a `Dataset` in memory. A position is `epoch`, `step` and `serial` (rows before it)."""
 
@@ -336,8 +367,7 @@ class _Memory:
         lengths = self.dataset.lengths
         sizes = np.array([lengths[row].sum() for row in rows])[self._order(0, len(rows))]
         steps = [sizes[i : i + self.batch] for i in range(0, len(sizes), self.batch)]
-        micro = [s[i : i + micro_batch] for s in steps for i in range(0, len(s), micro_batch)]
-        slots = sum(int(m.max()) * len(m) for m in micro)
+        slots = sum(_slots(step.tolist(), micro_batch) for step in steps)
         return {"rows": len(rows), "tokens": int(sizes.sum()), "slots": slots}
 
     def _order(self, epoch: int, num_rows: int) -> Order:

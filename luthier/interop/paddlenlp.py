@@ -17,8 +17,8 @@ from luthier.config import METRICS
 from luthier.configfile import Layer
 from luthier.errors import Refused, suggest
 from luthier.interop import paddlenlp_pretrain as pretrain
-from luthier.interop.paddlenlp_arguments import FALSE, TRUE, Arguments, check, is_off
-from luthier.interop.paddlenlp_keys import PARALLEL
+from luthier.interop.paddlenlp_arguments import FALSE, TRUE, Arguments, check
+from luthier.interop.paddlenlp_layout import layout
 from luthier.interop.paddlenlp_lengths import lengths
 from luthier.interop.paddlenlp_methods import adapter, quantize
 
@@ -46,8 +46,13 @@ class Translation:
             self.put(key, self.arguments[name], name)
 
 
-def translate(given: Mapping[str, Any], origins: Mapping[str, str]) -> tuple[Layer, list[str]]:
-    """Our keys for PaddleNLP's arguments (plain values or words), and remarks. Raises `Refused`."""
+def translate(
+    given: Mapping[str, Any], origins: Mapping[str, str], processes: int = 1
+) -> tuple[Layer, list[str]]:
+    """Our keys for PaddleNLP's arguments (plain values or words), and remarks. Raises `Refused`.
+
+    In one process the file's parallel settings are off (rule 3 of the contract).
+    """
     arguments, remarks = check(given, origins)
     t = Translation(arguments, remarks=remarks)
     if pretrain.is_pretraining(arguments):
@@ -58,13 +63,7 @@ def translate(given: Mapping[str, Any], origins: Mapping[str, str]) -> tuple[Lay
     parts += (pretrain.rest,) if pretrain.is_pretraining(arguments) else ()
     for part in parts:
         part(t, arguments)
-    parallel = [
-        f"{name}={arguments.values[name]}"
-        for name in PARALLEL
-        if name in arguments and _on(name, arguments)
-    ]
-    if parallel:
-        t.remarks.append(f"one process: the parallel settings are off ({', '.join(parallel)})")
+    layout(t, arguments, processes)
     return Layer(t.values, t.origins), t.remarks
 
 
@@ -77,11 +76,6 @@ def jobs(given: Mapping[str, Any], origins: Mapping[str, str]) -> list[str]:
     if pretrain.is_pretraining(arguments):
         return found  # its do_predict is a loss, no answers
     return found + ["predict"] * arguments["do_predict"]
-
-
-def _on(name: str, arguments: Arguments) -> bool:
-    value, off = arguments.values[name], PARALLEL[name]
-    return str(value).lower() != str(off).lower() and str(value) != "-1" and not is_off(value)
 
 
 def _choice(t: Translation, name: str, known: Mapping[str, Any]) -> Any:

@@ -24,6 +24,7 @@ from luthier.configtext import Parsed, parse_file
 from luthier.errors import Refused
 from luthier.interop import paddlenlp
 from luthier.interop.paddlenlp_keys import NAMES, names
+from luthier.parallel import world
 
 Suite = Literal["luthier", "paddlenlp", "mindformers"]
 Items = list[tuple[str, list[str]]]
@@ -40,18 +41,22 @@ def read_config(
     paths: Sequence[Path | str],
     overrides: Sequence[str] = (),
     defaults: Mapping[str, Any] | None = None,
+    processes: int | None = None,
 ) -> Resolved:
     """Read config files of any suite with overrides (words of the command line). Raises `Refused`.
 
     Without files, foreign overrides alone make the config: PaddleNLP's plain command line. `defaults` are values
-    of a command that does without keys which others need.
+    of a command that does without keys which others need. Parallel degrees of a foreign file hold for several
+    `processes` (default: as many as a launcher started) and are off for one.
     """
     parsed = [parse_file(Path(path)) for path in paths]
     foreign, ours, items = _sort(parsed, overrides)
     layers = [file_layer(file) for file in ours]
     remarks: list[str] = []
     if foreign is not None:
-        layer, remarks = paddlenlp.translate(*foreign)
+        layer, remarks = paddlenlp.translate(
+            *foreign, world.processes() if processes is None else processes
+        )
         layers.insert(0, layer)
     if defaults:
         layers.insert(0, Layer(dict(defaults), dict.fromkeys(defaults, "default")))

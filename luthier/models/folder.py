@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import pickle
 import re
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from transformers.utils import logging as hf_logging
 
 from luthier.errors import Refused, suggest
 from luthier.models.zoo import MODEL_TYPES, VOCABULARIES
@@ -37,6 +40,20 @@ TOKENIZER_FILES = (
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8}
 _BITS |= {"U64": 64, "U32": 32, "U16": 16, "U8": 8, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8}
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' log lines and progress bars."""
+    level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity(logging.CRITICAL)
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(level)
+        if bars:
+            hf_logging.enable_progress_bar()
 
 
 def find_folder(path: str | Path, *, code: bool = False) -> Path:

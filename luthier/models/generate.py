@@ -59,13 +59,15 @@ def generate(
     micro_batch: int,
     progress: Callable[[int], None] | None = None,
     autocast: torch.dtype | None = None,
+    share: tuple[int, int] = (0, 1),
 ) -> list[list[int]]:
     """The new tokens of each prompt, in the prompts' order, without the stop token and padding.
 
     An answer ends at a token of `stop_ids`, after `max_new_tokens`, or where the model's positions end.
     `progress(n)` is called after each micro-batch with the number of its prompts. `autocast` is the type
     of matrix products over wider weights, as `Stage.autocast`. Compiled layers run as they were before:
-    lengths grow with each token, and each would be compiled anew. Refused: an empty prompt, and one
+    lengths grow with each token, and each would be compiled anew. `share` (i, n): answer every n-th
+    micro-batch only, from the i-th on; other answers are empty. Refused: an empty prompt, and one
     that leaves no position for an answer.
     """
     limit = num_positions(model.config)
@@ -102,7 +104,7 @@ def generate(
             torch.autocast(device.type, autocast, enabled=autocast is not None),
             torch.compiler.set_stance("force_eager"),
         ):
-            for group in groups:
+            for group in groups[share[0] :: share[1]]:
                 rows = [prompts[i] for i in group]
                 new = _answer(model, rows, group, options, room[group[0]], pad_id, stop_ids)
                 for i, tokens in zip(group, new, strict=True):
@@ -143,6 +145,7 @@ def _answer(
             use_cache=True,
         ),
         logits_processor=_processors(options, numbers),
+        synced_gpus=False,  # ranks answer different numbers of prompts, each with the whole model
     )
     assert isinstance(out, Tensor)
     return out[:, width:].tolist()

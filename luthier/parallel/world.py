@@ -1,18 +1,118 @@
-"""The place of this process in the run, as a plain value.
+"""The place of this process in the run, the mesh of all processes, and the small values they exchange.
 
-`World.current()` is the only code that reads the environment variables of a launcher. This version
-trains in one process: a launcher that started several is refused instead of training copies side by side.
+The only code that reads the environment variables of a launcher (torchrun's). `World.start` joins the
+processes and makes the mesh (pipeline, replicate, shard, context, tensor); a run of one process is a `World()`
+and exchanges nothing. What is exchanged here are numbers and JSON, over gloo on the CPU; tensors of the model
+are `shard.py`'s. torch is imported where it is needed, so that reading a config stays instant.
 """
 
 from __future__ import annotations
 
+import json
+import math
 import os
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, TypeVar
 
-from luthier.errors import Refused
+from luthier import errors
+from luthier.config_parallel import AXES, ParallelConfig
+from luthier.errors import Failed, LuthierError, Refused
+from luthier.parallel import joining
+from luthier.parallel.degrees import mesh_sizes
+from luthier.parallel.joining import Place
 
-# what torchrun and other launchers tell a process about the number of its siblings
-SIZES = ("WORLD_SIZE", "PADDLE_TRAINERS_NUM", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+T = TypeVar("T")
+
+# how launchers other than torchrun number processes: without RANK these cannot join
+OTHERS = ("WORLD_SIZE", "PADDLE_TRAINERS_NUM", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+WAIT = timedelta(
+    hours=4
+)  # for rank 0 to write a large model, say; a dead process is noticed at once
+_LOST = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "Timed out waiting",
+)
+
+_joined: list[
+    tuple[Place, Any]
+] = []  # this process's place and store, for the error it may end with
+
+
+def place() -> Place:
+    """This process's place by torchrun's variables. Refused for a launcher that sets others."""
+    env = os.environ
+    if "RANK" not in env or "MASTER_ADDR" not in env:
+        for name in OTHERS:
+            if env.get(name, "1").strip() != "1":
+                raise Refused(
+                    f"a run of several processes was started ({name}={env[name]})",
+                    "its launcher does not say which of them this is in torchrun's words (RANK, MASTER_ADDR)",
+                    "start `luthier finetune FILE --nproc N` (in place of paddle.distributed.launch, mpirun, ...), "
+                    "or `torchrun ... -m luthier finetune FILE`, or unset the variable",
+                )
+        return Place()
+    try:
+        return Place(
+            rank=int(env["RANK"]),
+            size=int(env.get("WORLD_SIZE", "1")),
+            local_rank=int(env.get("LOCAL_RANK", env["RANK"])),
+            local_size=int(env.get("LOCAL_WORLD_SIZE", env.get("WORLD_SIZE", "1"))),
+            attempt=int(env.get("TORCHELASTIC_RESTART_COUNT", "0")),
+            address=env["MASTER_ADDR"],
+            port=int(env.get("MASTER_PORT", "29500")),
+            served=env.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+        )
+    except ValueError as error:
+        raise Refused(
+            "the place of this process in the run",
+            f"RANK, WORLD_SIZE, LOCAL_RANK or MASTER_PORT is no number ({error})",
+            "start it by torchrun or with --nproc, which set them",
+        ) from error
+
+
+def speaks() -> bool:
+    """Whether this process talks to the user: rank 0, or a process on its own."""
+    return not _joined or _joined[-1][0].rank == 0
+
+
+def tells(error: BaseException) -> bool:
+    """Whether this process shows `error`: of all processes of a run, the first that has one."""
+    here, store = _joined[-1] if _joined else (_place_or_alone(), None)
+    return here.size == 1 or joining.first_to_tell(here, store)
+
+
+def processes() -> int:
+    """How many processes torchrun or `--nproc` started; 1 where nobody says."""
+    return _place_or_alone().size
+
+
+def _place_or_alone() -> Place:
+    try:
+        return place()
+    except Refused:
+        return Place()
+
+
+@contextmanager
+def shared_threads(processes: int) -> Iterator[None]:
+    """Share the machine's cores among the processes that are started inside, unless the user did."""
+    before = dict(os.environ)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    try:
+        yield
+    finally:  # torch's launcher leaves variables of its own behind
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def lost_peer(error: BaseException) -> bool:
+    """Whether an error only says that another process is gone."""
+    return any(words in str(error) for words in _LOST)
 
 
 @dataclass(frozen=True)
@@ -23,25 +123,156 @@ class World:
     size: int = 1
     data_rank: int = 0
     data_size: int = 1
+    sizes: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(AXES, 1))
+    mesh: Any = None  # DeviceMesh over AXES; None in a run of one process
+    attempt: int = 0  # how often the launcher restarted the run
 
     @classmethod
-    def current(cls) -> World:
-        """This process's place by the launcher's variables. Raises Refused for more than one process."""
-        for name in SIZES:
-            size = os.environ.get(name, "1")
-            if size.strip() != "1":
+    def start(
+        cls, parallel: ParallelConfig, device: str = "cpu", facts: Mapping[str, Any] | None = None
+    ) -> World:
+        """Join the run that the environment names; `facts` must be the same on every rank (`joining.meet`).
+
+        `device` is the kind of device that tensors live on, `cpu` or `cuda`. Raises Refused before anything is
+        joined for degrees that do not fit the number of processes.
+        """
+        return cls.join(place(), parallel, device, facts or {})
+
+    @classmethod
+    def join(
+        cls, here: Place, parallel: ParallelConfig, device: str, facts: Mapping[str, Any]
+    ) -> World:
+        """As `start`, at a given place."""
+        sizes = mesh_sizes(parallel, here.size)
+        if here.size == 1:
+            return cls()
+        import torch
+        import torch.distributed as dist
+        from torch.distributed.device_mesh import init_device_mesh
+
+        if device == "cuda":
+            count = torch.cuda.device_count()
+            if here.local_rank >= count:
                 raise Refused(
-                    f"a run of several processes was started ({name}={size})",
-                    "this version of Luthier trains in one process",
-                    f"start `luthier` itself, without a launcher, or unset {name}",
+                    f"{here.local_size} processes on this machine",
+                    f"it has {count} GPUs, and each process needs one",
+                    f"give --nproc {count}, or model.device=cpu",
                 )
-        return cls()
+            torch.cuda.set_device(here.local_rank)
+        store = joining.open_store(here)
+        _joined.append((here, store))
+        known = {**facts, "Luthier's code": joining.code_hash(), "torch": torch.__version__}
+        joining.meet(store, here, known)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
+            store=store,
+            rank=here.rank,
+            world_size=here.size,
+            timeout=WAIT,
+        )
+        mesh = init_device_mesh(device, tuple(sizes.values()), mesh_dim_names=AXES)
+        at = dict(zip(AXES, mesh.get_coordinate() or [], strict=True))
+        return cls(
+            rank=here.rank,
+            size=here.size,
+            data_rank=at["replicate"] * sizes["shard"] + at["shard"],
+            data_size=sizes["replicate"] * sizes["shard"],
+            sizes=sizes,
+            mesh=mesh,
+            attempt=here.attempt,
+        )
+
+    def close(self) -> None:
+        """Leave the run, when all is done."""
+        if self.size > 1:
+            import torch.distributed as dist
+
+            dist.destroy_process_group()
+            _joined.clear()
 
     @property
     def is_main(self) -> bool:
         """Whether this process writes files and talks to the user."""
         return self.rank == 0
 
+    @property
+    def sharded(self) -> bool:
+        return self.sizes["shard"] > 1
+
+    @property
+    def words(self) -> str:
+        """`4 processes (replicate 2, shard 2)`."""
+        axes = ", ".join(f"{axis} {size}" for axis, size in self.sizes.items() if size > 1)
+        return f"{self.size} processes ({axes})" if self.size > 1 else "one process"
+
     def sum(self, value: float) -> float:
-        """The sum of `value` over the data ranks."""
-        return value
+        """The sum of `value` over the data ranks; the same bits on each."""
+        return math.fsum(self.values(value))
+
+    def max(self, value: float) -> float:
+        return max(self.values(value))
+
+    def values(self, value: float) -> list[float]:
+        """`value` of every rank, in their order."""
+        return [v for (v,) in self.vectors([value])]
+
+    def vectors(self, values: list[float]) -> list[list[float]]:
+        """As `values`, of equally long lists."""
+        if self.size == 1:
+            return [values]
+        import torch
+        import torch.distributed as dist
+
+        ours = torch.tensor(values, dtype=torch.float64)
+        theirs = [torch.empty_like(ours) for _ in range(self.size)]
+        dist.all_gather(theirs, ours)
+        return [t.tolist() for t in theirs]
+
+    def gather(self, value: Any) -> list[Any]:
+        """`value` (JSON) of every rank, in their order, on every rank."""
+        if self.size == 1:
+            return [value]
+        import torch
+        import torch.distributed as dist
+
+        ours = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        sizes = [int(n) for n in self.values(len(ours))]
+        padded = torch.zeros(max(sizes), dtype=torch.uint8)
+        padded[: len(ours)] = ours
+        theirs = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(theirs, padded)
+        texts = (bytes(t[:n].tolist()) for t, n in zip(theirs, sizes, strict=True))
+        return [json.loads(text) for text in texts]
+
+    def broadcast(self, value: Any = None) -> Any:
+        """Rank 0's `value` (JSON) on every rank."""
+        return self.gather(value if self.is_main else None)[0]
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        self.values(0.0)
+
+    def lead(self, work: Callable[[], T]) -> T:
+        """Do `work` on rank 0 alone; its result (JSON), or its error, is everybody's."""
+        if self.size == 1:
+            return work()
+        result: Any = None
+        if self.is_main:
+            try:
+                result = work()
+            except Exception as error:
+                self.broadcast({"error": _packed(error)})
+                raise
+            self.broadcast({"result": result})
+            return result
+        told = self.broadcast()
+        if "error" in told:
+            kind, *texts = told["error"]
+            raise getattr(errors, kind)(*texts)
+        return told["result"]
+
+
+def _packed(error: Exception) -> list[str]:
+    if isinstance(error, LuthierError) and type(error) in (Refused, Failed):
+        return [type(error).__name__, error.asked, error.found, error.do]
+    return ["Failed", "the work of rank 0", f"{type(error).__name__}: {error}", ""]

@@ -11,14 +11,14 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 import luthier
@@ -51,9 +51,26 @@ class Saved:
     state: dict[str, Any]
     identity: dict[str, Any]
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The tensors that were handed to `save`, on the CPU."""
-        return load_file(self.path / TENSORS)
+    def tensors(self) -> Mapping[str, Tensor]:
+        """The tensors that were handed to `save`, on the CPU, each read when it is asked for."""
+        return _Stored(self.path / TENSORS)
+
+
+class _Stored(Mapping[str, Tensor]):
+    """The tensors of a safetensors file."""
+
+    def __init__(self, path: Path) -> None:
+        self._file: Any = safe_open(path, "pt")
+        self._names = list(self._file.keys())
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def step_of(path: Path) -> int | None:

@@ -24,6 +24,7 @@ from luthier.errors import Failed, Refused
 from luthier.files import write_text
 from luthier.models.generate import GenerateOptions, generate
 from luthier.models.stage import Stage
+from luthier.parallel.world import World
 from luthier.train.loss import token_stats
 from luthier.train.scores import text_scores
 
@@ -58,24 +59,33 @@ def evaluate_loss(
     batches: Iterable[Batch],
     device: torch.device | str,
     progress: Progress | None = None,
+    world: World | None = None,
 ) -> dict[str, float]:
     """`loss`, `perplexity`, `accuracy` and `tokens` of all supervised tokens of `batches`.
 
     `loss` is the mean over tokens, not over rows or batches, in nats, so it does not depend on packing or
     on the batch size; `accuracy` is the share of tokens that are the likeliest one given the true tokens
-    before them; `tokens` is their number. Raises Failed without supervised tokens and for a loss that is
-    no finite number.
+    before them; `tokens` is their number. The ranks of `world` share the batches, and all give the same
+    values. Raises Failed without supervised tokens and for a loss that is no finite number.
     """
+    world = world or World()
+    batches = list(batches)
     losses, correct, tokens = [], 0, 0
     with evaluating(stage):
-        for batch in batches:
-            batch = batch.to(device)
+        for first in range(0, len(batches), world.data_size):
+            # a rank for which none is left runs one again: forwards gather weights, and all must take part
+            own = first + world.data_rank < len(batches)
+            batch = batches[first + world.data_rank if own else first].to(device)
             loss, hits, count = token_stats(stage(batch), batch.labels, stage.head)
-            losses.append(loss)
-            correct += hits
-            tokens += count
+            if own:
+                losses.append(loss)
+                correct += hits
+                tokens += count
             if progress:
-                progress(1)
+                progress(min(world.data_size, len(batches) - first))
+    parts = world.gather([losses, correct, tokens])
+    losses = [loss for part in parts for loss in part[0]]
+    correct, tokens = (sum(part[i] for part in parts) for i in (1, 2))
     if not tokens:
         raise Failed(
             "evaluation",
@@ -107,11 +117,12 @@ def evaluate_generation(
     micro_batch: int,
     progress: Progress | None = None,
     autocast: torch.dtype | None = None,
+    world: World | None = None,
 ) -> tuple[dict[str, float], list[dict[str, str]]]:
     """Generate the last answer of each row and score it against the row's own.
 
     Earlier turns are given as they stand in the row. Rows without an answer (plain text) and rows that
-    give no prompt (which the ledger counts) are left out. `autocast` as in `generate`. Returns
+    give no prompt (which the ledger counts) are left out. `autocast` and `world` as in `generate_all`. Returns
     `bleu4, rouge1, rouge2, rougel` (0..1, see `scores.text_scores`) with `answers`, the number of rows
     generated for; and one record per such row, in order: `prompt` (the last user turn), `output`
     (generated), `tgt` (the reference). Raises Refused when no row is left.
@@ -134,10 +145,11 @@ def evaluate_generation(
             "give data.validation_path such rows, or set evaluate.generate=false",
         )
     with evaluating(model):
-        answers = generate(
+        answers = generate_all(
             model,
             prompts,
             options,
+            world or World(),
             pad_id=pad_id,
             stop_ids=renderer.stop_ids,
             micro_batch=micro_batch,
@@ -148,6 +160,17 @@ def evaluate_generation(
         record["output"] = renderer.decode(ids)
     scores = text_scores([r["output"] for r in records], [r["tgt"] for r in records])
     return {**scores, "answers": len(records)}, records
+
+
+def generate_all(
+    model: Any, prompts: Sequence[Sequence[int]], options: GenerateOptions, world: World, **how: Any
+) -> list[list[int]]:
+    """`generate`, the micro-batches shared out among the ranks of `world`; every rank gets all answers."""
+    share = (world.data_rank, world.data_size)
+    mine = generate(model, prompts, options, share=share, **how)
+    # an answer is empty on all ranks but the one that gave it
+    parts = zip(*world.gather(mine), strict=True)
+    return [[token for part in answers for token in part] for answers in parts]
 
 
 def write_generated(output: Path, records: Iterable[dict[str, str]]) -> Path:

@@ -182,21 +182,19 @@ def check_finite(
     *,
     step: int,
     rows: Collection[int],
-    model: nn.Module,
-    gradients: Mapping[str, Tensor | None] | None = None,
+    weights: Mapping[str, Tensor],
+    gradients: Mapping[str, Tensor | None],
 ) -> None:
     """Loss and gradient norm of a step are finite. Call before the optimiser's step.
 
-    Raises Failed naming the step, its rows, and the first weight, else the first gradient, that is not
-    finite. `gradients` as in `check_first_gradients`.
+    Raises Failed naming the step, its rows, and the first of `weights`, else of `gradients`, that is not
+    finite.
     """
     if math.isfinite(loss) and math.isfinite(norm):
         return
-    named = dict(model.named_parameters())
-    grads = {n: p.grad for n, p in named.items()} | dict(gradients or {})
     raise Failed(
         f"step {step} over rows {_listed([str(r) for r in rows])}",
-        f"loss {loss}, gradient norm {norm}; {_culprit(named, grads)}",
+        f"loss {loss}, gradient norm {norm}; {_culprit(weights, gradients)}",
         "nothing was updated or saved; try a smaller optim.lr, model.dtype=float32, or look at these rows",
     )
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,7 +21,9 @@ import torch
 from luthier.batch import Batch
 from luthier.errors import Failed, LuthierError, Stopped
 from luthier.files import damage
-from luthier.train.checkpoint import Checkpoints, Saved, non_finite
+from luthier.parallel.shard import gathered, local
+from luthier.parallel.world import World, lost_peer
+from luthier.train.checkpoint import Checkpoints, Saved, non_finite, read
 from luthier.train.metrics import Metrics, StepReport, Window, memory, plain
 from luthier.train.plan import Every, FitResult, Pace, Plan
 from luthier.train.signals import Interrupted, Signals
@@ -48,6 +51,9 @@ class Trainer:
     `evaluate()` measures the model; `before()` does so once, before the first step. `facts` are recorded
     with the start of the run; `remarks` are told. `evaluation_data` is a fingerprint of what `evaluate`
     measures on: values on other data are not compared.
+
+    In a run of several processes all of them fit, in step; `world` is where they exchange what they decide
+    on, and only its rank 0 writes. `held` makes the model whole for `write_model`; every rank enters it.
     """
 
     updater: Updater
@@ -63,6 +69,8 @@ class Trainer:
     evaluation_data: str = ""
     facts: Mapping[str, Any] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
+    world: World = field(default_factory=World)
+    held: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def __post_init__(self) -> None:
         self.done = 0  # optimiser steps so far
@@ -92,8 +100,9 @@ class Trainer:
         does not fit the run; Stopped after a signal, with everything saved; Failed when the run cannot go
         on. Closes `metrics`.
         """
-        saved = self.checkpoints.start(path)
-        with Signals() as signals:
+        self.world.lead(lambda: self.checkpoints.start(path) is None)
+        saved = None if path is None else read(path)
+        with Signals(tell=self.world.is_main) as signals:
             try:
                 with self.metrics:
                     self._begin(saved)
@@ -196,10 +205,11 @@ class Trainer:
     def _measure(
         self, how: Callable[[], Mapping[str, float]], signals: Signals
     ) -> dict[str, float]:
-        """What an evaluation gives. A signal ends it at once: the resumed run does it again."""
+        """What an evaluation gives. A signal ends it at once, but for several processes, which it would not
+        reach at the same place: the resumed run does it again."""
         self.metrics.activity("evaluating")
         try:
-            with signals.interruptible():
+            with signals.interruptible() if self.world.size == 1 else nullcontext():
                 return dict(how())
         except Interrupted:
             self._stop_if_asked(signals)
@@ -223,9 +233,10 @@ class Trainer:
     # ---- saving, going on, stopping
 
     def _save(self) -> Path:
-        tensors = self.updater.tensors()
-        bad = non_finite({**tensors, **self.updater.weights()})
-        if bad:
+        live = self.updater.tensors()
+        every = {**live, **self.updater.weights()}
+        found = self.world.gather(non_finite({name: local(t) for name, t in every.items()}))
+        if bad := list(dict.fromkeys(name for names in found for name in names)):
             raise Failed(
                 f"saving step {self.done}",
                 f"NaN or infinity in {', '.join(bad)}",
@@ -245,7 +256,16 @@ class Trainer:
         best = self.best["step"] if self.best else None
         self.metrics.activity("saving")
         self.metrics.flush()  # metrics.jsonl must not be behind the checkpoint
-        path = self.checkpoints.save(self.done, self.write_model, tensors, plain(state), best=best)
+        with self.held():
+            tensors = gathered(live, keep=self.world.is_main)
+            path = self.checkpoints.path(self.done)
+            self.world.lead(
+                lambda: (
+                    self.checkpoints.save(
+                        self.done, self.write_model, tensors, plain(state), best=best
+                    ).name
+                )
+            )
         self.metrics.activity("")
         self._saved_at = self.done
         values = {"path": str(path), "best": best == self.done, "epoch": self._epoch()}
@@ -272,7 +292,7 @@ class Trainer:
             self.evaluation = self.best = None
         if self.best and self.best["metric"] != self.plan.best:
             self.best = None  # another metric was asked for: the best is sought from here on
-        if self.best and damage(self.checkpoints.path(self.best["step"])) is not None:
+        if self.best and self._damage(self.best["step"]) is not None:
             self.remarks.append(
                 f"the best checkpoint so far, step-{self.best['step']}, is not there any more: "
                 "the best is sought from here on"
@@ -281,15 +301,14 @@ class Trainer:
 
     def _stop_if_asked(self, signals: Signals) -> None:
         """After a signal: save, if that was not done, and raise Stopped."""
-        if signals.received is None:
+        received = int(self.world.max(signals.received or 0))  # it reaches the ranks at other times
+        if not received:
             return
-        asked = f"stopped by {signal.Signals(signals.received).name} after step {self.done}"
+        asked = f"stopped by {signal.Signals(received).name} after step {self.done}"
         if not self.done:
-            raise Stopped(signals.received, asked, "nothing was trained yet", "start again")
+            raise Stopped(received, asked, "nothing was trained yet", "start again")
         path = self.checkpoints.path(self.done) if self._saved_at == self.done else self._save()
-        raise Stopped(
-            signals.received, asked, f"saved as {path}", "go on with checkpoint.resume=auto"
-        )
+        raise Stopped(received, asked, f"saved as {path}", "go on with checkpoint.resume=auto")
 
     def _finish(self) -> FitResult:
         """Put the best weights in place and say what the run came to."""
@@ -301,7 +320,7 @@ class Trainer:
                     "the final model is the last one"
                 )
             else:
-                self._read_best(self.checkpoints.path(self.best["step"]))
+                self._read_best(self.best["step"])
                 final, evaluation = self.best["step"], self.best
         result = FitResult(
             step=self.done,
@@ -317,9 +336,13 @@ class Trainer:
         self.metrics.log("end", self.done, asdict(result))
         return result
 
-    def _read_best(self, path: Path) -> None:
-        reason = damage(path)
-        if reason is not None:
+    def _damage(self, step: int) -> str | None:
+        """What is wrong with the checkpoint of a step; rank 0 looks."""
+        return self.world.lead(lambda: damage(self.checkpoints.path(step)))
+
+    def _read_best(self, step: int) -> None:
+        path = self.checkpoints.path(step)
+        if (reason := self._damage(step)) is not None:
             raise Failed(
                 f"taking the best checkpoint, {path}, as the final model",
                 reason,
@@ -331,6 +354,8 @@ class Trainer:
     def _failure(self, error: Exception) -> Failed:
         """An unexpected error as a message; the error itself is its cause."""
         text = f"{type(error).__name__}: {error}"
+        if lost_peer(error):
+            text = f"another process of the run is gone ({str(error).splitlines()[0][:160]})"
         do = f"what was saved is untouched: go on from {self.checkpoints.newest()}"
         full = isinstance(error, (torch.OutOfMemoryError, MemoryError))
         if full or "can't allocate memory" in text:

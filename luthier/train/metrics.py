@@ -118,13 +118,15 @@ class Metrics:
 
     `output`: the run's folder. `sinks`: names of `sinks.SINKS`; a missing package is refused by
     `sinks.check_sinks`. `progress`: `auto`, `rich`, `plain` or `none`. `config`: the resolved config, for
-    sinks that show it. Nothing is written or shown before `start`.
+    sinks that show it. Nothing is written or shown before `start`, and with `silent` nothing ever (the
+    processes of a run but one).
     """
 
     output: Path
     sinks: Sequence[str] = ()
     progress: str = "auto"
     config: Mapping[str, Any] = field(default_factory=dict)
+    silent: bool = False
 
     def __post_init__(self) -> None:
         self._file: IO[str] | None = None
@@ -141,6 +143,8 @@ class Metrics:
         What metrics.jsonl says about later steps is dropped, and with `evaluated=False` also the evaluation
         of `step` itself, which will be done again.
         """
+        if self.silent:
+            return
         self.output.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
             cut_back(self.path, step, evaluated)
@@ -150,6 +154,8 @@ class Metrics:
 
     def log(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Record `values` (numbers, strings, None, or containers of them) of `step`, everywhere."""
+        if self.silent:
+            return
         if self._file is None:
             raise ValueError("metrics were logged before start()")
         clean = plain({"kind": kind, "step": step, **values})

@@ -12,11 +12,14 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 from torch.optim import SGD, Adafactor, AdamW, Optimizer
 
 from luthier.config import OptimConfig
 from luthier.errors import Refused
+from luthier.parallel.shard import local, total_norm
+from luthier.parallel.world import World
 from luthier.train.adamw_mini import AdamWMini
 
 Named = Sequence[tuple[str, Parameter]]
@@ -59,9 +62,11 @@ def make_optimizer(
     unknown = sorted(scales.keys() - {name for name, _ in named_parameters})
     if unknown:
         raise ValueError(f"learning-rate ratios for parameters that are not trained: {unknown[:3]}")
-    grouped: dict[tuple[bool, float], list[tuple[str, Parameter]]] = {}
+    grouped: dict[tuple[bool, float, bool], list[tuple[str, Parameter]]] = {}
     for name, parameter in named_parameters:
-        key = (decays(name, parameter), float(scales.get(name, 1.0)))
+        # sharded and whole tensors cannot be updated by one kernel
+        sharded = isinstance(parameter, DTensor)
+        key = (decays(name, parameter), float(scales.get(name, 1.0)), sharded)
         grouped.setdefault(key, []).append((name, parameter))
     groups = [
         {
@@ -70,7 +75,7 @@ def make_optimizer(
             "lr_scale": scale,
             "lr": lr * scale,
         }
-        for (decay, scale), members in grouped.items()
+        for (decay, scale, _), members in grouped.items()
     ]
     match config.name:
         case "adamw":
@@ -98,22 +103,28 @@ def set_lr(optimizer: Optimizer, lr: float) -> None:
 
 def multiply(tensors: list[Tensor], factor: float) -> None:
     """Multiply many tensors in place, in one kernel where the device has one."""
-    torch._foreach_mul_(tensors, factor)  # pyright: ignore[reportPrivateImportUsage]
+    torch._foreach_mul_([local(t) for t in tensors], factor)  # pyright: ignore[reportPrivateImportUsage]
 
 
-def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> float:
+def clip_gradients(
+    parameters: Iterable[Tensor], max_norm: float, world: World | None = None
+) -> float:
     """Scale all gradients so that their common L2 norm is at most `max_norm` (0 = leave them).
 
     Returns the norm before clipping, NaN or infinite if a gradient is; then nothing is scaled. Norms are
-    summed in float32 (float64 for float64) whatever the type of the gradients.
+    summed in float32 (float64 for float64) whatever the type of the gradients. Sharded gradients count with
+    their parts on all ranks of `world`.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     if not gradients:
         return 0.0
-    double = any(g.dtype == torch.float64 for g in gradients)
-    dtype = torch.float64 if double else torch.float32
-    norms = [n.to(gradients[0].device) for n in torch._foreach_norm(gradients, 2, dtype)]  # pyright: ignore[reportPrivateImportUsage]
-    norm = float(torch.linalg.vector_norm(torch.stack(norms)))
+    if any(isinstance(g, DTensor) for g in gradients):
+        norm = total_norm(gradients, world or World())
+    else:
+        double = any(g.dtype == torch.float64 for g in gradients)
+        dtype = torch.float64 if double else torch.float32
+        norms = [n.to(gradients[0].device) for n in torch._foreach_norm(gradients, 2, dtype)]  # pyright: ignore[reportPrivateImportUsage]
+        norm = float(torch.linalg.vector_norm(torch.stack(norms)))
     if 0 < max_norm < norm < float("inf"):
         multiply(gradients, max_norm / (norm + 1e-6))
     return norm

@@ -24,7 +24,9 @@ class Signals:
     Outside the main thread Python delivers no signals: then it does nothing.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, tell: bool = True) -> None:
+        """`tell`: say on stderr that a signal was received."""
+        self._tell = tell
         self.received: int | None = None
         self._interruptible = False
         self._old: dict[int, Any] = {}
@@ -57,6 +59,7 @@ class Signals:
             os._exit(128 + number)
         self.received = number
         name = signal.Signals(number).name
-        os.write(2, f"\n{name}: stopping after this step; once more stops at once\n".encode())
+        if self._tell:
+            os.write(2, f"\n{name}: stopping after this step; once more stops at once\n".encode())
         if self._interruptible:
             raise Interrupted

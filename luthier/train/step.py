@@ -8,7 +8,7 @@ which rate, and what else happens between them is `loop.py`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from luthier.batch import TENSORS, Batch
 from luthier.errors import Failed
 from luthier.models.routers import router_logits
+from luthier.parallel.shard import Sharding, part_of, peaks, reduce
 from luthier.parallel.world import World
 from luthier.train.gates import check_finite, num_seeing_several_keys
 from luthier.train.loss import token_loss
@@ -72,6 +73,7 @@ class Updater:
     device: torch.device | str = "cpu"
     world: World = field(default_factory=World)
     router: RouterLoss | None = None
+    sharding: Sharding | None = None
     gated: bool = field(default=False, init=False)
 
     def update(self, micro_batches: Sequence[Batch], *, step: int, lr: float) -> StepReport:
@@ -81,18 +83,24 @@ class Updater:
         supervised tokens, or one that overflows float16, updates nothing and says so. Raises Failed, with
         no weight touched, when the loss or a gradient is not finite.
         """
+        counts = self._counts(micro_batches)
         report = StepReport(
             step=step,
             lr=lr,
-            num_supervised=self._total(b.num_supervised for b in micro_batches),
-            num_tokens=self._total(b.num_real_tokens for b in micro_batches),
-            num_slots=self._total(b.input_ids.numel() for b in micro_batches),
+            num_supervised=counts[0],
+            num_tokens=counts[1],
+            num_slots=counts[2],
         )
         if not report.num_supervised:
             return replace(report, skipped="no supervised token")
         try:
             shares = self._shares(micro_batches)
-            losses = [self._backward(batch, report, shares) for batch in micro_batches]
+            losses = []
+            for i, batch in enumerate(micro_batches):
+                if self.sharding is not None:
+                    self.sharding.micro_batch(last=i == len(micro_batches) - 1)
+                losses.append(self._backward(batch, report, shares))
+            reduce(self.master.parameters, self.world)
             # floats: the first wait for the device in the step
             loss = self.world.sum(sum(float(part) for part, _ in losses))
             if self.router is not None:
@@ -101,14 +109,14 @@ class Updater:
             if not math.isfinite(loss):
                 self._raise_non_finite(loss, math.nan, step, micro_batches)
             self.scaler.unscale(self.master.parameters)
-            norm = clip_gradients(self.master.parameters, self.clip)
+            norm = clip_gradients(self.master.parameters, self.clip, self.world)
             if not self.scaler.update(math.isfinite(norm)):
                 return replace(report, loss=loss, skipped="float16 overflow")
             if not math.isfinite(norm):
                 self._raise_non_finite(loss, norm, step, micro_batches)
             if self.gate is not None and not self.gated:
-                telling = self._total(map(num_seeing_several_keys, micro_batches)) > 0
-                self.gate(gradients=self.master.gradients(), step=step, zeros=telling)
+                telling = self.world.sum(sum(map(num_seeing_several_keys, micro_batches))) > 0
+                self.gate(gradients=self._everywhere(), step=step, zeros=telling)
                 self.gated = telling
             set_lr(self.optimizer, lr)
             self.optimizer.step()
@@ -117,8 +125,20 @@ class Updater:
         finally:
             self.master.zero_grad()
 
-    def _total(self, counts: Iterable[int]) -> int:
-        return int(self.world.sum(sum(counts)))
+    def _counts(self, micro_batches: Sequence[Batch]) -> list[int]:
+        """Supervised tokens, real tokens and slots of the step on all ranks."""
+        real = [batch for batch in micro_batches if not batch.is_filler]
+        ours = [
+            float(sum(batch.num_supervised for batch in real)),
+            float(sum(batch.num_real_tokens for batch in real)),
+            float(sum(batch.input_ids.numel() for batch in real)),
+        ]
+        return [int(sum(column)) for column in zip(*self.world.vectors(ours), strict=True)]
+
+    def _everywhere(self) -> dict[str, Tensor | None]:
+        """Gradients by name; with several ranks what there is of each on any of them."""
+        gradients = self.master.gradients()
+        return gradients if self.world.size == 1 else peaks(gradients, self.world)
 
     def _shares(self, micro_batches: Sequence[Batch]) -> Tensor | None:
         """Tokens of the step at each expert; None where one forward tells by itself."""
@@ -129,7 +149,8 @@ class Updater:
             batch = batch.to(self.device)
             with torch.no_grad(), router_logits() as logits:
                 self.stage(batch)
-            total = total + self.router.shares(logits, batch).cpu()
+            counts = self.router.shares(logits, batch).cpu()
+            total = total + (0 * counts if batch.is_filler else counts)
         return torch.tensor([self.world.sum(float(count)) for count in total])
 
     def _backward(
@@ -144,6 +165,7 @@ class Updater:
             if shares is None:
                 shares = self.router.shares(logits, batch)
             routed = self.router.loss(logits, batch, shares.to(self.device), report.num_tokens)
+            routed = 0 * routed if batch.is_filler else routed
         if not loss.requires_grad:
             raise Failed(
                 "training",
@@ -163,15 +185,24 @@ class Updater:
     ) -> None:
         """Raise Failed naming the rows whose own loss is not finite, or all rows when none is to blame."""
         rows = [row for batch in micro_batches for row in _single_rows(batch.to(self.device))]
+        bad = []
         with torch.no_grad():
-            bad = [row for row in rows if not self._loss_sum(row).isfinite()]
+            # as many forwards on every rank, for those that gather weights in them
+            for i in range(int(self.world.max(len(rows)))):
+                if not self._loss_sum(rows[i % len(rows)]).isfinite() and i < len(rows):
+                    bad.append(rows[i].rows[0])
+        every = [row.rows[0] for row in rows if not row.is_filler]
+        found = self.world.gather([bad, every])
+        weights: dict[str, Tensor] = dict(self.stage.model.named_parameters())
+        if self.world.size > 1:
+            weights = {n: t for n, t in peaks(weights, self.world).items() if t is not None}
         check_finite(
             loss,
             norm,
             step=step,
-            rows=[row.rows[0] for row in bad or rows],
-            model=self.stage.model,
-            gradients=self.master.gradients(),
+            rows=[r for b, _ in found for r in b] or [r for _, e in found for r in e],
+            weights=weights,
+            gradients=self._everywhere(),
         )
 
     # ---- what a checkpoint holds besides the model
@@ -192,9 +223,11 @@ class Updater:
     def load(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Put back `tensors` and `state`, bit for bit. Raises Refused when they do not fit."""
         parts: dict[str, dict[str, Tensor]] = {"master": {}, "optimizer": {}}
+        named = dict(self.master.named)
         for name, tensor in tensors.items():
             kind, _, rest = name.partition("/")
-            parts[kind][rest] = tensor
+            owner = named.get(rest if kind == "master" else rest.partition("/")[2])
+            parts[kind][rest] = tensor if owner is None else part_of(tensor, owner)
         self.master.load_tensors(parts["master"])
         load_optimizer_tensors(self.optimizer, self.master.named, parts["optimizer"])
         self.scaler.load_state(state["scaler"])

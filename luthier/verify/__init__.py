@@ -2,7 +2,8 @@
 
 `data`: every row trains exactly its answers, after the prompts that prediction gives. `packing`: documents
 of a row do not see each other and compute what each computes alone. `loss`: the trainer's loss and
-gradients are those of plain transformers, however rows are packed and cut into micro-batches. Each check
+gradients are those of plain transformers, however rows are packed and cut into micro-batches. `layout`: a
+step in several processes is that step in one. Each check
 prints figures, writes nothing, and raises Failed when it does not hold. Imported without torch.
 """
 
@@ -34,4 +35,15 @@ def _loss(resolved: Resolved) -> dict[str, Any]:
     return verify_loss(resolved)
 
 
-CHECKS: dict[str, Check] = {"data": _data, "packing": _packing, "loss": _loss}
+def _layout(resolved: Resolved) -> dict[str, Any]:
+    from luthier.verify.layout import verify_layout
+
+    return verify_layout(resolved)
+
+
+CHECKS: dict[str, Check] = {
+    "data": _data,
+    "packing": _packing,
+    "loss": _loss,
+    "layout": _layout,
+}

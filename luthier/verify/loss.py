@@ -89,7 +89,7 @@ def verify_loss(resolved: Resolved, say: Callable[[str], object] = print) -> dic
     train = config.train.model_copy(update={"compile": False})
     config = config.model_copy(update={"train": train})
     built = build(config, train=True)
-    _wake(built, config.train.seed)
+    wake(built, config.train.seed)
     updater = make_updater(config, built)
     whole = collate(packed, text.pad_id, positions_of=places)
     say(
@@ -105,22 +105,22 @@ def verify_loss(resolved: Resolved, say: Callable[[str], object] = print) -> dic
     unpacked = _step(updater, [collate(alone, text.pad_id, positions_of=places)])
     plain = _plain(built, documents, text.pad_id)
     found = {
-        f"{number} micro-batches of 1 row = 1 batch of {number}": _compare(many, one),
-        f"1 document a row = {per_row} documents a row": _compare(unpacked, batch),
-        "plain transformers, padded rows = packed rows": _compare(batch, plain),
+        f"{number} micro-batches of 1 row = 1 batch of {number}": compare(many, one),
+        f"1 document a row = {per_row} documents a row": compare(unpacked, batch),
+        "plain transformers, padded rows = packed rows": compare(batch, plain),
     }
     allowed = dict.fromkeys(found, EXACT)
     if built.model.dtype != torch.float32 or built.stage.autocast is not None:
         wide = _in_float32(built)
         exact = _plain(wide, documents, text.pad_id)
-        rounding = _compare(plain, exact)
+        rounding = compare(plain, exact)
         say(_line("(rounding: plain transformers = the same in float32)", rounding))
         # the loss may come out right by chance: it is given what the gradients get
         loss = HALF * max(rounding.loss, rounding.gradients)
         allowed = dict.fromkeys(found, Difference(loss, loss, HALF * rounding.worst, ""))
-        found["both in float32"] = _compare(_step(updater, [whole]), exact)
+        found["both in float32"] = compare(_step(updater, [whole]), exact)
         allowed["both in float32"] = EXACT
-    _show(found, allowed, say)
+    show_differences(found, allowed, say)
     for what, difference in found.items():
         _judge(what, difference, allowed[what])
     say("verify loss: ok")
@@ -131,7 +131,7 @@ def verify_loss(resolved: Resolved, say: Callable[[str], object] = print) -> dic
     }
 
 
-def _show(
+def show_differences(
     found: Mapping[str, Difference],
     allowed: Mapping[str, Difference],
     say: Callable[[str], object],
@@ -179,7 +179,7 @@ def _piece(ids: Any, labels: Any, *, whole_prompt: bool) -> Document:
     return shortened(ids[start:stop], labels[start:stop])
 
 
-def _wake(built: Built, seed: int) -> None:
+def wake(built: Built, seed: int) -> None:
     """Give the adapters' zeros values: a LoRA whose B is zero has no gradient in A to compare."""
     with torch.no_grad():
         for name, parameter in adapter_parameters(built.model).items():
@@ -291,7 +291,7 @@ def _in_float32(built: Built) -> Built:
     return built
 
 
-def _compare(ours: Measured, reference: Measured) -> Difference:
+def compare(ours: Measured, reference: Measured) -> Difference:
     """Differences relative to the reference.
 
     A tensor whose gradient is (nearly) zero by mathematics, as that of a bias of the keys, holds nothing but

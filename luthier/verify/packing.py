@@ -24,6 +24,7 @@ from luthier.data.corpus import Corpus
 from luthier.data.dataset import Dataset
 from luthier.data.loader import collate
 from luthier.errors import Failed
+from luthier.parallel.world import World
 from luthier.train.evaluate import evaluating
 from luthier.train.gates import check_batch, check_isolation
 
@@ -98,12 +99,12 @@ def verify_packing(resolved: Resolved, say: Callable[[str], object] = print) -> 
     }
 
 
-def open_training(config: RunConfig) -> tuple[RunConfig, Text, Data]:
-    """Training rows alone, and the config without evaluation."""
+def open_training(config: RunConfig, world: World | None = None) -> tuple[RunConfig, Text, Data]:
+    """Training rows alone (this rank's, in a `world`), and the config without evaluation."""
     quiet = config.evaluate.model_copy(update={"every": "never", "before": False})
     config = config.model_copy(update={"evaluate": quiet})
     text = open_text(config)
-    return config, text, open_data(config, text)
+    return config, text, open_data(config, text, world=world)
 
 
 def documents_of(batch: Batch) -> list[list[Document]]:

@@ -15,7 +15,8 @@ from luthier.data.blanks import KINDS, Blanks, _spans
 from luthier.data.encode import Renderer, check_labels, check_supervision
 from luthier.data.formats import BadRow, Message
 from luthier.errors import Failed, Refused
-from luthier.models.load import load_tokenizer, quiet
+from luthier.models.load import quiet
+from luthier.models.tokenizer import load_tokenizer
 from luthier.models.zoo.glm_generation import infilling_positions
 from tests.zoo_folders import zoo_folder
 

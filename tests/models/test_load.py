@@ -13,16 +13,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from luthier.config import ModelConfig
 from luthier.errors import Refused
 from luthier.models import folder
-from luthier.models.load import (
-    build_model,
-    check_tokenizer,
-    fingerprint,
-    load_tokenizer,
-    pad_id,
-    resolve_device,
-    resolve_dtype,
-    save_model,
-)
+from luthier.models.load import build_model, fingerprint, resolve_device, resolve_dtype, save_model
+from luthier.models.tokenizer import check_tokenizer, load_tokenizer, pad_id
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gpt2", "opt", "bloom")
 CPU = torch.device("cpu")

@@ -1,30 +1,145 @@
-"""The place of this process: one process is fine, several are refused."""
+"""The place of a process, the mesh, and what is refused before any work."""
+
+from __future__ import annotations
+
+from typing import Any
 
 import pytest
+from tiny_runs import resolved
 
+from luthier.config_parallel import ParallelConfig
 from luthier.errors import Refused
-from luthier.parallel.world import SIZES, World
+from luthier.parallel import world as module
+from luthier.parallel.degrees import check_sharding, fit_batch, mesh_sizes
+from luthier.parallel.joining import Place
+from luthier.parallel.world import OTHERS, World, place
+
+TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+TORCHRUN |= {"MASTER_ADDR": "node1", "MASTER_PORT": "29501", "TORCHELASTIC_RESTART_COUNT": "2"}
 
 
 @pytest.fixture(autouse=True)
-def bare(monkeypatch):
-    for name in SIZES:
+def bare(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (*OTHERS, *TORCHRUN, "TORCHELASTIC_USE_AGENT_STORE"):
         monkeypatch.delenv(name, raising=False)
 
 
-def test_one_process_is_the_main_one(monkeypatch):
-    for value in (None, "1", " 1 "):
-        if value is not None:
-            monkeypatch.setenv("WORLD_SIZE", value)
-        world = World.current()
-        assert world == World() and world.is_main and (world.size, world.data_size) == (1, 1)
-        assert world.sum(2.5) == 2.5
+@pytest.mark.parametrize("value", [None, "1", " 1 "])
+def test_one_process_is_the_main_one(monkeypatch: pytest.MonkeyPatch, value: str | None) -> None:
+    if value is not None:
+        monkeypatch.setenv("WORLD_SIZE", value)
+    world = World.start(ParallelConfig.model_validate({}))
+    assert world == World() and world.is_main and (world.size, world.data_size) == (1, 1)
+    assert (world.sum(2.5), world.max(2.5), world.values(2.5)) == (2.5, 2.5, [2.5])
+    assert world.gather({"a": 1}) == [{"a": 1}] and world.lead(lambda: (1, 2)) == (1, 2)
 
 
-@pytest.mark.parametrize("name", SIZES)
+def test_torchrun_says_where_this_process_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    assert place() == Place(3, 4, 1, 2, attempt=2, address="node1", port=29501)
+    assert module.processes() == 4
+    monkeypatch.setenv("WORLD_SIZE", "four")
+    with pytest.raises(Refused, match=r"no number.*four"):
+        place()
+
+
+@pytest.mark.parametrize("name", OTHERS)
 @pytest.mark.parametrize("value", ["2", "0", "many"])
-def test_a_launcher_with_several_processes_is_refused(monkeypatch, name, value):
+def test_launchers_of_others_are_refused(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
     monkeypatch.setenv(name, value)
-    with pytest.raises(Refused, match=rf"{name}={value}.*one process") as caught:
-        World.current()
-    assert caught.value.exit_code == 2
+    with pytest.raises(Refused, match=rf"{name}={value}.*--nproc") as caught:
+        place()
+    assert caught.value.exit_code == 2 and module.processes() == 1
+
+
+def parallel(**keys: Any) -> ParallelConfig:
+    return ParallelConfig.model_validate(keys)
+
+
+@pytest.mark.parametrize(
+    ("keys", "processes", "sizes"),
+    [
+        ({}, 1, (1, 1)),
+        ({}, 6, (1, 6)),
+        ({"replicate": 2}, 6, (2, 3)),
+        ({"replicate": -1}, 6, (6, 1)),
+        ({"replicate": -1, "shard": 3}, 6, (2, 3)),
+        ({"replicate": 2, "shard": 2}, 4, (2, 2)),
+    ],
+)
+def test_degrees_fill_the_mesh(
+    keys: dict[str, Any], processes: int, sizes: tuple[int, int]
+) -> None:
+    found = mesh_sizes(parallel(**keys), processes)
+    assert (found["replicate"], found["shard"]) == sizes
+    assert list(found) == ["pipeline", "replicate", "shard", "context", "tensor"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "processes", "message"),
+    [
+        ({"shard": 2}, 1, "parallel.shard=2.*2 processes, and 1 was started.*--nproc 2"),
+        ({"shard": 2}, 3, "2 processes, and 3 were started"),
+        ({"replicate": 2}, 3, "2 processes or a multiple, and 3 were started"),
+        ({"replicate": 2, "shard": 2}, 8, "4 processes, and 8 were started"),
+        ({"tensor": 2}, 2, "parallel.tensor=2.*tensor parallelism is not there"),
+        ({"context": 2}, 2, "parallel.context=2"),
+        ({"pipeline": -1, "shard": 1}, 2, "parallel.pipeline=-1"),
+        ({"schedule": "zero_bubble"}, 2, "parallel.schedule=zero_bubble.*pipeline"),
+        ({"offload": True}, 1, "parallel.offload=true.*parallel.shard is 1"),
+    ],
+)
+def test_meshes_that_cannot_be_are_refused(
+    keys: dict[str, Any], processes: int, message: str
+) -> None:
+    with pytest.raises(Refused, match=message):
+        mesh_sizes(parallel(**keys), processes)
+
+
+def test_only_one_axis_takes_what_is_left() -> None:
+    with pytest.raises(ValueError, match="are all -1"):
+        parallel(replicate=-1, shard=-1)
+    with pytest.raises(ValueError, match="at least 1"):
+        parallel(shard=0)
+
+
+def config(**keys: Any) -> Any:
+    tree = {"model": {"path": "m"}, "data": {"path": "d"}, "output": "o", **keys}
+    return resolved(tree).config
+
+
+@pytest.mark.parametrize(
+    ("train", "ranks", "batch", "micro"),
+    [
+        ({"batch": 8}, 1, 8, 8),
+        ({"batch": 8}, 4, 8, 2),
+        ({"batch": 12, "micro_batch": 2}, 3, 12, 2),
+        ({"accumulation": 3, "micro_batch": 2}, 1, 6, 2),
+        ({"accumulation": 3, "micro_batch": 2}, 4, 24, 2),
+    ],
+)
+def test_the_batch_is_shared_out(train: dict[str, Any], ranks: int, batch: int, micro: int) -> None:
+    found = fit_batch(config(train=train), ranks)
+    assert (found.batch, found.micro_batch, found.evaluate_micro_batch) == (batch, micro, micro)
+
+
+@pytest.mark.parametrize(
+    ("train", "ranks", "near"),
+    [({"batch": 8}, 3, 9), ({"batch": 8, "micro_batch": 4}, 4, 16), ({"batch": 2}, 4, 4)],
+)
+def test_a_batch_that_cannot_be_shared_out_is_refused(
+    train: dict[str, Any], ranks: int, near: int
+) -> None:
+    with pytest.raises(Refused, match=rf"{ranks} data ranks.*train.batch={near}"):
+        fit_batch(config(train=train), ranks)
+
+
+@pytest.mark.parametrize("name", ["adamw_mini", "adafactor"])
+def test_optimisers_that_need_whole_tensors(name: str) -> None:
+    chosen = config(optim={"name": name})
+    check_sharding(chosen, 1)
+    with pytest.raises(Refused, match=rf"optim.name={name} with parallel.shard=2"):
+        check_sharding(chosen, 2)

@@ -276,13 +276,14 @@ def test_supervised_tokens_that_see_several_keys(random_batch: Any) -> None:
 
 def test_finite(tiny_model: Any) -> None:
     model = tiny_model("llama")
-    check_finite(1.0, 2.0, step=3, rows=(1, 2), model=model)
+    plain = {"weights": dict(model.named_parameters()), "gradients": {}}
+    check_finite(1.0, 2.0, step=3, rows=(1, 2), **plain)
     with pytest.raises(Failed, match=r"step 3 over rows 1, 2\. loss nan.*arose in the forward"):
-        check_finite(math.nan, 2.0, step=3, rows=(1, 2), model=model)
+        check_finite(math.nan, 2.0, step=3, rows=(1, 2), **plain)
     grads = {"model.norm.weight": torch.tensor([1.0, math.inf])}
     with pytest.raises(Failed, match=r"norm inf; .* gradient of model\.norm\.weight \(1 in all\)"):
-        check_finite(1.0, math.inf, step=3, rows=(1,), model=model, gradients=grads)
+        check_finite(1.0, math.inf, step=3, rows=(1,), **plain | {"gradients": grads})
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[0, 0] = math.nan
     with pytest.raises(Failed, match=r"the weight model\.layers\.1\.mlp\.up_proj\.weight"):
-        check_finite(math.nan, math.inf, step=3, rows=(1,), model=model, gradients=grads)
+        check_finite(math.nan, math.inf, step=3, rows=(1,), **plain | {"gradients": grads})

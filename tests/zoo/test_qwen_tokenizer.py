@@ -20,7 +20,8 @@ from zoo_golden import tokenizer_golden
 
 import luthier.models  # noqa: F401 - registers the families
 from luthier.errors import Refused
-from luthier.models.load import load_tokenizer, quiet
+from luthier.models.load import quiet
+from luthier.models.tokenizer import load_tokenizer
 from luthier.models.zoo.tokenization_qwen import QWenTokenizer, make_context
 
 pytest.importorskip("tiktoken", reason="the package tiktoken is not installed")

@@ -1,0 +1,67 @@
+"""PaddleNLP's parallel degrees -> `parallel.*`. Whether they fit the processes that were started is checked there."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from luthier.errors import Refused
+from luthier.interop.paddlenlp_arguments import Arguments, is_off
+from luthier.interop.paddlenlp_keys import PARALLEL
+
+if TYPE_CHECKING:
+    from luthier.interop.paddlenlp import Translation
+
+
+def layout(t: Translation, a: Arguments, processes: int) -> None:
+    """Translate the degrees: processes = data x sharding x what cuts the
+    model; the first is what is left. In one process they are off, with a remark."""
+    if processes == 1:
+        off = [f"{name}={a.values[name]}" for name in PARALLEL if name in a and _on(name, a)]
+        if off:
+            t.remarks.append(f"one process: the parallel settings are off ({', '.join(off)})")
+        return
+    cutting = {
+        "tensor_parallel_degree": "tensor",
+        "pipeline_parallel_degree": "pipeline",
+        "sep_parallel_degree": "context",
+        "context_parallel_degree": "context",
+    }
+    for name, axis in cutting.items():
+        if name in a and _on(name, a):
+            t.put(f"parallel.{axis}", int(a.values[name]), name)
+            if name == "sep_parallel_degree":
+                t.put("parallel.context_method", "heads", name)
+    words = str(a.values["sharding"]).split() if "sharding" in a else []
+    stages = [word for word in words if word in ("stage1", "stage2", "stage3")]
+    if words and (len(stages) != 1 or set(words) - {*stages, "offload"}):
+        raise Refused(
+            f"sharding={a.values['sharding']}",
+            "it is one of stage1, stage2, stage3, and maybe offload",
+            'give sharding="stage2" or "stage2 offload"',
+        )
+    degree = next(
+        (
+            int(a.values[name])
+            for name in ("sharding_parallel_degree", "sharding_degree")
+            if name in a and str(a.values[name]) != "-1"
+        ),
+        -1,
+    )
+    if stages:
+        t.put("parallel.stage", int(stages[0][-1]), "sharding")
+        t.put("parallel.offload", "offload" in words, "sharding")
+    elif degree > 1:
+        raise Refused(
+            f"sharding_parallel_degree={degree}", "sharding is not given", 'add sharding="stage2"'
+        )
+    t.put("parallel.shard", degree if stages else 1, "sharding_parallel_degree", "sharding")
+    data = int(a.values["data_parallel_degree"]) if "data_parallel_degree" in a else -1
+    if data != -1:
+        t.put("parallel.replicate", data, "data_parallel_degree")
+    else:
+        t.put("parallel.replicate", 1 if stages and degree == -1 else -1, "data_parallel_degree")
+
+
+def _on(name: str, arguments: Arguments) -> bool:
+    value, off = arguments.values[name], PARALLEL[name]
+    return str(value).lower() != str(off).lower() and str(value) != "-1" and not is_off(value)

@@ -1,0 +1,265 @@
+"""Weights, gradients and optimiser state cut over the `shard` axis, by torch's `fully_shard` (FSDP2).
+
+The three stages are three rhythms of one mechanism: between steps every process holds a part of each trained
+tensor (and so its part of the optimiser's state); 3 gathers a layer only while it computes; 2 keeps the weights
+whole during a step; 1 also the gradients, which are reduced once per step. Frozen weights are cut in stage 3
+only. With one part there is nothing to cut, and gradients are summed over the replicas by `reduce`.
+Losses are divided by global counts, so gradients are summed over ranks, never averaged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+from torch.distributed.tensor import DTensor
+from torch.nn import Parameter
+
+from luthier.errors import Refused
+from luthier.parallel.world import World
+
+BUCKET = 2**25  # numbers that are summed over the replicas at once
+
+
+class Sharding:
+    """A sharded model: `root` (with what no layer holds) and `layers`, each gathered and freed as one."""
+
+    def __init__(
+        self,
+        root: nn.Module,
+        layers: Sequence[nn.Module],
+        world: World,
+        *,
+        stage: int,
+        offload: bool,
+        whole: Iterable[Parameter] = (),
+    ) -> None:
+        """Cut the parameters of `root`, whose forward is the model's, over `world`'s shard axis.
+
+        `whole`: parameters that stay whole on every rank. What is frozen does too, below stage 3. Raises
+        Refused where one layer trains tensors of several types.
+        """
+        self.stage = stage
+        kept = {id(p) for p in whole}
+        ignored = {
+            p
+            for p in root.parameters()
+            if id(p) in kept or (stage < 3 and not p.requires_grad) or not p.is_floating_point()
+        }
+        half = any(p.requires_grad and p.dtype.itemsize == 2 for p in root.parameters())
+        axes = ("replicate", "shard") if world.sizes["replicate"] > 1 else "shard"
+        options: dict[str, Any] = {
+            "mesh": world.mesh[axes],
+            "ignored_params": ignored,
+            # half-precision gradients of many ranks are added in float32
+            "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32 if half else None),
+            "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
+        }
+        inside = {id(p) for layer in layers for p in layer.parameters()}
+        rest = [p for p in root.parameters() if id(p) not in inside]
+        for group in (*(list(layer.parameters()) for layer in layers), rest):
+            _check_types([p for p in group if p.requires_grad and p not in ignored])
+        for layer in layers:
+            fully_shard(layer, reshard_after_forward=stage == 3, **options)
+        fully_shard(root, reshard_after_forward=False, **options)
+        self.root: Any = root
+        self.parts: list[Any] = [m for m in root.modules() if isinstance(m, FSDPModule)]
+        for part in self.parts:
+            part.set_gradient_divide_factor(1.0)
+            part.set_force_sum_reduction_for_comms(True)
+
+    def micro_batch(self, last: bool) -> None:
+        """Say before each forward of a step whether its micro-batch is the last one."""
+        if self.stage == 1:
+            self.root.set_requires_gradient_sync(last)
+        if self.stage < 3:
+            self.root.set_reshard_after_backward(last)
+
+    def settle(self) -> None:
+        """Free what a forward without backward left gathered: weights may change from here on."""
+        for part in self.parts:
+            part.reshard()
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Every weight is whole on every rank inside, for forwards whose number differs between ranks."""
+        for part in self.parts:
+            part.set_reshard_after_forward(False, recurse=False)
+            part.unshard()
+        try:
+            yield
+        finally:
+            for part in self.parts:
+                freed = self.stage == 3 and part is not self.root
+                part.set_reshard_after_forward(freed, recurse=False)
+            self.settle()
+
+
+def _check_types(trained: Sequence[Parameter]) -> None:
+    kinds = sorted({str(p.dtype).removeprefix("torch.") for p in trained})
+    if len(kinds) > 1:
+        raise Refused(
+            "parallel.shard above 1",
+            f"one layer trains tensors in {' and '.join(kinds)}, which cannot be cut together",
+            "give model.dtype=float32, leave adapter.modules_to_save out, or use parallel.replicate",
+        )
+
+
+# ---- one tensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor, a view; any other tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def full(tensor: Tensor) -> Tensor:
+    """The whole of a sharded tensor (all ranks must ask); any other tensor as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def part_of(tensor: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor cut as `like` is, without communication; `tensor` itself if that is not sharded."""
+    if not isinstance(like, DTensor) or isinstance(tensor, DTensor) or tensor.shape != like.shape:
+        return tensor
+    mine = tensor
+    for axis, placement in enumerate(like.placements):
+        if placement.is_shard():
+            dim: int = placement.dim  # pyright: ignore[reportAttributeAccessIssue]
+            parts = mine.chunk(like.device_mesh.size(axis), dim)
+            at = like.device_mesh.get_local_rank(axis)
+            mine = parts[at] if at < len(parts) else mine.narrow(dim, 0, 0)
+    there = like.to_local()
+    mine = mine.to(there.device, copy=True, memory_format=torch.contiguous_format)
+    return DTensor.from_local(
+        mine,
+        like.device_mesh,
+        like.placements,
+        run_check=False,
+        shape=like.shape,
+        stride=like.stride(),
+    )
+
+
+@torch.no_grad()
+def assign(target: Tensor, value: Tensor) -> None:
+    """Copy a whole tensor into a (maybe sharded) one."""
+    target.copy_(part_of(value, target))
+
+
+@contextmanager
+def whole(*modules: nn.Module, keep: bool = True, write: bool = False) -> Iterator[None]:
+    """Inside, the modules' sharded parameters are whole plain tensors; all ranks must enter.
+
+    Tensors are gathered one by one, onto the CPU if `keep` says that this rank wants them, else to be
+    dropped. With `write`, what is changed inside goes into the parts (every rank must change it alike).
+    """
+    swapped: list[tuple[nn.Module, str, Parameter]] = []
+    made: dict[int, Parameter] = {}
+    for owner in (part for module in modules for part in module.modules()):
+        for name, p in owner._parameters.items():
+            if not isinstance(p, DTensor):
+                continue
+            if id(p) not in made:
+                one = full(p.detach())
+                one = one if write else one.cpu() if keep else one.to("meta")
+                made[id(p)] = Parameter(one, requires_grad=p.requires_grad)
+            swapped.append((owner, name, p))
+    for owner, name, p in swapped:
+        owner._parameters[name] = made[id(p)]
+    try:
+        yield
+    finally:
+        for owner, name, p in swapped:
+            changed, owner._parameters[name] = owner._parameters[name], p
+            if write and changed is not None and id(p) in made:
+                assign(p, made.pop(id(p)).detach())
+
+
+# ---- gradients
+
+
+def reduce(parameters: Sequence[Parameter], world: World) -> None:
+    """Sum the gradients of tensors that every rank holds whole over the data ranks.
+
+    A rank whose rows did not reach a tensor has none for it: zero, if another rank has one. The gradients of
+    sharded tensors were summed in their backward.
+    """
+    own = [p for p in parameters if not isinstance(p, DTensor)]
+    if world.data_size == 1 or not own:
+        return
+    reached = world.vectors([float(p.grad is not None) for p in own])
+    for p, flags in zip(own, zip(*reached, strict=True), strict=True):
+        if p.grad is None and any(flags):
+            p.grad = torch.zeros_like(p)
+    bucket: list[Tensor] = []
+    for gradient in [p.grad for p in own if p.grad is not None]:
+        if bucket and (
+            sum(g.numel() for g in bucket) + gradient.numel() > BUCKET
+            or (bucket[0].dtype, bucket[0].device) != (gradient.dtype, gradient.device)
+        ):
+            _all_reduce(bucket)
+            bucket = []
+        bucket.append(gradient)
+    if bucket:
+        _all_reduce(bucket)
+
+
+def _all_reduce(tensors: list[Tensor]) -> None:
+    """Sum tensors of one type over all ranks, in place; half precision is added in float32."""
+    wide = torch.promote_types(tensors[0].dtype, torch.float32)
+    flat = torch.cat([t.reshape(-1).to(wide) for t in tensors])
+    torch.distributed.all_reduce(flat)
+    for tensor, total in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+        tensor.copy_(total.view_as(tensor))
+
+
+def peaks(tensors: Mapping[str, Tensor | None], world: World) -> dict[str, Tensor | None]:
+    """Largest magnitude of each (maybe sharded) tensor on any rank, as scalars; NaN if one is in it."""
+    names = [name for name, t in tensors.items() if t is not None]
+    ours = [local(t).abs() for t in (tensors[n] for n in names) if t is not None]
+    rows = world.vectors([float(t.max()) if t.numel() else 0.0 for t in ours])
+    most = torch.tensor(rows, dtype=torch.float64).amax(0)  # amax hands NaN on, max() does not
+    return {**dict.fromkeys(tensors), **dict(zip(names, most, strict=True))}
+
+
+def gathered(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
+    """The whole of each tensor on the CPU, one after the other; nothing where `keep` is False. All must ask."""
+    out = {}
+    for name, tensor in tensors.items():
+        one = full(tensor)
+        if keep:
+            out[name] = one.cpu()
+    return out
+
+
+def total_norm(gradients: Sequence[Tensor], world: World) -> float:
+    """The L2 norm of all gradients together, of which some are sharded; NaN or infinite if one is.
+
+    Squares are summed in float64, so that neither the number of ranks nor their order shows.
+    """
+
+    def square(tensors: list[Tensor]) -> float:
+        if not tensors:
+            return 0.0
+        wide = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+        norms = torch._foreach_norm(tensors, 2, wide)  # pyright: ignore[reportPrivateImportUsage]
+        return float(torch.stack([n.double() for n in norms]).square().sum())
+
+    plain = square([g for g in gradients if not isinstance(g, DTensor)])
+    parts = square([g.to_local() for g in gradients if isinstance(g, DTensor)])
+    # each replica of a part has the same gradient: count the parts of one replica
+    shards = world.sizes["shard"]
+    own = world.values(parts)[world.rank // shards * shards :][:shards]
+    return (plain + sum(own)) ** 0.5

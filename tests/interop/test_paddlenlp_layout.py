@@ -1,0 +1,76 @@
+"""PaddleNLP's parallel degrees in several processes; in one they are off (test_paddlenlp.py)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from luthier.errors import Refused
+from luthier.interop.read import read_config
+from luthier.parallel.degrees import mesh_sizes
+
+
+def config(folder: Path, processes: int, **arguments: Any) -> Any:
+    given = {
+        "model_name_or_path": "m",
+        "dataset_name_or_path": "d",
+        "output_dir": str(folder / "out"),
+        **arguments,
+    }
+    path = folder / "lora_argument.json"
+    path.write_text(json.dumps(given))
+    return read_config([path], [], processes=processes)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "processes", "sizes", "stage", "offload"),
+    [
+        ({}, 4, (4, 1), 2, False),
+        ({"sharding": "stage1"}, 4, (1, 4), 1, False),
+        ({"sharding": "stage3 offload"}, 4, (1, 4), 3, True),
+        ({"sharding": "stage2", "sharding_parallel_degree": 2}, 4, (2, 2), 2, False),
+        ({"sharding": "stage2", "data_parallel_degree": 2}, 8, (2, 4), 2, False),
+        ({"data_parallel_degree": 4}, 4, (4, 1), 2, False),
+    ],
+)
+def test_degrees_hold_in_several_processes(
+    tmp_path: Path,
+    arguments: dict[str, Any],
+    processes: int,
+    sizes: tuple[int, int],
+    stage: int,
+    offload: bool,
+) -> None:
+    found = config(tmp_path, processes, **arguments)
+    parallel = found.config.parallel
+    mesh = mesh_sizes(parallel, processes)
+    assert (mesh["replicate"], mesh["shard"]) == sizes
+    assert (parallel.stage, parallel.offload) == (stage, offload)
+    assert not any("parallel settings are off" in remark for remark in found.remarks)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"data_parallel_degree": 2}, "2 processes, and 4 were started"),
+        ({"sharding": "stage2", "sharding_parallel_degree": 3}, "3 processes"),
+        ({"tensor_parallel_degree": 2}, "parallel.tensor=2"),
+        ({"sep_parallel_degree": 2}, "parallel.context=2"),
+        ({"pipeline_parallel_degree": 2}, "parallel.pipeline=2"),
+        ({"sharding_parallel_degree": 2}, r"sharding is not given"),
+        ({"sharding": "offload"}, "sharding=offload"),
+        ({"sharding": "stage1 stage2"}, "sharding=stage1 stage2"),
+    ],
+)
+def test_a_mismatch_is_refused(tmp_path: Path, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(Refused, match=message):
+        mesh_sizes(config(tmp_path, 4, **arguments).config.parallel, 4)
+
+
+def test_one_process_takes_the_same_file(tmp_path: Path) -> None:
+    found = config(tmp_path, 1, sharding="stage2", sharding_parallel_degree=8)
+    assert mesh_sizes(found.config.parallel, 1)["shard"] == 1
+    assert any("one process: the parallel settings are off" in r for r in found.remarks)

@@ -1,0 +1,76 @@
+"""What a few steps of training come to on any layout: losses, gradients, rows, weights. Run on every rank."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tiny_runs import tiny_config
+
+from luthier.assemble import build, make_updater, open_data, open_text
+from luthier.config import RunConfig
+from luthier.configfile import from_mapping
+from luthier.parallel.degrees import fit_batch
+from luthier.parallel.shard import gathered
+from luthier.parallel.world import World
+
+Found = dict[str, Any]
+
+
+def config_of(folders: tuple[Path, Path, Path], keys: dict[str, Any], dtype: str) -> RunConfig:
+    config = from_mapping(tiny_config(*folders, **keys)).config
+    return config.model_copy(update={"model": config.model.model_copy(update={"dtype": dtype})})
+
+
+def steps(
+    world: World,
+    folders: tuple[Path, Path, Path],
+    keys: dict[str, Any],
+    number: int = 3,
+    dtype: str = "float64",
+) -> Found:
+    """`number` steps by the run's own parts, in double precision, which hides no error behind rounding.
+
+    Names -> arrays of the (clipped) gradients of each step and of the weights afterwards, whole; the losses,
+    norms and the serial numbers of the rows that this rank saw.
+    """
+    config = fit_batch(config_of(folders, keys, dtype), world.data_size)
+    data = open_data(config, open_text(config), world=world)
+    built = build(config, train=True, world=world)
+    updater = make_updater(config, built)
+    gradients: list[dict[str, np.ndarray]] = []
+
+    def record(*_: Any) -> None:
+        live = {name: p.grad for name, p in updater.master.named if p.grad is not None}
+        whole = gathered(live, keep=True)
+        gradients.append({name: g.numpy().copy() for name, g in whole.items()})
+
+    updater.optimizer.register_step_pre_hook(record)
+    batches = data.loader.step_batches()
+    found: Found = {"loss": [], "norm": [], "tokens": [], "rows": []}
+    for step in range(1, number + 1):
+        micro = next(batches)
+        report = updater.update(micro, step=step, lr=0.01)
+        found["loss"].append(report.loss)
+        found["norm"].append(report.grad_norm)
+        found["tokens"].append((report.num_supervised, report.num_tokens))
+        found["rows"].append([row for b in micro if not b.is_filler for row in b.rows])
+    data.loader.close()
+    weights = gathered(dict(updater.weights()), keep=True)
+    found["weights"] = {name: w.detach().numpy().copy() for name, w in weights.items()}
+    found["gradients"] = gradients
+    return found
+
+
+def worst(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> tuple[float, str]:
+    """The largest ||difference|| / ||reference|| of all tensors, and whose it is."""
+    assert ours.keys() == theirs.keys()
+    scale = max(float(np.linalg.norm(t)) for t in theirs.values())
+    found = [(0.0, "")]
+    for name, reference in theirs.items():
+        size = float(np.linalg.norm(reference))
+        distance = float(np.linalg.norm(ours[name] - reference))
+        # a gradient that is zero but for rounding has no digits to compare
+        found.append((distance / size if size > 1e-12 * scale else distance / scale, name))
+    return max(found)

@@ -1,0 +1,130 @@
+"""`luthier finetune FILE --nproc 2` as a user types it: exit codes, signals, a process that dies, one voice."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tiny_runs import tiny_config, write_data
+
+from luthier.cli import main
+from luthier.train.checkpoint import steps_in
+
+ENDLESS = {"train__steps": 10**6, "log__every": 10**6, "log__progress": "plain"}
+ENDLESS |= {"evaluate__every": "never", "checkpoint__every": "never"}
+
+
+@pytest.fixture
+def run_file(tmp_path: Path, model_folder: Callable[[str], Path]) -> Callable[..., Path]:
+    def make(**keys: Any) -> Path:
+        data = write_data(tmp_path / "data", train=20, dev=4)
+        tree = tiny_config(model_folder("llama"), data, tmp_path / "out", **keys)
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
+        return tmp_path / "run.yaml"
+
+    return make
+
+
+class Running:
+    """A command that is running, its output in a file."""
+
+    def __init__(self, words: list[str], folder: Path) -> None:
+        self.log = folder / "log.txt"
+        with self.log.open("w") as out:
+            self.process = subprocess.Popen(words, stdout=out, stderr=out, cwd=folder)
+
+    def text(self) -> str:
+        return self.log.read_text("utf-8", "replace")
+
+    def wait_for(self, words: str) -> None:
+        for _ in range(600):
+            if words in self.text() or self.process.poll() is not None:
+                break
+            time.sleep(0.1)
+        assert words in self.text(), self.text()
+
+    def end(self) -> int:
+        try:
+            return self.process.wait(60)
+        finally:
+            self.process.kill()
+
+    def ranks(self) -> list[int]:
+        found = subprocess.run(
+            ["ps", "-o", "pid=,args=", "--ppid", str(self.process.pid)],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.splitlines()
+        return [int(line.split()[0]) for line in found if "-m luthier" in line]
+
+
+LUTHIER = [sys.executable, "-m", "luthier", "finetune"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+
+
+def test_a_signal_reaches_all_and_saves_once(run_file: Callable[..., Path]) -> None:
+    path = run_file(**ENDLESS)
+    run = Running([*LUTHIER, str(path), "--nproc", "2"], path.parent)
+    run.wait_for("trained parameters")
+    time.sleep(1)
+    run.process.send_signal(signal.SIGTERM)
+    assert run.end() == 143
+    text = run.text()
+    assert text.count("stopping after this step") == text.count("stopped by SIGTERM") == 1
+    assert text.count("2 processes (shard 2), stage 2") == 1
+    assert len(steps_in(path.parent / "out")) == 1
+
+
+def test_a_process_that_dies_ends_all(run_file: Callable[..., Path]) -> None:
+    path = run_file(**ENDLESS)
+    run = Running([*LUTHIER, str(path), "--nproc", "2"], path.parent)
+    run.wait_for("trained parameters")
+    ranks = run.ranks()
+    assert len(ranks) == 2
+    begin = time.monotonic()
+    os.kill(ranks[1], signal.SIGKILL)
+    assert run.end() == 1
+    assert time.monotonic() - begin < 30
+    assert "was ended by SIGKILL" in run.text()
+    assert run.text().count("another process of the run is gone") <= 1
+    for pid in ranks:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+@pytest.mark.parametrize(
+    "start",
+    [LUTHIER, pytest.param([*TORCHRUN, "-m", "luthier", "finetune"], marks=pytest.mark.long)],
+)
+def test_bad_input_is_told_once(start: list[str], run_file: Callable[..., Path]) -> None:
+    path = run_file(data__path="nowhere")
+    more = ["--nproc", "2"] if start is LUTHIER else []
+    run = Running([*start, str(path), *more], path.parent)
+    code = run.end()
+    assert code == (2 if more else 1), run.text()
+    assert run.text().count("luthier: data was looked for at nowhere") == 1
+    assert not (path.parent / "out").exists()
+
+
+def test_what_the_config_tells_is_refused_before_processes_are_started(
+    run_file: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(run_file())
+    begin = time.monotonic()
+    assert main(["finetune", path, "parallel.tensor=2", "--nproc", "2"]) == 2
+    assert main(["finetune", path, "train.batch=7", "--nproc=2"]) == 2
+    assert main(["finetune", path, "optim.name=adafactor", "--nproc", "2"]) == 2
+    assert main(["finetune", path, "--nproc", "none"]) == 2
+    assert time.monotonic() - begin < 5
+    told = capsys.readouterr().err
+    assert "tensor parallelism is not there" in told and "2 data ranks" in told
+    assert "optim.name=adafactor with parallel.shard=2" in told and "--nproc none" in told

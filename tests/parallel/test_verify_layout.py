@@ -1,0 +1,115 @@
+"""`verify layout` agrees with right layouts and finds faults that no loss curve shows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+from layouts import config_of
+from ranks import run_ranks
+from tiny_runs import resolved, tiny_config, write_data
+
+import luthier.parallel.shard
+import luthier.train.step
+from luthier.errors import Failed, Refused
+from luthier.parallel.world import World
+from luthier.verify.layout import compare_layout, verify_layout
+
+FULL = {"adapter__method": "none", "adapter__rank": None}
+COPIES = {"replicate": 2, "shard": 1}
+
+
+def nothing_is_summed(*_: Any) -> None:
+    """The all-reduce of the gradients, forgotten."""
+
+
+def own_counts(self: Any, micro_batches: Any) -> list[int]:
+    """Each rank divides by its own tokens."""
+    return [sum(b.num_supervised for b in micro_batches), 1, 1]
+
+
+def averaged(root: Any, *rest: Any, **options: Any) -> Any:
+    """Gradients of shards averaged instead of summed: every divisor is the number of ranks too large."""
+    module = luthier.parallel.shard.REAL(root, *rest, **options)
+    real = module.set_gradient_divide_factor
+    module.set_gradient_divide_factor = lambda factor: real(float(options["mesh"].size()))
+    return module
+
+
+def one_row_lost(self: Any, step: Any) -> Any:
+    from luthier.data.loader import Loader
+
+    batches = Loader.REAL(self, step)  # pyright: ignore[reportAttributeAccessIssue]
+    return batches[:1] if self.ranks > 1 else batches
+
+
+def check(world: World, folders: Any, keys: dict[str, Any], fault: str | None) -> Any:
+    from luthier.data.loader import Loader
+
+    said: list[str] = []
+    luthier.parallel.shard.REAL = luthier.parallel.shard.fully_shard  # pyright: ignore
+    Loader.REAL = Loader._batches  # pyright: ignore[reportAttributeAccessIssue]
+    faults: dict[str | None, Any] = {
+        None: patch.object(world.__class__, "attempt", 0),
+        "sum": patch.object(luthier.train.step, "reduce", nothing_is_summed),
+        "count": patch.object(luthier.train.step.Updater, "_counts", own_counts),
+        "average": patch.object(luthier.parallel.shard, "fully_shard", averaged),
+        "row": patch.object(Loader, "_batches", one_row_lost),
+    }
+    with faults[fault]:
+        try:
+            found = compare_layout(config_of(folders, keys, "float32"), world, said.append)
+        except Failed as error:
+            return str(error), said
+    return found, said
+
+
+@pytest.fixture(scope="module")
+def folders(
+    model_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path, Path]:
+    data = write_data(tmp_path_factory.mktemp("verified"), train=24, dev=2)
+    return model_folder("llama"), data, Path("unused")
+
+
+BATCH = {"train__batch": 8, "train__micro_batch": 2}
+
+
+@pytest.mark.parametrize(
+    ("layout", "keys"), [(COPIES, {}), ({"shard": 2}, FULL), ({"shard": 2}, {"parallel__stage": 3})]
+)
+def test_right_layouts_agree(layout: dict[str, Any], keys: dict[str, Any], folders: Any) -> None:
+    given = BATCH | keys | {f"parallel__{name}": value for name, value in layout.items()}
+    for found, said in run_ranks(layout, check, folders, given, None):
+        ((what, figures),) = found.items()
+        assert what == "2 processes = one process"
+        assert figures["loss"] < 1e-6 and figures["worst"] < 1e-5
+        assert said[-1] == "verify layout: ok"
+
+
+@pytest.mark.parametrize(
+    ("fault", "layout", "keys"),
+    [
+        ("sum", COPIES, {}),
+        ("count", COPIES, FULL),
+        ("count", {"shard": 2}, {}),
+        ("average", {"shard": 2}, FULL),
+        ("row", {"shard": 2}, {}),
+    ],
+)
+def test_faults_are_found(
+    fault: str, layout: dict[str, Any], keys: dict[str, Any], folders: Any
+) -> None:
+    given = BATCH | keys | {f"parallel__{name}": value for name, value in layout.items()}
+    for found, _ in run_ranks(layout, check, folders, given, fault):
+        assert isinstance(found, str) and "more than rounding" in found
+        assert "the gradient of" in found
+
+
+def test_one_process_has_nothing_to_compare(folders: Any, tmp_path: Path) -> None:
+    tree = tiny_config(folders[0], folders[1], tmp_path / "out")
+    with pytest.raises(Refused, match="verify layout FILE --nproc 2"):
+        verify_layout(resolved(tree))
