@@ -38,6 +38,7 @@ from luthier.data.dataset import Dataset, LazyDataset, prepare
 from luthier.data.loader import Loader, evaluation_batches
 from luthier.errors import Refused
 from luthier.models.attention import check_kernel
+from luthier.models.cpu_attention import lacks
 from luthier.models.dropout import seed_dropout
 from luthier.models.folder import find_folder, fingerprint, weight_files
 from luthier.models.load import (
@@ -187,6 +188,12 @@ def build(
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         method = ADAPTERS[built.adapter.method]
         method.check_length(built.adapter, config.data.length, limit)
+    if built.device.type == "cpu" and built.kernel == "sdpa" and model.dtype == torch.bfloat16:
+        why = lacks(model.dtype)
+        if train and why is not None and chosen.attention == "auto":
+            built.remarks.append(
+                f"attention is computed by torch, the native kernels are off: {why}"
+            )
     built.stage.autocast = None if chosen.autocast == "none" else getattr(torch, chosen.autocast)
     check_stage(built.stage)
     if train:

@@ -56,7 +56,14 @@ def math(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scores: Scores) -> Ten
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scores: Scores) -> Tensor:
     """torch's scaled_dot_product_attention per document. No softcap, sinks or dropout."""
+    if not features(layout, scores) and cpu_attention.helps(q, k, v):
+        return cpu_attention.packed(q, k, v, scores.scale, scores.window, by_native=False)
     return _per_document(_sdpa_document, q, k, v, layout, scores)
+
+
+def native(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scores: Scores) -> Tensor:
+    """The kernels of `luthier/native`: bfloat16 on a CPU. No feature but windows."""
+    return cpu_attention.packed(q, k, v, scores.scale, scores.window, by_native=True)
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scores: Scores) -> Tensor:
@@ -133,6 +140,7 @@ def flash(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scores: Scores) -> Te
 KERNELS: dict[str, Kernel] = {
     "math": math,
     "sdpa": sdpa,
+    "native": native,
     "flex": flex,
     "varlen": varlen,
     "flash": flash,
@@ -141,6 +149,7 @@ KERNELS: dict[str, Kernel] = {
 LACKS: dict[str, frozenset[str]] = {
     "math": frozenset(),
     "sdpa": frozenset({"softcap", "sinks", "dropout"}),
+    "native": frozenset({"softcap", "sinks", "dropout", "alibi", "prefix", "context"}),
     "flex": frozenset({"sinks", "dropout"}),
     "varlen": frozenset({"softcap", "sinks", "dropout", "alibi", "prefix", "context"}),
     "flash": frozenset({"sinks", "dropout", "alibi", "prefix", "context"}),
