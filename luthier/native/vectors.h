@@ -64,9 +64,9 @@ INLINE float sum(Floats x) {
   return out;
 }
 
-// 2^x for x <= 127, 2^-126 below; relative error 2e-7
+// 2^x for x <= 127, 2^-126 below x = -126; relative error 2e-7; NaN stays NaN, infinity becomes it
 INLINE Floats exp2(Floats x) {
-  x = larger(x, all(-126.f));
+  x = x < -126.f ? all(-126.f) : x;
   Floats shifted = x + 12582912.f;  // 1.5 * 2^23: the nearest integer stands in the low bits
   Ints whole = (Ints)shifted - 0x4B400000;
   Floats f = x - (shifted - 12582912.f);
@@ -80,7 +80,7 @@ INLINE Floats exp2(Floats x) {
   return (Floats)((Ints)y + (whole << 23));
 }
 INLINE Floats exp(Floats x) {
-  x = x < 88.f ? x : all(88.f);
+  x = x > 88.f ? all(88.f) : x;
   return exp2(x * 1.44269504f);
 }
 

@@ -188,3 +188,15 @@ def test_the_operator_needs_a_layout() -> None:
     q = torch.zeros(1, 1, 2, 8, dtype=torch.bfloat16)
     with pytest.raises(RuntimeError, match="outside of a layout"):
         cpu_attention.packed(q, q, q, 1.0, None, by_native=True)
+
+
+@built
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_what_is_not_finite_is_seen(place: int, random_batch: Any) -> None:
+    """A NaN in one query, key or value reaches the result and a gradient; other documents stay clean."""
+    layout, values, _ = inputs(([[70, 20]], 2, 1, 16, 16, None), random_batch)
+    values[place][0, 0, 3, 5] = torch.nan
+    out, *gradients = run(kernels.native, layout, values, None)
+    assert not out[:, :70].isfinite().all() and out[:, 70:].isfinite().all()
+    assert any(not g[:, :, :70].isfinite().all() for g in gradients)
+    assert all(g[:, :, 70:].isfinite().all() for g in gradients)

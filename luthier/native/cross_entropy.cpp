@@ -1,0 +1,34 @@
+// Losses of rows of bfloat16 logits and their gradient, softmax - onehot, in two passes over each row.
+#include <cmath>
+
+#include "vectors.h"
+
+extern "C" void luthier_cross_entropy(const bf16* logits, int64_t stride, const int64_t* labels, int64_t rows,
+                                      int64_t vocabulary, float* losses, bf16* gradient, int64_t gradient_stride,
+                                      int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+  for (int64_t r = 0; r < rows; r++) {
+    const bf16* row = logits + r * stride;
+    const int64_t whole = vocabulary / 16 * 16;
+    // a running maximum per lane, so that one pass gives both it and the sum
+    Floats top = all(-3e38f), total = {};
+    for (int64_t c = 0; c < whole; c += 16) {
+      Floats x = wide(row + c), higher = larger(top, x);
+      total = total * exp(top - higher) + exp(x - higher);
+      top = higher;
+    }
+    float most = -3e38f, sum_exp = 0;
+    for (int i = 0; i < 16; i++) most = top[i] > most ? top[i] : most;
+    for (int64_t c = whole; c < vocabulary; c++) most = one(row[c]) > most ? one(row[c]) : most;
+    sum_exp = sum(total * exp(top - most));
+    for (int64_t c = whole; c < vocabulary; c++) sum_exp += std::exp(one(row[c]) - most);
+    losses[r] = std::log(sum_exp) + most - one(row[labels[r]]);
+    if (!gradient) continue;
+    bf16* to = gradient + r * gradient_stride;
+    const float scale = 1.f / sum_exp;
+    for (int64_t c = 0; c < whole; c += 16) put(to + c, exp(wide(row + c) - most) * scale);
+    for (int64_t c = whole; c < vocabulary; c++) to[c] = narrow(all(std::exp(one(row[c]) - most) * scale))[0];
+    float at_label = std::exp(one(row[labels[r]]) - most) * scale - 1.f;
+    to[labels[r]] = narrow(all(at_label))[0];
+  }
+}
