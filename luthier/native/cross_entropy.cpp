@@ -1,4 +1,4 @@
-// Losses of rows of bfloat16 logits and their gradient, softmax - onehot, in two passes over each row.
+// Losses of rows of bfloat16 logits and their gradient, softmax - onehot, a row at a time: it stays in the cache.
 #include <cmath>
 
 #include "vectors.h"
@@ -10,17 +10,13 @@ extern "C" void luthier_cross_entropy(const bf16* logits, int64_t stride, const 
   for (int64_t r = 0; r < rows; r++) {
     const bf16* row = logits + r * stride;
     const int64_t whole = vocabulary / 16 * 16;
-    // a running maximum per lane, so that one pass gives both it and the sum
     Floats top = all(-3e38f), total = {};
-    for (int64_t c = 0; c < whole; c += 16) {
-      Floats x = wide(row + c), higher = larger(top, x);
-      total = total * exp(top - higher) + exp(x - higher);
-      top = higher;
-    }
-    float most = -3e38f, sum_exp = 0;
+    for (int64_t c = 0; c < whole; c += 16) top = larger(top, wide(row + c));
+    float most = -3e38f;
     for (int i = 0; i < 16; i++) most = top[i] > most ? top[i] : most;
     for (int64_t c = whole; c < vocabulary; c++) most = one(row[c]) > most ? one(row[c]) : most;
-    sum_exp = sum(total * exp(top - most));
+    for (int64_t c = 0; c < whole; c += 16) total += exp(wide(row + c) - most);
+    float sum_exp = sum(total);
     for (int64_t c = whole; c < vocabulary; c++) sum_exp += std::exp(one(row[c]) - most);
     losses[r] = std::log(sum_exp) + most - one(row[labels[r]]);
     if (!gradient) continue;
