@@ -30,15 +30,17 @@ from luthier.adapters import (
     whole_parameters,
 )
 from luthier.adapters.continuing import take_options
-from luthier.adapters.facts import base_options, read_adapter_config
+from luthier.adapters.facts import check_made_alike, plain, read_adapter_config
 from luthier.adapters.store import load_adapter, load_tensors, save_adapter
+from luthier.bases import quantization_of, refuse_full_training
 from luthier.batch import Batch
-from luthier.config import MINIMISED, AdapterConfig, RunConfig
+from luthier.config import MINIMISED, AdapterConfig, RopeScaling, RunConfig
 from luthier.data.dataset import Dataset, LazyDataset, prepare
 from luthier.data.loader import Loader, evaluation_batches
 from luthier.errors import Refused
+from luthier.layers import count
 from luthier.models.attention import check_kernel
-from luthier.models.cpu_attention import lacks
+from luthier.models.cpu_attention import why_torch
 from luthier.models.dropout import seed_dropout
 from luthier.models.folder import find_folder, fingerprint, weight_files
 from luthier.models.load import (
@@ -47,7 +49,9 @@ from luthier.models.load import (
     resolve_device,
     save_model,
 )
+from luthier.models.rotary import config_changes
 from luthier.models.stage import Stage, check_stage, compile_layers, set_recompute
+from luthier.positions import num_positions
 from luthier.text import Text as Text
 from luthier.text import open_text as open_text
 from luthier.train.gates import check_first_gradients
@@ -76,6 +80,10 @@ class Built:
     base_hash: str | None = None
     num_layers: int | None = None
     init: str = "pretrained"
+    scaling: RopeScaling | None = None
+    quantize: dict[str, Any] = field(
+        default_factory=dict
+    )  # the options that are not the usual ones
     adapter: AdapterConfig | None = None
     remarks: list[str] = field(default_factory=list)
 
@@ -102,9 +110,8 @@ class Built:
 
     @property
     def num_base(self) -> int:
-        return sum(
-            p.numel() for n, p in self.model.named_parameters() if ".adapter." not in f".{n}"
-        )
+        added = (p.numel() for n, p in self.model.named_parameters() if ".adapter." in f".{n}")
+        return count(self.model)[1] - sum(added)
 
     @property
     def reserved(self) -> int:
@@ -116,18 +123,23 @@ def check_training(config: RunConfig, text: Text) -> None:
     """Refuse what the model's folder and config tell before rows are tokenised and weights are read: a
     missing or broken shard, a kernel that does not fit the device, targets, rank."""
     code = config.model.trust_remote_code
+    refuse_full_training(config, config.adapter.path)
     if config.model.init == "pretrained":
         weight_files(find_folder(config.model.path, code=code))
     check_kernel(config.model.attention, resolve_device(config.model.device), train=True)
     if config.adapter.path is not None:
         read_adapter_config(Path(config.adapter.path))
-    elif config.adapter.method != "none" and not code:
-        with torch.device("meta"), quiet():
-            blueprint = AutoModelForCausalLM.from_config(copy.deepcopy(text.model_config))
+    if code or (config.adapter.method == "none" and not config.quantize.on):
+        return
+    with torch.device("meta"), quiet():
+        blueprint: Any = AutoModelForCausalLM.from_config(copy.deepcopy(text.model_config))
+    if (quantization := quantization_of(config.quantize, None)) is not None:
+        quantization.convert(blueprint)
+    if config.adapter.path is None:
         plan_of(blueprint, config.adapter)
-        limit = getattr(text.model_config.get_text_config(), "max_position_embeddings", None)
+        limit = num_positions(text.model_config)
         method = ADAPTERS[config.adapter.method]
-        method.check_length(config.adapter, config.data.length, limit)
+        method.check_length(config.adapter, config.data.reach, limit)
 
 
 def build(
@@ -140,7 +152,9 @@ def build(
     """
     chosen = config.model
     if path is not None and path != chosen.path:  # a trained folder is whole as it is
-        chosen = chosen.model_copy(update={"path": path, "init": "pretrained", "num_layers": None})
+        chosen = chosen.model_copy(
+            update={"path": path, "init": "pretrained", "num_layers": None, "rope_scaling": None}
+        )
     device = resolve_device(chosen.device)
     adapter = adapter or config.adapter.path
     adapting = config.adapter.method != "none"
@@ -150,18 +164,16 @@ def build(
             "full fine-tuning trains no adapter",
             "give adapter.method=lora to go on with that adapter, or merge it into the base first",
         )
-    if adapter is not None and (layers := base_options(Path(adapter))["num_layers"]) != (
-        chosen.num_layers
-    ):
-        raise Refused(
-            f"model.num_layers={chosen.num_layers} with the adapter {adapter}",
-            f"it was trained on {'all layers' if layers is None else f'the first {layers} layers'}",
-            f"give model.num_layers={'null' if layers is None else layers}",
-        )
-    model = build_model(chosen, seed=config.train.seed, train=train)
+    if adapter is not None:
+        check_made_alike(Path(adapter), chosen.num_layers, chosen.rope_scaling)
+    new = config.adapter if train else None
+    quantization = quantization_of(config.quantize, adapter, new, config.train.seed)
+    model = build_model(chosen, seed=config.train.seed, train=train, quantization=quantization)
     built = Built(
         model, Stage(model), device, chosen.path, num_layers=chosen.num_layers, init=chosen.init
     )
+    built.scaling = chosen.rope_scaling
+    built.quantize = config.quantize.model_dump(mode="json", exclude_defaults=True)
     if chosen.init == "pretrained" and (adapter or (train and adapting)):
         built.base_hash = fingerprint(chosen.path)
     if adapter is not None:
@@ -185,15 +197,11 @@ def build(
     elif train:
         model.requires_grad_(True)
     if built.adapter is not None:
-        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        limit = num_positions(model.config)
         method = ADAPTERS[built.adapter.method]
-        method.check_length(built.adapter, config.data.length, limit)
-    if built.device.type == "cpu" and built.kernel == "sdpa" and model.dtype == torch.bfloat16:
-        why = lacks(model.dtype)
-        if train and why is not None and chosen.attention == "auto":
-            built.remarks.append(
-                f"attention is computed by torch, the native kernels are off: {why}"
-            )
+        method.check_length(built.adapter, config.data.reach, limit)
+    if train and chosen.attention == "auto":
+        built.remarks += why_torch(built.kernel, built.device, model.dtype)
     built.stage.autocast = None if chosen.autocast == "none" else getattr(torch, chosen.autocast)
     check_stage(built.stage)
     if train:
@@ -210,6 +218,10 @@ def write_model(built: Built, text: Text, folder: Path) -> None:
     """The trained thing as others read it: a PEFT folder, or a Hugging Face folder with its tokenizer."""
     if built.adapter is not None:
         made = {"num_layers": built.num_layers, "init": built.init}
+        if built.scaling is not None:
+            made |= {"rope_scaling": plain(built.scaling)}
+            made |= {"config_changes": config_changes(built.model.config)}
+        made |= {"quantize": built.quantize} if built.quantize else {}
         save_adapter(built.model, folder, built.adapter, built.base, built.base_hash, made)
         return
     keep_stops(built.model, text.renderer.stop_ids)
@@ -223,7 +235,7 @@ def read_model(built: Built, config: RunConfig, folder: Path) -> None:
         return
     again = config.model.model_copy(
         update={"path": str(folder), "init": "pretrained", "dtype": name_of(built.model.dtype)}
-        | {"device": "cpu", "attention": "math", "num_layers": None}
+        | {"device": "cpu", "attention": "math", "num_layers": None, "rope_scaling": None}
     )
     saved = build_model(again, seed=config.train.seed).state_dict()
     with torch.no_grad():
@@ -364,10 +376,11 @@ def make_updater(config: RunConfig, built: Built) -> Updater:
 
 
 IDENTITY = {
-    "model": {"path", "dtype", "autocast", "master_dtype", "num_layers", "init"},
+    "model": {"path", "dtype", "autocast", "master_dtype", "num_layers", "init", "rope_scaling"},
     "data": {"path", "format", "columns", "template", "length", "source_length", "overlong"}
-    | {"packing", "lazy", "validation_share"},
+    | {"packing", "lazy", "validation_share", "pose", "pose_window"},
     "adapter": None,
+    "quantize": None,
     "optim": None,
 }
 

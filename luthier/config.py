@@ -15,6 +15,8 @@ from luthier.config_adapter import GENERAL as GENERAL
 from luthier.config_adapter import AdapterConfig as AdapterConfig
 from luthier.config_optim import SCHEDULES as SCHEDULES
 from luthier.config_optim import OptimConfig, Positive, Section
+from luthier.config_quantize import QuantizeConfig as QuantizeConfig
+from luthier.config_rope import RopeScaling as RopeScaling
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Every = Annotated[int, Field(ge=1)] | Literal["epoch", "end", "never"]
@@ -55,6 +57,12 @@ class ModelConfig(Section):
     )
     init: Literal["pretrained", "random"] = Field(
         "pretrained", description="Read the weights, or start from random ones of the same shape."
+    )
+    rope_scaling: RopeScaling | None = Field(
+        None,
+        description="Stretch rotary positions to longer documents: {type: linear, ntk, dynamic, yarn, llama3 or "
+        "yarn_paddlenlp, factor: 4}, or `model.rope_scaling.factor=4` on the command line. It is written into the "
+        "saved model's config.json. Refused for families without rotary positions.",
     )
     trust_remote_code: bool = Field(
         False, description="Run Python code that comes with the model. Only for authors you trust."
@@ -129,10 +137,44 @@ class DataConfig(Section):
         2,
         description="Processes that tokenise. The result does not depend on it; 0 = in the main process.",
     )
+    pose: bool | Literal["off", "paper", "paddlenlp"] = Field(
+        "off",
+        description="Let the positions of training documents skip, so that rows of `length` tokens train for "
+        "`pose_window` (PoSE, arXiv:2309.10400): the `paper`'s form, or PaddleNLP's, which acts on texts longer "
+        "than `length` only.",
+    )
+    pose_window: Positive | None = Field(
+        None, description="Longest context that `pose` trains for: positions lie below it."
+    )
     validation_share: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0,
         description="Share of the training rows held out for evaluation when there is no dev file.",
     )
+
+    @model_validator(mode="after")
+    def _pose(self) -> DataConfig:
+        if isinstance(self.pose, bool):  # YAML reads `off` as false
+            object.__setattr__(self, "pose", "paper" if self.pose else "off")
+        if self.pose == "off" and self.pose_window is not None:
+            raise ValueError(
+                "data.pose_window has no meaning without data.pose; add data.pose=paper"
+            )
+        if self.pose != "off" and (self.pose_window or 0) < self.length:
+            raise ValueError(
+                f"data.pose={self.pose} needs data.pose_window, the context to train for: at least "
+                f"data.length={self.length}, usually several times that"
+            )
+        if self.pose == "paddlenlp" and self.overlong != "cut":
+            raise ValueError(
+                f"data.pose=paddlenlp takes its chunks from texts that are too long, which data.overlong="
+                f"{self.overlong} does not leave to it; use data.overlong=cut or data.pose=paper"
+            )
+        return self
+
+    @property
+    def reach(self) -> int:
+        """Positions that a training document may take: `length`, or with PoSE its window."""
+        return self.pose_window or self.length
 
 
 class TrainConfig(Section):
@@ -260,6 +302,7 @@ class RunConfig(Section):
     model: ModelConfig
     data: DataConfig
     adapter: AdapterConfig = AdapterConfig.model_validate({})
+    quantize: QuantizeConfig = QuantizeConfig.model_validate({})
     optim: OptimConfig = OptimConfig.model_validate({})
     train: TrainConfig = TrainConfig.model_validate({})
     evaluate: EvaluateConfig = EvaluateConfig.model_validate({})

@@ -18,7 +18,15 @@ from pydantic import ValidationError
 
 from luthier.config import RunConfig
 from luthier.config_adapter import USUAL
-from luthier.configkeys import KEYS, SECTIONS, admits, expected, near_choice, nearest_key
+from luthier.configkeys import (
+    KEYS,
+    SECTIONS,
+    admits,
+    expected,
+    is_mapping,
+    near_choice,
+    nearest_key,
+)
 from luthier.configtext import Parsed, dump_value, parse_file, parse_value
 from luthier.errors import Refused
 
@@ -130,6 +138,7 @@ def resolve(layers: Sequence[Layer], remarks: Sequence[str] = ()) -> Resolved:
                 origins.pop(loser, None)
         values |= layer.values
         origins |= layer.origins
+    _gather(values, origins)
     problems = {key: problem for key in values if (problem := _misfit(key, values[key], origins))}
     config = None
     try:  # without the misfits, to find the other errors too
@@ -141,6 +150,18 @@ def resolve(layers: Sequence[Layer], remarks: Sequence[str] = ()) -> Resolved:
     if config is None or problems:
         raise _refusal(list(problems.values()))
     return Resolved(config, origins, list(remarks))
+
+
+def _gather(values: dict[str, Any], origins: dict[str, str]) -> None:
+    """Put `model.rope_scaling.factor` into the mapping `model.rope_scaling`."""
+    for name in [
+        name for name in values if name.count(".") == 2 and name.rpartition(".")[0] in KEYS
+    ]:
+        key, _, part = name.rpartition(".")
+        whole = values.get(key)
+        if isinstance(whole, dict | None):
+            values[key] = {**(whole or {}), part: values.pop(name)}
+            origins[key] = origins.pop(name)
 
 
 def _nest(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -192,6 +213,9 @@ def _problems(
             asked = f"{key}={_short(values.get(key))} ({origins.get(key, 'default')})"
             # a path into an item of a list says more than what the whole key takes
             inner = f", but {'.'.join(path[3:])}: {item['msg']}" if len(path) > 4 else ""
+            if is_mapping(key) and isinstance(values.get(key), dict):
+                words = item["msg"].removeprefix("Value error, ")
+                inner = f", but {': '.join([*path[2:], words])}"
             found[key] = (
                 asked,
                 f"expected {expected(key)}{inner}",

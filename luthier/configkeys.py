@@ -77,10 +77,18 @@ def admits(key: str, value: Any) -> bool:
         part = get_args(part)[0] if get_origin(part) is Annotated else part
         if get_origin(part) in (tuple, dict):
             kinds.add({tuple: list, dict: dict}[get_origin(part)])
+        elif isinstance(part, type) and issubclass(part, BaseModel):
+            kinds.add(dict)
         else:
             kinds |= {type(choice) for choice in _choices(part)} or {part}
     kinds |= {int} if float in kinds else set()
     return type(value) in kinds or (value is None and _optional(KEYS[key].annotation))
+
+
+def is_mapping(key: str) -> bool:
+    """Whether a key takes a mapping with keys of its own."""
+    members = _members(KEYS[key].annotation)
+    return any(isinstance(m, type) and issubclass(m, BaseModel) for m in members)
 
 
 def _optional(annotation: Any) -> bool:
@@ -118,7 +126,8 @@ def _word(part: Any) -> str:
             return f"a list of {_words(items[0])[0]}"
         return f"a list of {len(items)}, each {_words(items[0])[0]}"
     if get_origin(part) is dict:
-        return "a mapping {name: name}"
+        values = get_args(part)[1]
+        return f"a mapping {{name: {'name' if values is str else _words(values)[0]}}}"
     if isinstance(part, type) and issubclass(part, BaseModel):
         return f"{{{', '.join(part.model_fields)}}}"
     return {int: "a whole number", float: "a number", bool: "true or false"}.get(part, "text")

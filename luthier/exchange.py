@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from luthier import native
 from luthier.adapters import Adapter, fold_into
-from luthier.adapters.facts import layers_of_base, read_adapter_config
+from luthier.adapters.facts import base_for_use, read_adapter_config
 from luthier.adapters.store import load_adapter, method_of
 from luthier.assemble import keep_stops
 from luthier.config import ModelConfig
@@ -96,7 +96,7 @@ def merge(
     stored = load_config(base).dtype or torch.float32
     dtype = getattr(torch, stored) if isinstance(stored, str) else stored
     config = ModelConfig.model_validate(
-        {"path": base, "dtype": "float32", "device": device, **layers_of_base(folder)}
+        {"path": base, "dtype": "float32", "device": device, **base_for_use(folder)}
     )
     model = build_model(config, seed=0)
     probe = _probe(model)

@@ -30,6 +30,7 @@ from luthier.assemble import (
     read_model,
     write_model,
 )
+from luthier.bases import storage_words
 from luthier.batch import Layout
 from luthier.config import RunConfig
 from luthier.config_adapter import USUAL_RATES
@@ -123,7 +124,7 @@ def _finetune(
         )
     first = data.loader.peek()
     for batch in first:
-        check_batch(batch)
+        check_batch(batch, skips=config.data.pose != "off")
 
     if config.adapter.method == "reft" and config.adapter.positions != "all":
         lengths = [n for batch in first for n in Layout.of(batch).prompt_lengths]
@@ -139,8 +140,10 @@ def _finetune(
         check_base(found.path, None, None, built.base_hash)
     remarks += built.remarks
     share = built.num_trained / max(built.num_base, 1)
+    stored = storage_words(built.model)
     say(
         f"model: {built.base}, {name_of(built.model.dtype)} on {built.device}; "
+        f"{stored + '; ' if stored else ''}"
         f"{built.num_trained:,} trained parameters ({share:.2%} of {built.num_base:,})"
     )
     isolation = check_isolation(

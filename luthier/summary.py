@@ -12,6 +12,7 @@ import torch
 import luthier
 from luthier.adapters import ADAPTERS, adapters_of
 from luthier.assemble import Built, Data
+from luthier.bases import storage_words
 from luthier.config import RunConfig
 from luthier.train.metrics import Memory
 from luthier.train.plan import FitResult, Plan
@@ -75,7 +76,8 @@ def facts_of(
         data=data.train.source.name,
         adapter=words,
         device=device_name(built.device),
-        dtype=str(built.model.dtype).removeprefix("torch."),
+        dtype=str(built.model.dtype).removeprefix("torch.")
+        + (f"; {stored}" if (stored := storage_words(built.model)) else ""),
         trained_parameters=built.num_trained,
         total_parameters=built.num_base,
         steps=result.step,

@@ -14,6 +14,8 @@ from luthier.data.templates import PaddleNLP
 from luthier.errors import Refused
 from luthier.models.folder import find_folder
 from luthier.models.load import check_tokenizer, load_config, load_tokenizer, pad_id, quiet
+from luthier.models.rotary import scale
+from luthier.positions import check_positions, kind_of_positions
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,9 @@ def open_text(config: RunConfig, path: str | None = None) -> Text:
     where = path or config.model.path
     remote = config.model.trust_remote_code
     model_config = load_config(where, trust_remote_code=remote)
+    remarks = []
+    if config.model.rope_scaling is not None and where == config.model.path:
+        remarks = scale(model_config, config.model.rope_scaling)
     tokenizer = load_tokenizer(where, trust_remote_code=remote)
     if tokenizer is None:
         raise Refused(
@@ -46,7 +51,10 @@ def open_text(config: RunConfig, path: str | None = None) -> Text:
         overlong=data.overlong,
         stop_ids=_model_stops(find_folder(where, code=remote)),
     )
-    _check_positions(config, model_config)
+    renderer.notes += tuple(remarks)
+    check_positions(model_config, data.length, f"data.length={data.length}")
+    if data.pose != "off":
+        _check_pose(data.reach, renderer, model_config)
     if isinstance(renderer.template, PaddleNLP):
         renderer.notes += (
             "PaddleNLP's chat template is no Jinja template of transformers: the final model's "
@@ -57,6 +65,19 @@ def open_text(config: RunConfig, path: str | None = None) -> Text:
     return Text(tokenizer, renderer, pad_id(tokenizer, model_config), model_config)
 
 
+def _check_pose(window: int, renderer: Renderer, model_config: PretrainedConfig) -> None:
+    """Refuse PoSE where positions that skip mean nothing, and a window beyond the model's positions."""
+    asked = f"data.pose with data.pose_window={window}"
+    if renderer.positions is not None:
+        found = "the positions of its two axes say what is context"
+    elif kind_of_positions(model_config) == "alibi":
+        found = "it has ALiBi, which reads no positions and reaches any length as it is"
+    else:
+        check_positions(model_config, window, f"data.pose_window={window}")
+        return
+    raise Refused(f"{asked} for the family '{model_config.model_type}'", found, "leave it out")
+
+
 def _model_stops(folder: Path) -> list[int]:
     """End ids of the folder's generation_config.json."""
     if not (folder / "generation_config.json").is_file():
@@ -64,13 +85,3 @@ def _model_stops(folder: Path) -> list[int]:
     with quiet():
         end = GenerationConfig.from_pretrained(folder).eos_token_id
     return [] if end is None else [end] if isinstance(end, int) else list(end)
-
-
-def _check_positions(config: RunConfig, model_config: PretrainedConfig) -> None:
-    limit = getattr(model_config.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and config.data.length > limit:
-        raise Refused(
-            f"data.length={config.data.length}",
-            f"the model has {limit} positions",
-            f"give data.length={limit} or less",
-        )

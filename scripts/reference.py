@@ -1,7 +1,8 @@
 """Make what the docs take from code and results files.
 
 docs/reference: config.md and config.schema.json from luthier/config.py, paddlenlp.md from its table. The
-tables in docs/tasks/packing.md and adapters.md from benchmarks/packing and benchmarks/methods. `--check` writes nothing and fails when a file
+tables in docs/tasks/packing.md, adapters.md and long-documents.md from benchmarks/packing, methods and
+attention_cost. `--check` writes nothing and fails when a file
 is not what the code says; CI runs that.
 """
 
@@ -21,6 +22,12 @@ FOLDER = ROOT / "docs" / "reference"
 PACKING = ROOT / "docs" / "tasks" / "packing.md"
 ADAPTERS = ROOT / "docs" / "tasks" / "adapters.md"
 RESULTS = ROOT / "benchmarks" / "packing" / "results"
+LONG = ROOT / "docs" / "tasks" / "long-documents.md"
+COSTS = ROOT / "benchmarks" / "attention_cost" / "results"
+COST_MARKS = (
+    "<!-- attention table: python scripts/reference.py -->",
+    "<!-- end of attention table -->",
+)
 METHODS = ROOT / "benchmarks" / "methods" / "results"
 METHOD_MARKS = (
     "<!-- methods table: python scripts/reference.py -->",
@@ -111,6 +118,31 @@ def adapters() -> str:
     tables = [_learning(path) for path in sorted(METHODS.glob("learning-*.json"))]
     tables += [_speed(path) for path in sorted(METHODS.glob("speed-*.json"))]
     return _between(ADAPTERS, METHOD_MARKS, tables)
+
+
+def long_documents() -> str:
+    """The page with the tables of what attention costs between its marks; one table per results file."""
+    return _between(LONG, COST_MARKS, [_cost(path) for path in sorted(COSTS.glob("*.json"))])
+
+
+def _cost(path: Path) -> str:
+    found = json.loads(path.read_text("utf-8"))
+    config, tables = found["config"], found["tables"]
+    names = list(tables)
+    lines = [f"| row, tokens | {' | '.join(names)} |", "|---" * (1 + len(names)) + "|"]
+    for width in tables["packed"]:
+        cells = (tables[name].get(width) for name in names)
+        shown = ("" if c is None else f"{c['us_per_token']:.1f}" for c in cells)
+        lines.append(f"| {int(width):,} | {' | '.join(shown)} |")
+    lines += [
+        "",
+        f"Microseconds per token of one layer's attention, forward and backward, {config['tokens']:,} tokens in all; "
+        f"{config['heads']} heads of {config['head_dim']} over {config['kv_heads']} of keys, {config['dtype']} on "
+        f"{found['device']}, {found['threads']} thread(s), torch {found['versions']['torch']}. `packed`: documents of "
+        f"{config['document']} tokens on average; these rows lie within {found['spread']:.1%} of each other. "
+        f"`benchmarks/attention_cost/results/{path.name}`.",
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def _between(page: Path, marks: tuple[str, str], tables: list[str]) -> str:
@@ -207,6 +239,7 @@ def main() -> int:
         FOLDER / "paddlenlp.md": arguments(),
         PACKING: packing(),
         ADAPTERS: adapters(),
+        LONG: long_documents(),
         FOLDER / "config.schema.json": json.dumps(json_schema(), indent=2) + "\n",
     }
     stale = [p for p, text in files.items() if not p.is_file() or p.read_text("utf-8") != text]

@@ -174,6 +174,7 @@ EQUAL = {
     "checkpoint__every": 1,
     "optim__lr": 1e-6,
 }
+NF4 = {"quantize__weights": "nf4"}
 COOLDOWN = {"optim__schedule": "cooldown", "optim__warmup": 2, "optim__decay_steps": 4}
 
 TABLE = [
@@ -186,6 +187,7 @@ TABLE = [
     Row("model.num_layers", 1, model),
     Row("model.init", "random", trained),
     Row("model.trust_remote_code", True, reading, {"model__path": "REMOTE"}),
+    Row("model.rope_scaling", {"type": "linear", "factor": 2}, trained),
     Row("data.path", "OTHER_DATA", trained),
     Row("data.validation_path", "OTHER_DATA/train.json", data),
     Row("data.format", "text", data, {"data__path": "TWO_FORMATS"}),
@@ -197,6 +199,8 @@ TABLE = [
     Row("data.packing", "none", data),
     Row("data.lazy", True, data, {"evaluate__every": "never"}),
     Row("data.workers", 1, data, LAZY),
+    Row("data.pose", "paper", data, {"data__pose_window": 250}),
+    Row("data.pose_window", 200, trained, {"data__pose": "paper", "data__pose_window": 250}),
     Row("data.validation_share", 0.4, data, {"data__path": "DATA/train.json"}),
     Row("adapter.method", None, files, {"adapter__rank": None}),
     Row("adapter.path", "ADAPTER", trained),
@@ -229,6 +233,10 @@ TABLE = [
     Row("adapter.feedforward", ["up_proj"], trained, {"adapter__method": "ia3", **NO_RANK}),
     Row("adapter.neftune_alpha", 5.0, trained),
     Row("adapter.neftune_scaling", "paddlenlp", trained, {"adapter__neftune_alpha": 5.0}),
+    Row("quantize.weights", "int4", trained),
+    Row("quantize.block_size", 32, trained, NF4),
+    Row("quantize.double_quant", True, trained, NF4),
+    Row("quantize.modules", ["q_proj"], trained, NF4),
     Row("optim.name", "sgd", trained),
     Row("optim.lr", 1e-3, trained),
     Row("optim.betas", [0.5, 0.9], trained),

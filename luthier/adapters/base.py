@@ -16,11 +16,9 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from luthier import seeding
 from luthier.adapters.targets import (
-    features,
     options_of,
     refuse_idle_patterns,
     select_targets,
@@ -28,6 +26,7 @@ from luthier.adapters.targets import (
 from luthier.batch import current_layout
 from luthier.config import AdapterConfig
 from luthier.errors import Failed, Refused
+from luthier.layers import dense_weight, features, is_double, is_linear, is_transposed
 from luthier.registry import Registry
 
 ADAPTERS: Registry[type[Adapter]] = Registry("adapter method")
@@ -204,8 +203,8 @@ class Adapter(nn.Module):
 
     def new_tensor(self, layer: nn.Module, *shape: int) -> Tensor:
         """As `new_parameter`, for what is not trained."""
-        weight = next(layer.parameters())
-        return torch.zeros(shape, dtype=wide(weight.dtype), device=weight.device)
+        dtype = torch.float64 if is_double(layer) else torch.float32
+        return torch.zeros(shape, dtype=dtype, device=next(layer.parameters()).device)
 
     def drop(self, x: Tensor) -> Tensor:
         """`adapter.dropout` of x [B, S, ...] or [B*S, ...], in training mode.
@@ -250,11 +249,11 @@ class Additive(Adapter):
 
     def __init__(self, layer: nn.Module, config: AdapterConfig, *, name: str, seed: int) -> None:
         super().__init__(layer, config, name=name, seed=seed)
-        self.transposed = isinstance(layer, Conv1D)  # its weight is [in, out]
+        self.transposed = is_transposed(layer)  # its weight is [in, out]
 
     @classmethod
     def accepts(cls, layer: nn.Module) -> bool:
-        return isinstance(layer, nn.Linear | Conv1D)
+        return is_linear(layer)
 
     @abstractmethod
     def delta(self, x: Tensor) -> Tensor:
@@ -277,8 +276,7 @@ class Additive(Adapter):
 
     def weight_of(self, layer: nn.Module) -> Tensor:
         """The layer's weight as [out, in], float32 or wider."""
-        weight = layer.get_parameter("weight").detach()
-        return (weight.t() if self.transposed else weight).to(wide(weight.dtype))
+        return dense_weight(layer, torch.float64 if is_double(layer) else torch.float32)
 
 
 def check_rank(model: nn.Module, plan: Mapping[str, AdapterConfig]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from luthier.config import AdapterConfig
+from luthier.config import AdapterConfig, RopeScaling
 from luthier.errors import Refused
 from luthier.files import write_json
 
@@ -93,16 +93,65 @@ def check_base(
 
 
 def base_options(folder: Path) -> dict[str, Any]:
-    """How the adapter's base was made of its folder: `num_layers` and `init` as in `model`."""
+    """How the adapter's base was made of its folder: `num_layers`, `init` and `rope_scaling` as in `model`."""
     return {
         "num_layers": None,
         "init": "pretrained",
+        "rope_scaling": None,
         **(_facts(folder).get("base_options") or {}),
     }
 
 
-def layers_of_base(folder: Path) -> dict[str, int | None]:
-    """`num_layers` of the base for use without the run's config. Refused where no folder holds that base."""
+def check_made_alike(folder: Path, num_layers: int | None, scaling: RopeScaling | None) -> None:
+    """Refuse a base with other layers or other rotary positions than the adapter in `folder` was trained on.
+
+    Scaling a base for an adapter that knew none is allowed: so an adapter is taken to longer documents.
+    """
+    made = base_options(folder)
+    layers = made["num_layers"]
+    if layers != num_layers:
+        raise Refused(
+            f"model.num_layers={num_layers} with the adapter {folder}",
+            f"it was trained on {'all layers' if layers is None else f'the first {layers} layers'}",
+            f"give model.num_layers={'null' if layers is None else layers}",
+        )
+    stretched = made["rope_scaling"]
+    if stretched is not None and (scaling is None or plain(scaling) != stretched):
+        words = ", ".join(f"{key}: {value}" for key, value in stretched.items())
+        raise Refused(
+            f"the adapter {folder} with "
+            + (
+                "no model.rope_scaling"
+                if scaling is None
+                else f"model.rope_scaling {plain(scaling)}"
+            ),
+            "it was trained with other rotary positions, which are no part of its base",
+            f"give model.rope_scaling={{{words}}}",
+        )
+
+
+def check_positions_of(folder: Path, config: Any) -> None:
+    """Refuse a model whose rotary positions are others than those that the adapter was trained with."""
+    made = base_options(folder).get("config_changes") or {}
+    wanted = made.get("rope_parameters")
+    if wanted is None or config is None:
+        return
+    if config.get_text_config().rope_parameters != wanted:
+        raise Refused(
+            f"the adapter {folder} on this model",
+            "its rotary positions are not those that the adapter was trained with",
+            f"load both with luthier.load(base, '{folder}')",
+        )
+
+
+def plain(scaling: RopeScaling) -> dict[str, Any]:
+    """`model.rope_scaling` as it is recorded: the keys that were given."""
+    return scaling.model_dump(mode="json", exclude_none=True)
+
+
+def base_for_use(folder: Path) -> dict[str, Any]:
+    """The keys of `model` that make the adapter's base, for use without the run's config. Refused where no
+    folder holds that base."""
     options = base_options(folder)
     if options["init"] == "random":
         raise Refused(
@@ -110,7 +159,7 @@ def layers_of_base(folder: Path) -> dict[str, int | None]:
             "it was trained on random weights (model.init=random), which are in no folder",
             "use it through the config of its run",
         )
-    return {"num_layers": options["num_layers"]}
+    return {name: options[name] for name in ("num_layers", "rope_scaling")}
 
 
 def _facts(folder: Path) -> dict[str, Any]:
@@ -121,10 +170,12 @@ def _facts(folder: Path) -> dict[str, Any]:
     kinds = {"base_hash": str, "options": dict, "base_options": dict}
     wrong = [key for key, kind in kinds.items() if not isinstance(facts.get(key), kind | None)]
     layers = (facts.get("base_options") or {}).get("num_layers") if not wrong else None
-    if wrong or not isinstance(layers, int | None):
+    scaling = (facts.get("base_options") or {}).get("rope_scaling") if not wrong else None
+    if wrong or not isinstance(layers, int | None) or not isinstance(scaling, dict | None):
+        name = wrong[0] if wrong else "base_options"
         raise Refused(
             f"reading {path}",
-            f"{wrong[0] if wrong else 'num_layers'} is of another type than it was written with",
+            f"{name} is of another type than it was written with",
             f"copy the folder again, or remove {FACTS}",
         )
     return facts

@@ -18,13 +18,14 @@ from torch.autograd import Function
 from transformers.pytorch_utils import Conv1D
 
 from luthier.adapters.base import Placed, Removable
+from luthier.layers import is_quantized, is_transposed
 
 _HALF = (torch.bfloat16, torch.float16)
 
 
 def fused(layer: nn.Module) -> bool:
     """Whether the layer's own forward is known here; a subclass with another one gets hooks."""
-    return type(layer) in (nn.Linear, Conv1D)
+    return type(layer) in (nn.Linear, Conv1D) or is_quantized(layer)
 
 
 def install_fused(layer: Any) -> Removable:
@@ -33,33 +34,67 @@ def install_fused(layer: Any) -> Removable:
 
 
 def _forward(layer: Any, x: Tensor) -> Tensor:
-    adapter, weight, bias = layer.adapter, layer.weight, layer.bias
-    device = x.device.type
-    autocast = torch.is_autocast_enabled(device)
-    dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
+    adapter, bias = layer.adapter, layer.bias
+    dtype = product_dtype(x)
     low_rank = adapter.low_rank()
     if low_rank is None and dtype not in _HALF:
         return adapter.after(x, type(layer).forward(layer, x))
     x = x.to(dtype)
-    matrix = (weight if isinstance(layer, Conv1D) else weight.t()).to(dtype)  # [in, out]
+    matrix, codes = factor(layer, dtype)
     bias = None if bias is None else bias.to(dtype)
     flat = x.reshape(-1, x.shape[-1])  # [N, in]
     if low_rank is None:
         delta = adapter.delta(x)  # [..., out]
-        y = torch.addmm(delta.reshape(-1, delta.shape[-1]), flat, matrix)  # [N, out]
+        delta = delta.reshape(-1, delta.shape[-1])
+        y = (
+            codes.product(flat, delta) if codes is not None else torch.addmm(delta, flat, matrix)
+        )  # [N, out]
         y = y if bias is None else y + bias
     else:
         dropped = adapter.drop(x)
         source = None if dropped is x else dropped.reshape(flat.shape)
-        y = _LowRankProduct.apply(flat, source, matrix, bias, *low_rank)
+        y = _LowRankProduct.apply(flat, source, matrix, bias, *low_rank, codes)
     return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The type a linear layer computes x in: autocast's, or x's own."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def factor(layer: Any, dtype: torch.dtype) -> tuple[Any, Any]:
+    """What `times` and `times_back` multiply with: the dense weight as [in, out] in `dtype`, or else the
+    quantised layer."""
+    if is_quantized(layer):
+        return None, layer
+    weight = layer.weight
+    return (weight if is_transposed(layer) else weight.t()).to(dtype), None
+
+
+def times(x: Tensor, matrix: Tensor | None, codes: Any, addend: Tensor | None = None) -> Tensor:
+    """addend + x W^T [N, out], rounded once; outside autograd."""
+    if codes is not None:
+        return codes.multiply(x, addend)
+    assert matrix is not None
+    return x @ matrix if addend is None else torch.addmm(addend, x, matrix)
+
+
+def times_back(
+    g: Tensor, matrix: Tensor | None, codes: Any, addend: Tensor | None = None
+) -> Tensor:
+    """addend + g W [N, in]; `addend` may be overwritten."""
+    if codes is not None:
+        return codes.multiply_back(g, addend)
+    assert matrix is not None
+    return g @ matrix.t() if addend is None else addend.addmm_(g, matrix.t())
 
 
 class _LowRankProduct(Function):
     """(1 + gain) * (x matrix + source down^T up^T) + bias -> [N, out].
 
-    x [N, in]; source [N, in] is what enters the update, None for x itself; matrix [in, out] and bias [out]
-    are frozen; down [R, in], up [out, R] and gain [out] (None for zeros) are of the adapter's precision.
+    x [N, in]; source [N, in] is what enters the update, None for x itself; matrix [in, out] (None where the layer
+    `codes` is quantised and stands for it) and bias [out] are frozen; down [R, in], up [out, R] and gain [out] (None for zeros) are of the adapter's precision.
     """
 
     @staticmethod
@@ -67,11 +102,12 @@ class _LowRankProduct(Function):
         ctx: Any,
         x: Tensor,
         source: Tensor | None,
-        matrix: Tensor,
+        matrix: Tensor | None,
         bias: Tensor | None,
         down: Tensor,
         up: Tensor,
         gain: Tensor | None,
+        codes: Any,
     ) -> Tensor:
         down, up = down.to(x.dtype), up.to(x.dtype)
         gain = None if gain is None else gain.to(x.dtype)
@@ -84,17 +120,18 @@ class _LowRankProduct(Function):
             if gain is not None:
                 # y is 1 * (exact product) + gain * (rounded product): the second base product costs time, but
                 # a gain of less than half a rounding step would vanish if it multiplied the rounded one
-                plain = torch.addmm(delta, x, matrix)
+                plain = times(x, matrix, codes, delta)
                 delta.addcmul_(plain, gain)
-            y = torch.addmm(delta, x, matrix)
+            y = times(x, matrix, codes, delta)
             y = y if bias is None else y + bias
         else:
             # the bias first, as the layer alone has it: equal to the layer bit for bit while up is zero
-            y = torch.addmm(delta if bias is None else delta.add_(bias), x, matrix)
+            y = times(x, matrix, codes, delta if bias is None else delta.add_(bias))
             if gain is not None:
                 plain = y if bias is None else y - bias
                 y = torch.addcmul(y, plain, gain)
         ctx.save_for_backward(x, source, matrix, down, up, gain, low, plain)
+        ctx.codes = codes
         return y
 
     @staticmethod
@@ -112,7 +149,7 @@ class _LowRankProduct(Function):
         dup = (low.t() @ dy).t()  # [out, R]; this order reads dy along its rows
         dx = dsource = None
         if source is not None:
-            dx, dsource = dy @ matrix.t(), dlow @ down
+            dx, dsource = times_back(dy, matrix, ctx.codes), dlow @ down
         elif ctx.needs_input_grad[0]:
-            dx = (dlow @ down).addmm_(dy, matrix.t())
-        return dx, dsource, None, None, ddown, dup, dgain
+            dx = times_back(dy, matrix, ctx.codes, dlow @ down)
+        return dx, dsource, None, None, ddown, dup, dgain, None

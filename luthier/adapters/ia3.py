@@ -15,13 +15,12 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from luthier.adapters.base import ADAPTERS, Adapter, Placed, Removable
-from luthier.adapters.fused import fused
-from luthier.adapters.targets import features
+from luthier.adapters.fused import factor, fused, product_dtype, times, times_back
 from luthier.config import AdapterConfig
 from luthier.errors import Refused, suggest
+from luthier.layers import features, is_linear, is_transposed
 
 # ends of paths: second linear layers of the MLPs of the families in transformers
 FEEDFORWARD = (
@@ -48,7 +47,7 @@ class IA3(Adapter):
         super().__init__(layer, config, name=name, seed=seed)
         num_in, num_out = features(layer)
         self.at_input = is_feedforward(name, config)
-        self.transposed = isinstance(layer, Conv1D)
+        self.transposed = is_transposed(layer)
         if self.at_input:
             self.scale_in = self.new_parameter(layer, num_in)
         else:
@@ -69,7 +68,7 @@ class IA3(Adapter):
 
     @classmethod
     def accepts(cls, layer: nn.Module) -> bool:
-        return isinstance(layer, nn.Linear | Conv1D)
+        return is_linear(layer)
 
     @classmethod
     def connect(cls, model: nn.Module, adapters: Mapping[str, Adapter]) -> list[Removable]:
@@ -170,19 +169,17 @@ def _after(layer: Any, args: tuple[Any, ...], y: Tensor) -> Tensor:
 
 
 def _forward(layer: Any, x: Tensor) -> Tensor:
-    adapter, weight, bias = layer.adapter, layer.weight, layer.bias
-    device = x.device.type
-    autocast = torch.is_autocast_enabled(device)
-    dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
+    adapter, bias = layer.adapter, layer.bias
+    dtype = product_dtype(x)
     if dtype not in (torch.bfloat16, torch.float16):
         if adapter.at_input:
             return type(layer).forward(layer, x * adapter.scale)
         return type(layer).forward(layer, x) * adapter.scale
-    matrix = (weight if adapter.transposed else weight.t()).to(dtype)  # [in, out]
+    matrix, codes = factor(layer, dtype)
     shape = x.shape[:-1]
     bias = None if bias is None else bias.to(dtype)
     rows = x.to(dtype).reshape(-1, x.shape[-1])  # [N, in]
-    y: Any = _Scaled.apply(rows, matrix, bias, adapter.scale, adapter.at_input)
+    y: Any = _Scaled.apply(rows, matrix, bias, adapter.scale, adapter.at_input, codes)
     return y.view(*shape, y.shape[-1])
 
 
@@ -194,18 +191,24 @@ class _Scaled(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, matrix: Tensor, bias: Tensor | None, scale: Tensor, at_input: bool
+        ctx: Any,
+        x: Tensor,
+        matrix: Tensor | None,
+        bias: Tensor | None,
+        scale: Tensor,
+        at_input: bool,
+        codes: Any,
     ) -> Tensor:
         step = (scale - 1).to(x.dtype)
         if at_input:
             kept = x
-            delta = (x * step) @ matrix
+            delta = times(x * step, matrix, codes)
         else:
-            kept = x @ matrix if bias is None else torch.addmm(bias, x, matrix)
+            kept = times(x, matrix, codes, bias)
             delta = kept * step
         ctx.save_for_backward(kept, matrix, step)
-        ctx.at_input, ctx.dtype = at_input, scale.dtype
-        y = torch.addmm(delta, x, matrix)
+        ctx.at_input, ctx.dtype, ctx.codes = at_input, scale.dtype, codes
+        y = times(x, matrix, codes, delta)
         return y if bias is None else y + bias
 
     @staticmethod
@@ -213,8 +216,9 @@ class _Scaled(torch.autograd.Function):
         (grad,) = grads
         kept, matrix, step = ctx.saved_tensors
         if ctx.at_input:
-            inner = grad @ matrix.t()  # of the scaled input
+            inner = times_back(grad, matrix, ctx.codes)  # of the scaled input
             grad_scale = (inner * kept).sum(0, dtype=ctx.dtype)
-            return torch.addcmul(inner, inner, step), None, None, grad_scale, None
+            return torch.addcmul(inner, inner, step), None, None, grad_scale, None, None
         grad_scale = (grad * kept).sum(0, dtype=ctx.dtype)
-        return torch.addcmul(grad, grad, step) @ matrix.t(), None, None, grad_scale, None
+        scaled = torch.addcmul(grad, grad, step)
+        return times_back(scaled, matrix, ctx.codes), None, None, grad_scale, None, None

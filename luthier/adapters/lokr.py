@@ -18,9 +18,10 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from luthier.adapters.base import ADAPTERS, Adapter, Additive
-from luthier.adapters.targets import features, pattern_value
+from luthier.adapters.targets import pattern_value
 from luthier.config import AdapterConfig
 from luthier.errors import Refused
+from luthier.layers import features
 
 _READ = {"r", "alpha", "rank_pattern", "alpha_pattern", "decompose_both", "decompose_factor"}
 _READ |= {"form", "peft_type", "base_model_name_or_path", "modules_to_save"}

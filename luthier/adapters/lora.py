@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from luthier.adapters import peft_lora
 from luthier.adapters.base import ADAPTERS, Adapter, Additive, LowRank, check_rank
 from luthier.adapters.svd import principal
-from luthier.adapters.targets import features
 from luthier.config import AdapterConfig
+from luthier.layers import features, times_weight
 
 MAGNITUDE = "lora_magnitude_vector"  # DoRA's m, in PEFT's name
 
@@ -57,7 +57,7 @@ class LoRA(Additive):
         super().__init__(layer, config, name=name, seed=seed)
         num_in, num_out = features(layer)
         rank = config.rank
-        self.scale = config.scale_alpha / (math.sqrt(rank) if config.rslora else rank)
+        self.scale = scale_of(config)
         self.lora_A = self.new_parameter(layer, rank, num_in)  # [R, in]
         self.lora_B = self.new_parameter(layer, num_out, rank)  # [out, R]
         zero = {"lora_A"}
@@ -68,6 +68,8 @@ class LoRA(Additive):
             self.register_buffer("first_A", self.new_tensor(layer, rank, num_in))
             self.register_buffer("first_B", self.new_tensor(layer, num_out, rank))
             zero.clear()
+        # on a quantised base: the layer holds W - s B0 A0, so the update adds B0 A0 too (`residual.py`)
+        self.on_residual = config.pissa and getattr(layer, "split", None) is not None
         if config.dora:
             self.register_parameter(MAGNITUDE, self.new_parameter(layer, num_out))
             # squared norms of the base's outputs [out], once its weights are read: at the first forward
@@ -93,7 +95,7 @@ class LoRA(Additive):
         down, up = self.lora_A, self.lora_B
         if self.config.mixer:
             up = up @ self.lora_AB
-        if self.config.pissa:
+        if self.config.pissa and not self.on_residual:
             # not [B, -B0] [A; A0]: their sum is a small difference of large numbers, which half precision
             # cannot hold. B (A - A0) + (B - B0) A0 is the same, made of small differences
             down = torch.cat([down - self.first_A, self.first_A])
@@ -107,11 +109,9 @@ class LoRA(Additive):
         """
         down, up = down.detach(), up.detach()
         layer = vars(self)["layer"]
-        weight = layer.get_parameter("weight").detach()
         if self.norms is None:
             self.norms = self.weight_of(layer).square().sum(1)
-        rows = down.to(weight.dtype)
-        image = rows @ weight if self.transposed else rows @ weight.t()  # [K, out]
+        image = times_weight(layer, down)  # [K, out]
         cross = (up * image.t().to(up.dtype)).sum(1)
         square = self.norms + 2 * cross + (up * (up @ (down @ down.t()))).sum(1)
         return _excess(self.get_parameter(MAGNITUDE), square.clamp_min(0).sqrt())
@@ -144,9 +144,10 @@ class LoRA(Additive):
 
     def initialise(self, layer: nn.Module, generator: torch.Generator) -> None:
         if self.config.pissa:
-            u, s, v = principal(self.weight_of(layer), self.config.rank, generator)
-            root = (s / self.scale).sqrt()  # so that scale * B A is the principal part
-            for name, value in {"A": (v * root).t(), "B": u * root}.items():
+            split: Any = getattr(layer, "split", None)
+            if split is None:
+                split = principal_factors(self.weight_of(layer), self.config, generator)
+            for name, value in zip("AB", split, strict=True):
                 getattr(self, f"lora_{name}").copy_(value)
                 getattr(self, f"first_{name}").copy_(value)
         else:
@@ -157,6 +158,9 @@ class LoRA(Additive):
         if self.config.dora:
             self.norms = self.weight_of(layer).square().sum(1)
             self.get_parameter(MAGNITUDE).copy_(self.norms.sqrt())
+            if self.on_residual:
+                whole = self.weight_of(layer) + self.update()
+                self.get_parameter(MAGNITUDE).copy_(whole.norm(dim=1))
 
     def lr_scale(self, parameter: str) -> float:
         return self.config.lora_plus if parameter == "lora_B" else 1.0
@@ -195,6 +199,21 @@ class LoRA(Additive):
         cls, fields: Mapping[str, Any], layers: list[str]
     ) -> tuple[AdapterConfig, dict[str, AdapterConfig], list[str]]:
         return peft_lora.read_options(fields, layers)
+
+
+def scale_of(config: AdapterConfig) -> float:
+    """s of the update s B A."""
+    rank = config.rank
+    return config.scale_alpha / (math.sqrt(rank) if config.rslora else rank)
+
+
+def principal_factors(
+    weight: Tensor, config: AdapterConfig, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """A [R, in] and B [out, R] such that s B A is the principal part of weight [out, in], float32 or wider."""
+    u, s, v = principal(weight, config.rank, generator)
+    root = (s / scale_of(config)).sqrt()
+    return (v * root).t(), u * root
 
 
 def _excess(magnitude: Tensor, norm: Tensor) -> Tensor:

@@ -19,9 +19,10 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from luthier.adapters.base import ADAPTERS, Adapter, Additive, check_rank
-from luthier.adapters.targets import features, pattern_value
+from luthier.adapters.targets import pattern_value
 from luthier.config import AdapterConfig
 from luthier.errors import Refused
+from luthier.layers import features
 
 ROTATED = ("type6", "paddlenlp")
 BASE = 10000.0  # of the rotation's angles

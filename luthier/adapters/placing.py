@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from luthier import seeding
 from luthier.adapters.base import ADAPTERS, Adapter, Additive, Removable, wide
 from luthier.adapters.fused import fused, install_fused
-from luthier.adapters.targets import head_name, select_whole
+from luthier.adapters.targets import select_whole
 from luthier.config import GENERAL, AdapterConfig
 from luthier.errors import Refused
+from luthier.layers import dense_weight, head_name, is_quantized, is_transposed
 
 COMMON = frozenset({"layers", "modules_to_save", "form"}) | GENERAL  # keys of every method
 _STATE = "luthier_adapted"  # attribute of a model that carries adapters
@@ -125,7 +126,8 @@ def detach(model: nn.Module) -> None:
 def fold_into(model: nn.Module) -> None:
     """Fold every adapter into its layer's weight, in float32 and then rounded once, and take it off.
 
-    Call it on a base in its original precision. Modules that were trained whole stay as they are. Refused,
+    Call it on a base in its original precision; where a layer is quantised its weight is dequantised, changed and
+    quantised again, which loses some of the change. Modules that were trained whole stay as they are. Refused,
     with the model unchanged, for methods that are no change of a weight and for weights that another
     layer shares.
     """
@@ -133,6 +135,8 @@ def fold_into(model: nn.Module) -> None:
     for name, adapter in adapters.items():
         if type(adapter).fold is Adapter.fold:
             adapter.fold(torch.empty(0))  # refuses, with the method's reason
+        if is_quantized(model.get_submodule(name)):
+            continue  # codes are of one layer
         paths = names_of(model, model.get_parameter(f"{name}.weight"))
         if len(paths) > 1:
             raise Refused(
@@ -142,9 +146,13 @@ def fold_into(model: nn.Module) -> None:
             )
     with torch.no_grad():
         for name, adapter in adapters.items():
-            own = dict(model.get_submodule(name).named_parameters(recurse=False))
-            weight, bias = own["weight"], own.get("bias")
-            weight.copy_(adapter.fold(weight.to(wide(weight.dtype))))
+            layer: Any = model.get_submodule(name)
+            if is_quantized(layer):
+                dense = dense_weight(layer, torch.float32)  # [out, in]
+                layer.load_from(adapter.fold(dense.t() if is_transposed(layer) else dense))
+            else:
+                layer.weight.copy_(adapter.fold(layer.weight.to(wide(layer.weight.dtype))))
+            bias = layer.bias
             if bias is not None:
                 bias.copy_(adapter.fold_bias(bias.to(wide(bias.dtype))))
     _take_off(model)
@@ -180,12 +188,6 @@ def retract(model: nn.Module) -> None:
     with torch.no_grad():
         for adapter in adapters_of(model).values():
             adapter.retract()
-
-
-def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """(trained, all) numbers in the model's parameters; what is shared counts once."""
-    sizes = [(p.requires_grad, p.numel()) for p in model.parameters()]
-    return sum(n for trained, n in sizes if trained), sum(n for _, n in sizes)
 
 
 def names_of(model: nn.Module, parameter: nn.Parameter) -> list[str]:

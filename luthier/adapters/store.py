@@ -20,7 +20,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from luthier.adapters.base import ADAPTERS, Adapter
-from luthier.adapters.facts import CONFIG, check_base, own_options, read_adapter_config, write_facts
+from luthier.adapters.facts import (
+    CONFIG,
+    check_base,
+    check_positions_of,
+    own_options,
+    read_adapter_config,
+    write_facts,
+)
 from luthier.adapters.placing import adapters_of, build, install, names_of, whole_parameters
 from luthier.adapters.targets import options_of, shortest_targets
 from luthier.config import AdapterConfig
@@ -126,7 +133,8 @@ def load_adapter(
     method = method_of(fields)
     made_for = fields.get("base_model_name_or_path")
     remarks = check_base(folder, made_for, base_name, base_hash)
-    tensors = _read_tensors(folder)
+    check_positions_of(folder, getattr(model, "config", None))
+    tensors = read_tensors(folder)
     contents = _sort(tensors, model, method, fields.get("modules_to_save") or ())
     layers = list(contents.parts)
     config = own = own_options(folder, fields)
@@ -172,7 +180,7 @@ def load_adapter(
 
 def load_tensors(model: nn.Module, folder: Path) -> None:
     """Copy the tensors that `save_adapter` wrote into the adapters that `model` has, bit for bit."""
-    saved = _read_tensors(folder)
+    saved = read_tensors(folder)
     adapters = adapters_of(model)
     with torch.no_grad():
         for method in {type(adapter) for adapter in adapters.values()}:
@@ -197,7 +205,14 @@ def method_of(fields: Mapping[str, Any]) -> type[Adapter]:
     return known[kind]
 
 
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
+def layer_of(name: str, suffix: str) -> str | None:
+    """The layer path of the file's tensor `name`, if it ends with `suffix`."""
+    path = name.removeprefix(PREFIX)
+    return path.removesuffix(f".{suffix}") if path.endswith(f".{suffix}") else None
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of an adapter folder by their names in it; Refused for files that are missing or corrupt."""
     path = folder / WEIGHTS
     try:
         if path.is_file():

@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from luthier.adapters.base import ADAPTERS, Adapter, Additive, LowRank, check_rank, wide
+from luthier.adapters.base import ADAPTERS, Adapter, Additive, LowRank, check_rank
 from luthier.adapters.svd import principal
-from luthier.adapters.targets import features
 from luthier.config import AdapterConfig
 from luthier.errors import Refused
+from luthier.layers import features, weight_dtype
 
 A, B = SHARED = ("base_model.vera_A", "base_model.vera_B")  # their names in the file
 _READ = {"r", "vera_dropout", "d_initial", "projection_prng_key", "save_projection"}
@@ -125,13 +125,12 @@ class VeRA(Additive):
     def share(cls, model: nn.Module, adapters: Mapping[str, Adapter]) -> None:
         mine = [adapter for adapter in _of(adapters) if adapter.shared]
         if mine:
-            weight = model.get_submodule(mine[0].name).get_parameter("weight")
-            rank = mine[0].config.rank
-            new = torch.zeros(0, dtype=wide(weight.dtype), device=weight.device)
+            layer = model.get_submodule(mine[0].name)
+            rank, new = mine[0].config.rank, mine[0].new_tensor(layer, 0)
             projections = Projections(
                 new.new_zeros(rank, max(a.num_in for a in mine)),
                 new.new_zeros(max(a.num_out for a in mine), rank),
-                weight.dtype if weight.is_floating_point() else new.dtype,
+                weight_dtype(layer),
             )
             for adapter in mine:
                 adapter.projections = projections

@@ -22,6 +22,7 @@ from luthier.adapters.base import Adapter, Placed, Removable
 from luthier.batch import Layout, PrefixKeys, capture, current_layout, layout_scope
 from luthier.config import AdapterConfig
 from luthier.errors import Refused
+from luthier.positions import num_positions
 
 TABLE = "prompt_embeddings"  # PEFT's name of the trained table in its files
 FROM_MASK = ("opt",)  # families that count positions by the mask where they are not given
@@ -90,7 +91,7 @@ class Virtual(Adapter):
                 "its positions say what is context, and its context sees what follows",
                 "use adapter.method=prefix with adapter.form=paddlenlp, which leaves positions as they are",
             )
-        cls.check_length(config, 1, num_positions(model))
+        cls.check_length(config, 1, num_positions(model.config))
         return {"": config}
 
     @classmethod
@@ -232,11 +233,6 @@ def options_from(
         f"adapter_config.json has an unknown option {key}={value}: ignored"
         for key, value in unknown.items()
     ]
-
-
-def num_positions(model: Any) -> int | None:
-    """How many positions the model has, where its config says so."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def _unseen(base: Any) -> Refused:

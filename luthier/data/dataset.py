@@ -20,6 +20,7 @@ from luthier.config import DataConfig, RunConfig
 from luthier.data.encode import Dropped, Example, Renderer, check_labels, check_supervision
 from luthier.data.formats import FORMATS, BadRow, EmptyRow, Message, check_columns, detect, rename
 from luthier.data.ledger import Ledger, Record
+from luthier.data.pose import Pose, pose_of
 from luthier.data.rowfiles import Unreadable
 from luthier.data.sources import Order, Source, Split, open_evaluation, open_source
 from luthier.data.workers import CHUNK_ROWS, Workers
@@ -45,10 +46,19 @@ class Outcome:
 class Encoder:
     """Row index -> `Outcome`. Picklable, and without state: the order of calls does not matter."""
 
-    def __init__(self, source: Source, data: DataConfig, renderer: Renderer) -> None:
+    def __init__(
+        self, source: Source, data: DataConfig, renderer: Renderer, pose: Pose | None = None
+    ) -> None:
         self.source, self.renderer, self.columns = source, renderer, dict(data.columns)
+        self.pose = pose
         self.notes: list[str] = []
         self.formats = [self._format(p) for p in range(len(source.parts))]
+        if pose is not None and pose.form == "paddlenlp" and set(self.formats) != {"text"}:
+            raise Refused(
+                f"data.pose=paddlenlp with rows of the format {self.formats[0]}",
+                "its form takes two chunks of a long text and leaves everything else as it is",
+                "use data.pose=paper, or give texts (data.format=text)",
+            )
 
     def __call__(self, indices: Iterable[int]) -> list[Outcome]:
         return [self.outcome(int(i)) for i in indices]
@@ -57,7 +67,11 @@ class Encoder:
         place = self.source.name
         try:
             row, place = self.source.row(index)
-            examples = self.renderer.encode(self._messages(row, index))
+            messages = self._messages(row, index)
+            if self.pose is None:
+                examples = self.renderer.encode(messages)
+            else:
+                examples = self.pose.examples(self.renderer, messages, index)
         except Unreadable as bad:
             return Outcome(Record(index, bad.place, "invalid", bad.reason))
         except BadRow as bad:
@@ -132,6 +146,7 @@ class Dataset:
     labels: np.ndarray  # int32 [T]
     offsets: np.ndarray  # int64 [N + 1]
     rows: np.ndarray  # int64 [N], ascending
+    positions: np.ndarray | None = None  # int32 [T] where they are not 0, 1, ...
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -144,7 +159,9 @@ class Dataset:
     def fingerprint(self) -> str:
         """What must be equal for these to be the same examples in the same order."""
         checksum = 0
-        for array in (self.ids, self.labels, self.offsets):
+        for array in (self.ids, self.labels, self.offsets, self.positions):
+            if array is None:
+                continue
             checksum = zlib.crc32(array.data, checksum)
         return f"{len(self)} examples, checksum {checksum:08x}"
 
@@ -153,10 +170,11 @@ class Dataset:
         """Tokens of each example, int64 [N]."""
         return np.diff(self.offsets)
 
-    def example(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Ids and labels [n] of one example; views."""
+    def example(self, index: int) -> tuple[np.ndarray, ...]:
+        """Ids and labels [n] of one example, and its positions where they skip; views."""
         span = slice(self.offsets[index], self.offsets[index + 1])
-        return self.ids[span], self.labels[span]
+        arrays = (self.ids, self.labels, self.positions)
+        return tuple(array[span] for array in arrays if array is not None)
 
     def examples_of(self, rows: Order) -> Order:
         """The examples that the given rows of the source became, in that order."""
@@ -205,7 +223,8 @@ def prepare(
     if split == "dev" and config.evaluate.rows is not None and config.evaluate.rows < len(source):
         notes.append(f"evaluate.rows: the first {config.evaluate.rows} of {len(source)} rows")
         source = source.take(np.arange(config.evaluate.rows))
-    encoder = Encoder(source, config.data, renderer)
+    pose = pose_of(config.data, config.train.seed) if split == "train" else None
+    encoder = Encoder(source, config.data, renderer, pose)
     encoder.prove()
     ledger = Ledger(split, source.name)
     for note in [*notes, *encoder.notes, *renderer.notes, *_mixture(source, split)]:
@@ -227,8 +246,8 @@ def _lazy(split: Split, encoder: Encoder, ledger: Ledger, config: RunConfig) -> 
         sample.add(outcome.record)
         for example in outcome.examples:
             lengths.append(len(example.input_ids))
-            for array in (example.input_ids, example.labels):
-                checksum = zlib.crc32(array.tobytes(), checksum)
+            for array in (example.input_ids, example.labels, example.positions):
+                checksum = checksum if array is None else zlib.crc32(array.tobytes(), checksum)
     sample.check(training=True)
     workers = Workers(encoder, config.data.workers)
     return LazyDataset(split, encoder, ledger, workers, sample, np.array(lengths), checksum)
@@ -239,7 +258,7 @@ def _read(
 ) -> Dataset:
     """Encode all rows into memory."""
     total = len(encoder.source)
-    ids, labels, rows = [], [], []
+    ids, labels, rows, positions = [], [], [], []
     for outcomes in _encoded(encoder, total, workers):
         for outcome in outcomes:
             ledger.add(outcome.record)
@@ -247,6 +266,7 @@ def _read(
                 ids.append(example.input_ids.astype(np.int32))
                 labels.append(example.labels.astype(np.int32))
                 rows.append(outcome.record.row)
+                positions += [] if example.positions is None else [example.positions]
         if ledger.rows["invalid"]:
             break  # it is going to be refused: do not let the user wait for the rest
         if progress:
@@ -254,9 +274,9 @@ def _read(
     ledger.check(training=split == "train")
     ledger.reconcile(total)
     offsets = np.cumsum([0, *map(len, ids)])
-    return Dataset(
-        split, encoder, ledger, np.concatenate(ids), np.concatenate(labels), offsets, np.array(rows)
-    )
+    arrays = (np.concatenate(ids), np.concatenate(labels), offsets, np.array(rows))
+    skipping = np.concatenate(positions) if positions else None
+    return Dataset(split, encoder, ledger, *arrays, skipping)
 
 
 def _encoded(encoder: Encoder, total: int, workers: int) -> Iterator[list[Outcome]]:

@@ -40,12 +40,14 @@ class TooLong(BadRow):
 class Example:
     """One document: `input_ids` int32 [n], `labels` int64 [n] already shifted (labels[i] is the token
     after input_ids[i], or -100), the last always -100; 2 <= n <= length. `cut` counts the tokens that
-    truncation lost; `note` is a remark for the ledger, or empty."""
+    truncation lost; `note` is a remark for the ledger, or empty; `positions` int32 [n] where they are not
+    0, 1, ... (see `pose.py`)."""
 
     input_ids: np.ndarray
     labels: np.ndarray
     cut: int = 0
     note: str = ""
+    positions: np.ndarray | None = None
 
 
 class Renderer:
@@ -171,6 +173,11 @@ class Renderer:
         if len(chunks) > 1 and len(prefix) + len(chunks[-1]) < 2:  # a lone EOS trains nothing
             pieces[-2:] = [replace(pieces[-2], cut=1)]
         return [self._example(piece, "") for piece in pieces]
+
+    def document(self, ids: Ids, cut: int = 0) -> Example:
+        """The example of a text that is learnt as a whole: ids that begin with `tokens.opening`."""
+        opening = len(self.tokens.opening)
+        return self._example(Rendered((Round(ids[:opening], ids[opening:]),), [], [], cut), "")
 
     def _allow_overlong(self, size: int) -> None:
         reason = f"{size} tokens are more than data.length={self.length}"

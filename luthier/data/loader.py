@@ -208,9 +208,10 @@ def collate(
     """Rows of documents (ids and labels, [n] each) -> a `Batch` padded on the right to the longest row.
 
     `first` is the serial number of the first row. `positions_of` gives the positions [2, n] of a document in
-    families with two axes; without it they are 0, 1, ... Raises Failed for a label that is not the next token.
+    families with two axes; without it they are the document's third array, or 0, 1, ... Raises Failed for a
+    label that is not the next token.
     """
-    width = max(sum(len(ids) for ids, _ in row) for row in rows)
+    width = max(sum(len(ids) for ids, *_ in row) for row in rows)
     shape = (len(rows), width)
     input_ids = np.full(shape, pad_id, dtype=np.int64)  # [B, S]
     labels = np.full(shape, IGNORE, dtype=np.int64)
@@ -219,11 +220,12 @@ def collate(
     documents = np.full(shape, PADDING, dtype=np.int64)
     for r, row in enumerate(rows):
         start = 0
-        for d, (ids, wanted) in enumerate(row):
+        for d, (ids, wanted, *places) in enumerate(row):
             span = slice(start, start + len(ids))
             input_ids[r, span] = ids
             labels[r, span] = wanted
-            positions[r, ..., span] = positions_of(ids) if positions_of else np.arange(len(ids))
+            own = places[0] if places else np.arange(len(ids))
+            positions[r, ..., span] = positions_of(ids) if positions_of else own
             documents[r, span] = d
             start += len(ids)
     check_labels(input_ids, labels, documents)

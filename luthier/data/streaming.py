@@ -25,7 +25,7 @@ from luthier.data.sources import permutation
 from luthier.data.workers import CHUNK_ROWS
 from luthier.errors import Failed
 
-Document = tuple[np.ndarray, np.ndarray]  # ids and labels, [n] each
+Document = tuple[np.ndarray, ...]  # ids and labels, [n] each; and positions [n] where they skip
 Row = list[Document]  # documents that share a row
 Place = tuple[int, int]  # a draw of the epoch, a document of the row drawn
 Buffer = tuple[list[list[Example]], Place | None, Ledger | None]
@@ -123,7 +123,10 @@ class Stream:
                     after = _position(epoch, serial, follows, number + 1)
                 else:
                     after = _position(epoch + 1, serial)
-                row = [(e.input_ids, e.labels) for e in buffer[order[r]]]
+                row = [
+                    (e.input_ids, e.labels, *(() if e.positions is None else (e.positions,)))
+                    for e in buffer[order[r]]
+                ]
                 yield row, after, ledger if r == emitted else None
             if follows:
                 begin, number, emitted = follows, number + 1, 0

@@ -18,7 +18,8 @@ from luthier.configfile import Layer
 from luthier.errors import Refused, suggest
 from luthier.interop.paddlenlp_arguments import FALSE, TRUE, Arguments, check, is_off
 from luthier.interop.paddlenlp_keys import PARALLEL
-from luthier.interop.paddlenlp_methods import adapter
+from luthier.interop.paddlenlp_lengths import lengths
+from luthier.interop.paddlenlp_methods import adapter, quantize
 
 KEEP_ALL = 1_000_000  # checkpoint.keep for a file without save_total_limit
 
@@ -48,7 +49,18 @@ def translate(given: Mapping[str, Any], origins: Mapping[str, str]) -> tuple[Lay
     """Our keys for PaddleNLP's arguments (plain values or words), and remarks. Raises `Refused`."""
     arguments, remarks = check(given, origins)
     t = Translation(arguments, remarks=remarks)
-    for part in (_model, _data, adapter, _optim, _course, _evaluation, _checkpoints, _log):
+    for part in (
+        _model,
+        _data,
+        lengths,
+        adapter,
+        quantize,
+        _optim,
+        _course,
+        _evaluation,
+        _checkpoints,
+        _log,
+    ):
         part(t, arguments)
     parallel = [
         f"{name}={arguments.values[name]}"

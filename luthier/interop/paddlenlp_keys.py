@@ -57,6 +57,11 @@ READ: dict[str, tuple[type, Any]] = {
     "dropout": (float, 0.0),
     "neftune": (bool, False),
     "neftune_noise_alpha": (float, 5.0),
+    # quantised base
+    "weight_quantize_algo": (str, None),
+    "weight_blocksize": (int, 64),
+    "weight_double_quant": (bool, False),
+    "weight_double_quant_block_size": (int, 256),
     # data
     "dataset_name_or_path": (str, None),
     "task_name": (str, None),
@@ -68,6 +73,12 @@ READ: dict[str, tuple[type, Any]] = {
     "lazy": (bool, False),
     "chat_template": (str, None),
     "autoregressive": (bool, False),
+    # long sequences
+    "use_long_sequence_strategies": (bool, False),
+    "strategy_type": (str, None),
+    "strategy_name": (str, None),
+    "rope_scaling_factor": (float, 1.0),
+    "use_pose_convert": (bool, False),
     # optimiser
     "learning_rate": (float, 5e-5),
     "weight_decay": (float, 0.0),
@@ -152,8 +163,7 @@ INERT = names("""
     past_index prediction_loss_only eval_accumulation_steps local_rank flatten_param_grads
     release_grads offload_optim scale_loss amp_master_grad
     from_aistudio aistudio_repo_id aistudio_repo_private aistudio_repo_license aistudio_token
-    weight_blocksize weight_double_quant weight_double_quant_block_size
-    rope_scaling_factor strategy_type strategy_name ssa_group_size_ratio
+    ssa_group_size_ratio
     quant_type fp8_type skip_list_names weight_quant_method act_quant_method cachekv_quant_method
     search_alpha_min search_alpha_max search_scale_min search_scale_max ptq_step
     shift shift_all_linears shift_sampler shift_step smooth smooth_all_linears smooth_sampler smooth_step
@@ -210,19 +220,12 @@ OFF: dict[str, Switch] = {
     "rslora_plus": Switch(
         bool, False, "fine-tuning never had it", "give rslora=true and lora_plus_scale"
     ),
-    "weight_quantize_algo": Switch(
-        str, None, f"a quantised base (QLoRA) {_LATER}", "leave it out: LoRA on a bf16 base"
-    ),
-    "use_long_sequence_strategies": Switch(
-        bool, False, f"stretching RoPE or ALiBi {_LATER}", "train within the model's own length"
-    ),
     "rope_scaling_type": Switch(
         str,
         None,
         "no PaddleNLP version reads this key",
-        "leave it out; lengths stay the model's own",
+        "give use_long_sequence_strategies with a strategy_name",
     ),
-    "use_pose_convert": Switch(bool, False, f"PoSE {_LATER}", "leave it out"),
     "use_ssa": Switch(bool, False, f"shifted sparse attention {_LATER}", "leave it out"),
     "do_ptq": Switch(bool, False, f"quantisation after training {_LATER}", _QUANTISE),
     "do_gptq": Switch(bool, False, f"GPTQ {_LATER}", _QUANTISE),

@@ -1,4 +1,4 @@
-"""PaddleNLP's adapter arguments -> our `adapter` keys.
+"""PaddleNLP's adapter and quantisation arguments -> our `adapter` and `quantize` keys.
 
 PaddleNLP's own forms are taken where they differ from the papers' (VeRA from each layer's singular vectors,
 prefix positions from 0, ReFT's one edit for first and last tokens, its NEFTune scale), so that a file gives
@@ -29,6 +29,7 @@ OPTIONS = {
     "vera": ("vera_rank",),
     "neftune": ("neftune_noise_alpha",),
 }
+SCHEMES = {"nf4": "nf4", "fp4": "fp4", "weight_only_int8": "int8", "weight_only_int4": "int4"}
 INTERVENTIONS = {"loreftintervention": "loreft", "tinyintervention": "tiny"}
 
 
@@ -50,6 +51,40 @@ def adapter(t: Translation, a: Arguments) -> None:
     if a["neftune"]:
         t.put("adapter.neftune_alpha", a["neftune_noise_alpha"], "neftune_noise_alpha", "neftune")
         t.put("adapter.neftune_scaling", "paddlenlp", "neftune")
+
+
+def quantize(t: Translation, a: Arguments) -> None:
+    """The storage of the base's weights. Its scales of scales are in blocks of 256, PaddleNLP's default."""
+    algorithm = a["weight_quantize_algo"]
+    details = ("weight_blocksize", "weight_double_quant", "weight_double_quant_block_size")
+    if algorithm is None or algorithm.lower() == "none":
+        if given := [name for name in details if name in a]:
+            t.remarks.append(
+                f"{', '.join(given)}: not read without weight_quantize_algo, as in PaddleNLP"
+            )
+        return
+    if algorithm not in SCHEMES:
+        raise Refused(
+            f"weight_quantize_algo={algorithm}",
+            f"known here: {', '.join(SCHEMES)}",
+            suggest(algorithm, SCHEMES)
+            or "give one of these; weights are kept in 8 bits by weight_only_int8",
+        )
+    t.put("quantize.weights", SCHEMES[algorithm], "weight_quantize_algo")
+    if SCHEMES[algorithm] not in ("nf4", "fp4"):
+        if given := [name for name in details if name in a]:
+            t.remarks.append(
+                f"{', '.join(given)}: not read with {algorithm}, which has one scale per output"
+            )
+        return
+    t.copy("quantize.block_size", "weight_blocksize")
+    t.copy("quantize.double_quant", "weight_double_quant")
+    if a["weight_double_quant"] and a["weight_double_quant_block_size"] != 256:
+        raise Refused(
+            f"weight_double_quant_block_size={a['weight_double_quant_block_size']}",
+            "scales are quantised in blocks of 256",
+            "leave it out",
+        )
 
 
 def _lora(t: Translation, a: Arguments) -> None:

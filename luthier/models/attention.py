@@ -21,7 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from luthier.batch import capture as capture
 from luthier.batch import current_capture, current_layout
 from luthier.errors import Refused
-from luthier.models import bloom, cpu_attention, kernels
+from luthier.models import bloom, cpu_attention, kernels, rotary
 from luthier.models.families import TESTED
 from luthier.models.kernels import KERNELS, LACKS, Scores, features
 
@@ -66,6 +66,7 @@ def install(model: PreTrainedModel, kernel: str, *, train: bool = False) -> str:
         chosen = _instead(chosen, asked)  # no layer would be faster for the first one
         lacking = sorted(asked & LACKS[chosen])
     model.set_attn_implementation(NAME)
+    rotary.per_document(model)
     for module in layers:
         module.attention_kernel = chosen  # pyright: ignore[reportArgumentType]
     other = _instead(chosen, set(lacking))
@@ -104,16 +105,16 @@ def attend(
     """What a model's attention layer calls; see `_attend`. In a compiled graph, plain layers on a CPU are one
     operator, which finds the layout when it runs; the others stay outside of the graph."""
     kernel = getattr(module, "attention_kernel", None)
+    native = kernel == "native" and query.dtype == torch.bfloat16
     if (
         torch.compiler.is_compiling()
         and kernel in ("native", "sdpa")
         and not (dropout or any(more.get(name) is not None for name in (*FEATURES, *FOREIGN)))
         and attention_mask is None
         and getattr(module, "keys_values", None) is None
-        and query.shape[-1] == value.shape[-1]
+        and (native or (sliding_window is None and query.shape[-1] == value.shape[-1]))
     ):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        native = kernel == "native" and query.dtype == torch.bfloat16
         out = cpu_attention.packed(query, key, value, scale, sliding_window, by_native=native)
         return out, None
     return _attend(

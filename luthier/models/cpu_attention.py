@@ -37,12 +37,18 @@ def lacks(dtype: torch.dtype) -> str | None:
     return None if native.library() is not None else native.status().removeprefix("off: ")
 
 
+def why_torch(kernel: str, device: torch.device, dtype: torch.dtype) -> list[str]:
+    """A remark for the user where `auto` took torch for a type that the native kernels are for."""
+    why = lacks(dtype) if (kernel, device.type, dtype) == ("sdpa", "cpu", torch.bfloat16) else None
+    return [f"attention is computed by torch, the native kernels are off: {why}"] if why else []
+
+
 def packed(
     q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, *, by_native: bool
 ) -> Tensor:
     """q [B, H, S, D], k [B, K, S, D], v [B, K, S, E] in the current layout -> [B, S, H, E]; 0 on padding.
 
-    A query sees `window` keys, itself included; all that come before it without one.
+    A query sees `window` keys, itself included; all that come before it without one. Torch's way has none.
     """
     return torch.ops.luthier.attention(q, k, v, scale, window or 0, by_native)[0]
 
@@ -69,7 +75,8 @@ def _attention(
         q, k, v = (_rows(x) for x in (q, k, v))
         _call("luthier_attention", [q, k, v, out.transpose(1, 2)], lse, ids, scale, window)
     else:
-        _forward(q, k, v, out, lse, layout, scale, window)
+        assert not window
+        _forward(q, k, v, out, lse, layout, scale)
     return out, lse, ids
 
 
@@ -105,7 +112,7 @@ def _attention_backward(
         read = [_rows(x) for x in (q, k, v, out.transpose(1, 2), grad.transpose(1, 2))]
         _call("luthier_attention_backward", [*read, dq, dk, dv], lse, ids, scale, window)
     else:
-        _backward(grad, q, k, v, out, lse, (dq, dk, dv), Layout(ids, ids), scale, window)
+        _backward(grad, q, k, v, out, lse, (dq, dk, dv), Layout(ids, ids), scale)
     return dq, dk, dv
 
 
@@ -176,7 +183,6 @@ def _forward(
     lse: Tensor,
     layout: Layout,
     scale: float,
-    window: int,
 ) -> None:
     repeat, done = q.shape[1] // k.shape[1], [0] * len(q)
     for row, start, stop in ((s.row, s.start, s.stop) for s in layout.segments):
@@ -184,12 +190,8 @@ def _forward(
         here, keys, values = (x[row : row + 1, :, start:stop] for x in (q, k, v))
         if repeat > 1:
             keys, values = (x.repeat_interleave(repeat, 1) for x in (keys, values))
-        mask, size = None, stop - start
-        if 0 < window < size:
-            seen = torch.ones(size, size, dtype=torch.bool).tril_().triu_(1 - window)
-            mask = torch.zeros(size, size, dtype=q.dtype).masked_fill_(~seen, -torch.inf)
         given, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            here, keys, values, dropout_p=0.0, is_causal=mask is None, attn_mask=mask, scale=scale
+            here, keys, values, dropout_p=0.0, is_causal=True, scale=scale
         )
         out[row, start:stop] = given[0].transpose(0, 1)
         lse[row, :, start:stop] = sums[0]
@@ -207,7 +209,6 @@ def _backward(
     found: tuple[Tensor, Tensor, Tensor],
     layout: Layout,
     scale: float,
-    window: int,
 ) -> None:
     for x in found:
         x.zero_()
@@ -216,7 +217,7 @@ def _backward(
         back, given = (x[row, here].transpose(0, 1) for x in (grad, out))  # [H, L, D]
         queries, keys, values, some = (x[row, :, here] for x in (q, k, v, lse))
         into = tuple(x[row, :, here] for x in found)  # [H or K, L, D]
-        _document_backward(back, given, queries, keys, values, into, some, scale, window)
+        _document_backward(back, given, queries, keys, values, into, some, scale)
 
 
 def _document_backward(
@@ -228,7 +229,6 @@ def _document_backward(
     found: tuple[Tensor, ...],
     lse: Tensor,
     scale: float,
-    window: int,
 ) -> None:
     """Gradients of one document into those of q, k and v, which hold zeros."""
     dq, dk, dv = found
@@ -240,18 +240,15 @@ def _document_backward(
     size = length if length < BLOCK + BLOCK // 2 else BLOCK
     for start in range(0, length, size):
         stop = min(start + size, length)
-        low = max(0, start - window + 1) if window else 0
         rows = slice(start, stop)
         here, back = queries[:, :, rows].flatten(1, 2), given[:, :, rows].flatten(1, 2)
-        keys, values = k[:, low:stop], v[:, low:stop]  # [K, T, D]
-        shape = (groups, -1, stop - start, stop - low)  # [K, G, l, T]
+        keys, values = k[:, :stop], v[:, :stop]  # [K, T, D]
+        shape = (groups, -1, stop - start, stop)  # [K, G, l, T]
         scores = (here @ keys.mT).view(shape).to(wide).mul_(scale)
-        weights = scores.sub_(lse[:, :, rows]).exp_().tril_(start - low)
-        if window:
-            weights.triu_(start - low - window + 1)
+        weights = scores.sub_(lse[:, :, rows]).exp_().tril_(start)
         change = (back @ values.mT).view(shape).to(wide).sub_(delta[:, :, rows])
         change.mul_(weights).mul_(scale)
         weights, change = (x.to(q.dtype).flatten(1, 2) for x in (weights, change))
         into[:, :, rows] = (change @ keys).view(groups, -1, stop - start, q.shape[-1])
-        dk[:, low:stop] += change.mT @ here
-        dv[:, low:stop] += weights.mT @ back
+        dk[:, :stop] += change.mT @ here
+        dv[:, :stop] += weights.mT @ back

@@ -26,6 +26,7 @@ from transformers import (
 from luthier.batch import layout_scope
 from luthier.errors import Refused
 from luthier.models.load import quiet
+from luthier.positions import num_positions
 from luthier.seeding import generator
 
 
@@ -67,7 +68,7 @@ def generate(
     lengths grow with each token, and each would be compiled anew. Refused: an empty prompt, and one
     that leaves no position for an answer.
     """
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = num_positions(model.config)
     limit = None if limit is None else limit - options.reserved
     room = [
         min(options.max_new_tokens, limit - len(p)) if limit else options.max_new_tokens

@@ -13,7 +13,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from luthier import seeding
 from luthier.batch import PADDING, Layout, PrefixKeys
-from luthier.models import cpu_attention
+from luthier.models import cpu_attention, windows
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,10 @@ def math(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scores: Scores) -> Ten
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scores: Scores) -> Tensor:
     """torch's scaled_dot_product_attention per document. No softcap, sinks or dropout."""
-    if not features(layout, scores) and cpu_attention.helps(q, k, v):
-        return cpu_attention.packed(q, k, v, scores.scale, scores.window, by_native=False)
+    longest = max((s.stop - s.start for s in layout.segments), default=0)
+    plain = not features(layout, scores) and (scores.window is None or scores.window >= longest)
+    if plain and cpu_attention.helps(q, k, v):
+        return cpu_attention.packed(q, k, v, scores.scale, None, by_native=False)
     return _per_document(_sdpa_document, q, k, v, layout, scores)
 
 
@@ -99,14 +101,9 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scores: Scores) -> T
 
     bounds, longest = layout.cumulative_lengths
     left = -1 if scores.window is None else scores.window - 1
-    out = varlen_attn(
-        _tokens(q),
-        _tokens(k),
-        _tokens(v),
-        bounds,
-        bounds,
-        longest,
-        longest,
+    out = varlen_attn(  # pyright: ignore[reportCallIssue]
+        *(_tokens(x) for x in (q, k, v)),
+        *(bounds, bounds, longest, longest),
         scale=scores.scale,
         window_size=(left, 0),
         enable_gqa=q.shape[1] != k.shape[1],
@@ -122,13 +119,8 @@ def flash(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scores: Scores) -> Te
     bounds, longest = layout.cumulative_lengths
     left = -1 if scores.window is None else scores.window - 1
     out = flash_attn_varlen_func(
-        _tokens(q),
-        _tokens(k),
-        _tokens(v),
-        bounds,
-        bounds,
-        longest,
-        longest,
+        *(_tokens(x) for x in (q, k, v)),
+        *(bounds, bounds, longest, longest),
         softmax_scale=scores.scale,
         causal=True,
         window_size=(left, 0),
@@ -189,15 +181,26 @@ def _math_document(
     q: Tensor, k: Tensor, v: Tensor, document: _Document, layout: Layout, scores: Scores
 ) -> Tensor:
     """One document: q [L, H, D], k and v [P + L, K, D], the prefix first -> [L, H, D]."""
+    if len(q) > windows.whole(layout, scores):
+        block = partial(_math_products, document=document, scores=scores)
+        return windows.attend(block, q, k, v, scores.window or 1, *_reach(scores.prefix))
+    # in half precision, ALiBi of a far key would lose its distance
+    dtype = q.dtype if scores.alibi is None else torch.promote_types(q.dtype, torch.float32)
+    table = _mask(layout, document, scores, dtype, q.device)
+    return _math_products(q, k, v, table, document, scores)
+
+
+def _math_products(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, document: _Document, scores: Scores
+) -> Tensor:
+    """q [l, H, D], k and v [t, K, D], what is added to the scores [l, t] or [H, l, t] -> [l, H, D]."""
     length, heads, _ = q.shape
     groups = k.shape[1]
     # [K, H/K * L, D]: one product per key head instead of one per query head
     folded = q.unflatten(1, (groups, -1)).permute(1, 2, 0, 3).flatten(1, 2)
     products = folded @ k.permute(1, 2, 0) * scores.scale
     table = capped(products.view(heads, length, -1), scores.softcap)  # [H, L, P + L]
-    # in half precision, ALiBi of a far key would lose its distance
-    dtype = q.dtype if scores.alibi is None else torch.promote_types(q.dtype, torch.float32)
-    table = table + _mask(layout, document, scores, dtype, q.device)
+    table = table + mask
     weights = with_sinks(table, scores.sinks, v.dtype)
     if scores.dropout:
         seed, layer = scores.dropout_key
@@ -220,22 +223,30 @@ def _sdpa_document(
     ahead = k.shape[0] - q.shape[0]
     reach = k.shape[0] if scores.prefix and scores.prefix.virtual else q.shape[0]
     windowed = scores.window is not None and scores.window < reach
+    if len(q) > windows.whole(layout, scores):
+        block = partial(_sdpa_products, scores.scale)
+        return windows.attend(block, q, k, v, scores.window or 1, *_reach(scores.prefix))
     plain = not windowed and scores.alibi is None and layout.in_context is None
     mask = None if plain else _mask(layout, document, scores, q.dtype, q.device)
     if plain and ahead:
         q = torch.cat([q.new_zeros(ahead, *q.shape[1:]), q])
     if plain and cpu_attention.helps(q, k, v):
         return cpu_attention.causal(q, k, v, scores.scale)[ahead:]
-    out = F.scaled_dot_product_attention(
+    out = _sdpa_products(scores.scale, q, k, v, mask)
+    return out[ahead:] if plain else out
+
+
+def _sdpa_products(scale: float, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """q [l, H, D], k and v [t, K, D], what is added to the scores or None for causal -> [l, H, D]."""
+    return F.scaled_dot_product_attention(
         q.transpose(0, 1)[None],
         k.transpose(0, 1)[None],
         v.transpose(0, 1)[None],
         attn_mask=mask,
-        is_causal=plain,
-        scale=scores.scale,
+        is_causal=mask is None,
+        scale=scale,
         enable_gqa=q.shape[1] != k.shape[1],
     )[0].transpose(0, 1)
-    return out[ahead:] if plain else out
 
 
 def _per_document(
@@ -297,7 +308,8 @@ def _mask(
     if key not in layout.cache or layout.cache[key][0] is not slopes:
         longest = document.length
         if context is None:
-            longest = max(s.stop - s.start for s in layout.segments)
+            lengths = [s.stop - s.start for s in layout.segments]
+            longest = max(n for n in lengths if n <= windows.whole(layout, scores))
         index = torch.arange(longest, device=device)
         distance = torch.arange(-ahead, longest, device=device) - index[:, None]  # j - i
         seen = distance <= 0

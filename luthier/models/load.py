@@ -31,7 +31,7 @@ from transformers.utils import logging as hf_logging
 from luthier.config import ModelConfig
 from luthier.errors import Refused, need
 from luthier.files import write_json
-from luthier.models import attention, folder
+from luthier.models import attention, folder, rotary
 from luthier.models.folder import fingerprint as fingerprint
 from luthier.seeding import derive
 
@@ -95,16 +95,21 @@ def resolve_dtype(name: str, config: PretrainedConfig, device: torch.device) -> 
     return torch.float16 if device.type == "cuda" else torch.bfloat16
 
 
-def build_model(config: ModelConfig, *, seed: int, train: bool = False) -> PreTrainedModel:
+def build_model(
+    config: ModelConfig, *, seed: int, train: bool = False, quantization: Any = None
+) -> PreTrainedModel:
     """The model of `config` in eval mode on its device, attention installed (`attention.install`).
 
     Everything that can be refused is refused before weights are read: device, folder, family, shards.
     Afterwards: tensors that were missing, left over, of another shape, or not finite. `seed` decides
     the values for `init=random`. `train`: gradients will be needed, which not every kernel offers.
+    `quantization` is a `quantize.loading.Quantization`: layers are quantised as their weights are read.
     """
     device = resolve_device(config.device)
     path = folder.find_folder(config.path, code=config.trust_remote_code)
     made = load_config(path, trust_remote_code=config.trust_remote_code)
+    if config.rope_scaling is not None:
+        rotary.scale(made, config.rope_scaling)
     files = folder.weight_files(path) if config.init == "pretrained" else []
     remote = {"trust_remote_code": config.trust_remote_code}
     with quiet():
@@ -117,8 +122,10 @@ def build_model(config: ModelConfig, *, seed: int, train: bool = False) -> PreTr
         layers = _shorten(made, config.num_layers)
         if config.init == "random":
             model = _random(made, seed, dtype, remote)
+            if quantization is not None:
+                quantization.convert(model)
         else:
-            model = _pretrained(path, made, dtype, layers, remote)
+            model = _pretrained(path, made, dtype, layers, remote, quantization)
         model.to(device).eval()  # pyright: ignore[reportCallIssue, reportArgumentType]
         attention.install(model, config.attention, train=train)
     return model
@@ -225,7 +232,12 @@ def save_model(
 
 
 def _pretrained(
-    path: Path, config: PretrainedConfig, dtype: torch.dtype, layers: int | None, remote: dict
+    path: Path,
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    layers: int | None,
+    remote: dict,
+    quantization: Any,
 ) -> PreTrainedModel:
     """Read the weights; `layers` is the checkpoint's number of layers where fewer are built."""
     try:
@@ -236,6 +248,7 @@ def _pretrained(
             attn_implementation=attention.NAME,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are refused below, by name
+            quantization_config=quantization,
             **remote,
         )
         model, info = made
@@ -261,7 +274,7 @@ def _pretrained(
             f"they do not fit its config.json: {'; '.join(found)}",
             "give a whole model, with the config.json it was saved with",
         )
-    bad = [name for name, p in model.named_parameters() if not _finite(p)]
+    bad = [name for name, p in model.named_parameters() if p.is_floating_point() and not _finite(p)]
     if bad:
         raise Refused(
             f"the weights of '{path}' were asked for",

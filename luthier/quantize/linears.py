@@ -100,6 +100,7 @@ class QuantizedTensor(nn.Module):
         codes.dequantize_range(self.codes, scale, self.spec, first * width, last * width, out)
         return out.view(self.spec.shape if index is None else self.spec.shape[-2:])
 
+    @torch.compiler.disable()  # decoding is table look-ups: there is nothing to fuse
     def product(self, x: Tensor, addend: Tensor | None = None, index: int | None = None) -> Tensor:
         """addend + x W^T with a gradient for x [..., in] and addend ([..., out] or [out]), not for W.
 
@@ -118,12 +119,14 @@ class QuantizedTensor(nn.Module):
         y = _Product.apply(x, addend, self.spec, rows, *self.tensors().values())
         return cast(Tensor, y).view(*lead, rows[1] - rows[0])
 
+    @torch.compiler.disable()
     def multiply(self, x: Tensor, addend: Tensor | None = None, index: int | None = None) -> Tensor:
         """addend + x W^T, [N, out], for x [N, in], outside autograd: for nodes that compute more with it."""
         return _times_transposed(
             x, addend, self.spec, self._rows(index), list(self.tensors().values())
         )
 
+    @torch.compiler.disable()
     def multiply_back(
         self, g: Tensor, addend: Tensor | None = None, index: int | None = None
     ) -> Tensor:
@@ -222,17 +225,16 @@ class QuantizedLinear(QuantizedTensor):
         )
 
     @classmethod
-    def from_linear(
+    def like(
         cls,
         layer: nn.Module,
         scheme: str,
         block_size: int | None = None,
         double_quant: bool = False,
     ) -> Self:
-        """The quantised form of `layer`, on its device; on the meta device, the form without values.
+        """The form of `layer` on the meta device: no values yet, but its sizes, type and mode.
 
-        Refused: a layer that is quantised already, or is no linear layer; and what `make_spec` and
-        `load_from` refuse.
+        Refused: a layer that is quantised already, or is no linear layer; and what `make_spec` refuses.
         """
         if isinstance(layer, QuantizedTensor):
             raise Refused(
@@ -246,7 +248,7 @@ class QuantizedLinear(QuantizedTensor):
                 "only linear layers (Linear, Conv1D) are quantised",
                 "leave it out of quantize.modules: it stays in full precision",
             )
-        weight, bias = layer.weight, layer.bias
+        weight = layer.weight
         transposed = isinstance(layer, Conv1D)
         num_out, num_in = weight.shape[::-1] if transposed else weight.shape
         made = cls.meta(
@@ -255,13 +257,28 @@ class QuantizedLinear(QuantizedTensor):
             scheme,
             block_size,
             double_quant,
-            bias=bias is not None,
+            bias=layer.bias is not None,
             transposed=transposed,
             dtype=weight.dtype if weight.is_floating_point() else None,
         )
-        made.train(layer.training)
+        return made.train(layer.training)
+
+    @classmethod
+    def from_linear(
+        cls,
+        layer: nn.Module,
+        scheme: str,
+        block_size: int | None = None,
+        double_quant: bool = False,
+    ) -> Self:
+        """The quantised form of `layer`, on its device; on the meta device, the form without values.
+
+        Refused: what `like` and `load_from` refuse.
+        """
+        made = cls.like(layer, scheme, block_size, double_quant)
+        weight = layer.get_parameter("weight")
         if weight.device.type != "meta":
-            made.load_from(weight, bias)
+            made.load_from(weight, getattr(layer, "bias", None))
         return made
 
     def load_from(self, weight: Tensor, bias: Tensor | None = None) -> None:

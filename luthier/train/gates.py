@@ -33,12 +33,13 @@ class Isolation:
     seconds: float
 
 
-def check_batch(batch: Batch) -> None:
+def check_batch(batch: Batch, *, skips: bool = False) -> None:
     """Labels, positions and document borders of a batch agree with its tokens.
 
     Every label is IGNORE or the next token of the same document; the last token of a document and
     padding are not supervised; documents are numbered 0, 1, ... along a row with padding behind them;
-    positions are 0, 1, ... in each (families with two position axes are not checked for that). Catches
+    positions are 0, 1, ... in each, or with `skips` rise from 0 (families with two position axes are not
+    checked for that). Catches
     labels shifted once too often or not at all, and labels that leak across a border. Raises Failed
     with row and position.
     """
@@ -68,9 +69,11 @@ def check_batch(batch: Batch) -> None:
     if positions.ndim == 2:
         previous = torch.cat([torch.full_like(positions[:, :1], -1), positions[:, :-1]], 1)
         wanted = torch.where(border, 0, previous + 1)
-        _report(
-            batch, real & (positions != wanted), "positions do not run 0, 1, ... in each document"
-        )
+        wrong = positions != wanted
+        if skips:
+            wrong = torch.where(border, wrong, positions < wanted)
+        words = "rise from 0" if skips else "run 0, 1, ..."
+        _report(batch, real & wrong, f"positions do not {words} in each document")
 
 
 def check_isolation(

@@ -126,17 +126,17 @@ def _check_rows(
     return found, ledger
 
 
-def _stored(dataset: Dataset) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _stored(dataset: Dataset) -> Iterator[tuple[np.ndarray, ...]]:
     return (dataset.example(i) for i in range(len(dataset)))
 
 
-def _check_stored(
-    examples: Sequence[Example], stored: Iterator[tuple[np.ndarray, np.ndarray]]
-) -> None:
+def _check_stored(examples: Sequence[Example], stored: Iterator[tuple[np.ndarray, ...]]) -> None:
     """The next stored examples are these. Raises Failed."""
     for example in examples:
-        ids, labels = next(stored, (np.empty(0), np.empty(0)))
-        if not np.array_equal(ids, example.input_ids) or not np.array_equal(labels, example.labels):
+        read = next(stored, ())
+        made = (example.input_ids, example.labels, example.positions)
+        made = tuple(array for array in made if array is not None)
+        if len(read) != len(made) or not all(map(np.array_equal, read, made)):
             raise Failed(
                 "comparing the arrays that training reads with the row",
                 "they are not what the renderer makes of it",

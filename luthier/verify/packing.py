@@ -122,7 +122,7 @@ def _first_pass(config: RunConfig, data: Data, pad_id: int) -> tuple[Counted, Ba
     steps = data.loader.step_batches()
     for _ in range(data.loader.steps_per_epoch or LAZY_STEPS):
         for batch in next(steps):
-            check_batch(batch)
+            check_batch(batch, skips=config.data.pose != "off")
             _count(counted, batch)
             for row in documents_of(batch) if len(taken) < ROWS else ():
                 if len(row) > 1 and len(taken) < ROWS:

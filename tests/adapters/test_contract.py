@@ -16,7 +16,6 @@ from luthier.adapters import (
     adapter_parameters,
     adapters_of,
     attach,
-    count_parameters,
     detach,
     fold_into,
     load_adapter,
@@ -24,6 +23,7 @@ from luthier.adapters import (
 )
 from luthier.adapters.store import load_tensors
 from luthier.batch import Batch
+from luthier.layers import count
 from luthier.models.stage import Stage, decoder_layers, set_recompute
 
 
@@ -100,7 +100,7 @@ def test_only_adapters_get_gradients(
     others = {name: p for name, p in model.named_parameters() if name not in mine}
     assert others.keys() == plain  # the base's names are what they were
     assert not any(p.requires_grad or p.grad is not None for p in others.values())
-    trained, total = count_parameters(model)
+    trained, total = count(model)
     assert trained == sum(p.numel() for p in mine.values())
     assert total == trained + sum(p.numel() for p in others.values())
 

@@ -300,8 +300,17 @@ def test_arguments_of_other_jobs_are_refused_by_name(here: Path, name: str) -> N
             ["the best loss is the smallest"],
         ),
         (
-            {"do_gptq": True, "weight_quantize_algo": "nf4", "x": 1},
-            ["3 errors", "GPTQ", "QLoRA", "x=1"],
+            {"do_gptq": True, "do_awq": True, "x": 1},
+            ["3 errors", "GPTQ", "AWQ", "x=1"],
+        ),
+        (
+            {"weight_quantize_algo": "llm.int8"},
+            ["weight_quantize_algo=llm.int8", "weight_only_int8"],
+        ),
+        (
+            {"weight_quantize_algo": "nf4", "weight_double_quant": True}
+            | {"weight_double_quant_block_size": 128},
+            ["weight_double_quant_block_size=128", "256"],
         ),
         ({"vera": True, "lora": True}, ["lora=true and vera=true", "keep one"]),
         ({"lora": True, "use_mora": True, "pissa": True}, ["use_mora=true with pissa"]),

@@ -73,8 +73,6 @@ def test_published_fine_tuning_files_translate(path: Path) -> None:
 
 
 METHODS = {
-    "qlora_argument": "QLoRA",
-    "wint8_lora_argument": "QLoRA",
     "ptq_argument": "quantisation",
     "gptq_argument": "GPTQ",
     "awq_argument": "AWQ",
@@ -90,6 +88,14 @@ METHODS = {
     "ppo_argument": "PPO",
     "pretrain_argument": "pre-training",
 }
+
+
+@needs_corpus
+def test_published_files_with_quantised_bases_translate() -> None:
+    wanted = {"qlora_argument": "nf4", "wint8_lora_argument": "int8"}
+    found = {p.stem: read_config([p]).config for p in corpus() if p.stem in wanted}
+    assert {stem: config.quantize.weights for stem, config in found.items()} == wanted
+    assert all(config.adapter.method == "lora" for config in found.values())
 
 
 @needs_corpus

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from dense_reference import attention as definition
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM, DynamicCache
 
 from luthier.batch import IGNORE, PADDING, Layout, PrefixKeys
 from luthier.config import ModelConfig
@@ -18,6 +18,7 @@ from luthier.models.generate import GenerateOptions, generate
 from luthier.models.kernels import Scores
 from luthier.models.load import build_model
 from luthier.models.stage import Stage, check_stage
+from luthier.positions import num_positions
 from luthier.seeding import generator
 
 DOCUMENTS = [[5, 3, 7], [8, 4], [1, 14]]
@@ -233,3 +234,27 @@ def test_sliced_products_are_refused(tiny_model):
     with pytest.raises(Refused, match="slow_but_exact=true"):
         tiny_model("bloom", slow_but_exact=True, pretraining_tp=2)
     tiny_model("bloom", slow_but_exact=True)
+
+
+@pytest.mark.parametrize("heads", [1, 3, 6, 8, 12])
+def test_any_number_of_heads_reaches_any_length(heads, random_batch, relative):
+    """BLOOM has no positions to run out of: documents longer than it was made for, packed, are plain
+    transformers' alone, logits and gradients."""
+    config = BloomConfig(vocab_size=320, hidden_size=8 * heads, n_head=heads, n_layer=2)
+    config.seq_length = 16
+    assert num_positions(config) is None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        plain = BloomForCausalLM(config).double().eval()
+    ours = copy.deepcopy(plain)
+    install(ours, "auto")
+    batch = random_batch(lengths_per_row=[[40, 25]])
+    stage = Stage(ours)
+    logits = stage.head(stage(batch)[0])
+    alone = [plain(input_ids=ids[None]).logits[0] for ids in batch.input_ids[0].split([40, 25])]
+    assert relative(logits, torch.cat(alone)) < 1e-6  # transformers rounds its bias to float32
+    logits.sin().sum().backward()
+    torch.cat(alone).sin().sum().backward()
+    for (name, a), b in zip(ours.named_parameters(), plain.parameters(), strict=True):
+        if float(b.grad.norm()) > 1e-9:
+            assert relative(a.grad, b.grad) < 1e-6, name

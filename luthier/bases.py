@@ -1,0 +1,52 @@
+"""What `quantize` means for the base of a run: what is quantised of it, and what cannot be asked of it then."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from luthier.adapters import plan_of
+from luthier.adapters.residual import FirstSplit, SavedSplit
+from luthier.config import AdapterConfig, QuantizeConfig, RunConfig
+from luthier.errors import Refused
+from luthier.layers import is_quantized
+from luthier.quantize.loading import Quantization
+
+
+def refuse_full_training(config: RunConfig, adapter: str | None) -> None:
+    """Refuse to train a quantised base itself."""
+    if config.quantize.on and config.adapter.method == "none" and adapter is None:
+        raise Refused(
+            "full fine-tuning of a quantised base",
+            f"adapter.method=none with quantize.weights={config.quantize.weights}: codes cannot be trained",
+            "set adapter.method=lora (QLoRA), or leave quantize out",
+        )
+
+
+def quantization_of(
+    config: QuantizeConfig,
+    adapter: str | Path | None,
+    new: AdapterConfig | None = None,
+    seed: int = 0,
+) -> Quantization | None:
+    """The quantisation of a base that the adapter in folder `adapter`, or a new one of options `new`, goes to."""
+    if not config.on:
+        return None
+    if adapter is not None:
+        return Quantization(config, lambda _: SavedSplit(Path(adapter)))
+    if new is None or not new.pissa:
+        return Quantization(config)
+    return Quantization(config, lambda model: FirstSplit(plan_of(model, new), seed=seed))
+
+
+def storage_words(model: nn.Module) -> str:
+    """How the base is kept: `106,168,320 weights in nf4, 60 MB`; empty where none is quantised."""
+    layers: list[Any] = [module for module in model.modules() if is_quantized(module)]
+    if not layers:
+        return ""
+    schemes = sorted({layer.scheme for layer in layers})
+    weights = sum(layer.spec.numel for layer in layers)
+    size = sum(t.numel() * t.element_size() for layer in layers for t in layer.tensors().values())
+    return f"{weights:,} weights in {' and '.join(schemes)}, {size / 1e6:,.0f} MB"

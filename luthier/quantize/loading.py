@@ -1,0 +1,167 @@
+"""A model's linear layers quantised: which ones, and how, while their weights are read.
+
+Each weight is quantised as soon as its tensor is read, so the model in full precision never exists: transformers'
+loader offers a seam for that (`HfQuantizer`), which also knows checkpoints whose tensors are renamed or
+merged. The storage is `linears.py`'s; reading and its refusals are those of the models' loader, which
+is handed a `Quantization` as a plain value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from luthier.config import QuantizeConfig
+from luthier.errors import Refused
+from luthier.layers import ALL_LINEAR, features, is_quantized, select_linear
+from luthier.quantize.codes import Spec, make_spec
+from luthier.quantize.linears import QuantizedLinear
+
+METHOD = "luthier"  # our name among transformers' quantisers
+
+Split = Callable[[str, Tensor], tuple[Tensor, Tensor, Tensor] | None]
+"""(layer path, its weight [out, in]) -> what is quantised of it, and two factors of the rest for the adapter,
+which finds them as the layer's `split`. None: the weight itself is quantised."""
+
+
+def plan_quantization(model: nn.Module, config: QuantizeConfig) -> dict[str, Spec]:
+    """Paths of the linear layers to quantise -> how; `model` may be on meta.
+
+    Refused: names that match no linear layer, and what `make_spec` refuses for a layer's shape.
+    """
+    chosen: dict[str, str] = {}
+    if isinstance(config.modules, dict):
+        chosen = dict.fromkeys(select_linear(model, ALL_LINEAR, "quantize.modules"), config.weights)
+        for item, scheme in config.modules.items():
+            chosen |= dict.fromkeys(select_linear(model, item, "quantize.modules"), scheme)
+    else:
+        names = select_linear(model, config.modules, "quantize.modules")
+        chosen = dict.fromkeys(names, config.weights)
+    return {
+        name: _spec(model, name, scheme, config)
+        for name, scheme in chosen.items()
+        if scheme != "none"
+    }
+
+
+def _spec(model: nn.Module, name: str, scheme: str, config: QuantizeConfig) -> Spec:
+    layer = model.get_submodule(name)
+    if is_quantized(layer):
+        raise Refused(
+            f"quantize.weights={scheme}",
+            f"layer '{name}' is quantised already, in {layer.scheme}",
+            "leave quantize.weights out, or start from the model in its original precision",
+        )
+    num_in, num_out = features(layer)
+    double = config.double_quant and scheme not in ("int8", "int4")
+    return make_spec(scheme, (num_out, num_in), config.block_size, double)
+
+
+class Quantization(QuantizationConfigMixin):
+    """What a model's loader has to quantise: `quantization_config` of transformers' `from_pretrained`."""
+
+    quant_method: Any = METHOD
+
+    def __init__(
+        self, config: QuantizeConfig, split_of: Callable[[nn.Module], Split] | None = None
+    ) -> None:
+        """`split_of` gets the model before its weights are read."""
+        self.config, self.split_of = config, split_of
+
+    def convert(self, model: nn.Module) -> None:
+        """Quantise a model that is in memory already, layer by layer; on meta, without values."""
+        plan = plan_quantization(model, self.config)
+        split = None if self.split_of is None else self.split_of(model)
+        for name, spec in plan.items():
+            replace(model, name, spec, model.get_submodule(name).get_parameter("weight"), split)
+
+
+class _Quantize(ConversionOps):
+    """The step of transformers' loader that gets a weight just read: it ends in a `QuantizedLinear`."""
+
+    def __init__(self, quantizer: Any) -> None:
+        self.quantizer = quantizer
+
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        model: Any = None,
+        missing_keys: set[str] | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:
+        for name, found in input_dict.items():
+            weight = found[0] if isinstance(found, list) else found
+            self.quantizer.take(model, name.removesuffix(".weight"), weight)
+            if missing_keys is not None:
+                missing_keys.discard(name)
+        return {}  # nothing is left for the loader to set
+
+
+@register_quantizer(METHOD)
+class _Quantizer(HfQuantizer):
+    quantization_config: Quantization
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        asked = self.quantization_config
+        self.plan = plan_quantization(model, asked.config)
+        self.split = None if asked.split_of is None else asked.split_of(model)
+        self.faults: list[Refused] = []
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        path, _, last = param_name.rpartition(".")
+        return last == "weight" and path in self.plan
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return _Quantize(self)
+
+    def take(self, model: nn.Module, name: str, weight: Tensor) -> None:
+        try:
+            replace(model, name, self.plan[name], weight, self.split)
+        except Refused as refused:  # the loader would swallow it
+            self.faults.append(Refused(f"layer '{name}': {refused}"))
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        if self.faults:
+            raise self.faults[0]
+        self.remove_quantization_config(
+            model
+        )  # an ordinary model with other layers, to transformers
+
+    def is_serializable(self) -> bool:
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+
+register_quantization_config(METHOD)(Quantization)
+
+
+def replace(
+    model: nn.Module, name: str, spec: Spec, weight: Tensor, split: Split | None = None
+) -> None:
+    """Put the quantised form of linear layer `name`, whose weight is `weight` in its orientation, in its place."""
+    layer: Any = model.get_submodule(name)
+    made = QuantizedLinear.like(layer, spec.scheme, spec.block_size, spec.double_quant)
+    if weight.device.type != "meta":
+        if split is not None:
+            dense = weight.detach().t() if made.transposed else weight.detach()
+            found = split(name, dense)
+            if found is not None:
+                rest, *factors = found
+                weight = rest.t() if made.transposed else rest
+                vars(made)["split"] = tuple(factors)
+        made.load_from(weight)
+    if layer.bias is not None and layer.bias.device.type != "meta":
+        made.bias = nn.Parameter(layer.bias.detach(), requires_grad=False)
+    for parameter in made.parameters():
+        # or else the loader, which knows no such tensors, would draw them anew
+        parameter._is_hf_initialized = parameter.device.type != "meta"  # pyright: ignore[reportAttributeAccessIssue]
+    model.set_submodule(name, made)

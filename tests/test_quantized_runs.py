@@ -1,0 +1,192 @@
+"""Whole runs on a quantised base: training, evaluation, resuming, merging, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_runs import copy_model, tiny_config, write_data
+from transformers import AutoModelForCausalLM
+
+import luthier
+from luthier.bases import quantization_of
+from luthier.config import AdapterConfig, ModelConfig, QuantizeConfig
+from luthier.errors import Refused
+from luthier.layers import dense_weight, is_quantized
+from luthier.models.load import build_model
+from luthier.quantize.loading import Quantization
+
+SCHEMES = ("nf4", "fp4", "int8", "int4")
+
+
+@pytest.fixture
+def make(tmp_path, model_folder):
+    """make(output name, **keys) -> mapping of a LoRA run on a tiny llama kept in nf4."""
+    model = copy_model(model_folder("llama"), tmp_path / "model")
+    data = write_data(tmp_path / "data")
+
+    def config(output: str = "run", **keys):
+        return tiny_config(model, data, tmp_path / output, **({"quantize__weights": "nf4"} | keys))
+
+    return config
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_run_trains_and_is_evaluated_on_the_base_it_trained_on(make, tmp_path, scheme):
+    config = make(quantize__weights=scheme, train__steps=4, optim__lr=1e-2)
+    result = luthier.finetune(config)
+    assert luthier.evaluate(config)["loss"] == pytest.approx(result["after"]["loss"], rel=1e-6)
+    model, tokenizer = luthier.load(tmp_path / "model", tmp_path / "run", quantize=scheme)
+    assert is_quantized(model.get_submodule("model.layers.0.mlp.up_proj"))
+    ids = tokenizer("what follows red", return_tensors="pt").input_ids
+    assert model.generate(ids, max_new_tokens=3, do_sample=False).shape[1] > ids.shape[1]
+    facts = json.loads((tmp_path / "run" / "luthier.json").read_text("utf-8"))
+    assert facts["base_options"]["quantize"] == {"weights": scheme}
+    # codes and scales are nowhere in what is saved
+    assert all("lora" in name for name in load_file(tmp_path / "run" / "adapter_model.safetensors"))
+
+
+@pytest.mark.parametrize("pissa", [False, True])
+def test_resuming_gives_the_same_bits(make, tmp_path, pissa):
+    keys = {"adapter__pissa": pissa, "checkpoint__every": 2, "optim__lr": 1e-2}
+    keys["optim__schedule"] = "constant"
+    luthier.finetune(make("whole", train__steps=4, **keys))
+    luthier.finetune(make("cut", train__steps=2, **keys))
+    luthier.finetune(make("cut", train__steps=4, checkpoint__resume="auto", **keys))
+    whole, cut = (
+        load_file(tmp_path / run / "adapter_model.safetensors") for run in ("whole", "cut")
+    )
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+def test_merging_goes_into_the_original_weights(make, tmp_path):
+    luthier.finetune(make(train__steps=4, optim__lr=1e-2))
+    luthier.merge(str(tmp_path / "model"), str(tmp_path / "run"), str(tmp_path / "merged"))
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    name = "model.layers.0.self_attn.q_proj"
+    tensors = load_file(tmp_path / "run" / "adapter_model.safetensors")
+    factors = [tensors[f"base_model.model.{name}.lora_{x}.weight"] for x in "BA"]
+    wanted = base.get_submodule(name).weight + 2 * factors[0] @ factors[1]  # alpha / rank = 2
+    assert (merged.get_submodule(name).weight - wanted).abs().max() < 1e-6
+
+
+def test_another_base_is_refused_by_its_hash(make, tmp_path):
+    luthier.finetune(make())
+    other = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    other.model.norm.weight.data += 1
+    copy_model(tmp_path / "model", tmp_path / "other")
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(Refused, match="other weights"):
+        luthier.merge(str(tmp_path / "other"), str(tmp_path / "run"), str(tmp_path / "merged"))
+
+
+def test_pissa_quantises_the_residual(model_folder):
+    """QPiSSA: the sum of what is stored and the adapter is nearer to the original than codes alone."""
+    folder = model_folder("llama")
+    original = build_model(ModelConfig(path=str(folder)), seed=0)
+    stored = QuantizeConfig(weights="int4")
+    options = AdapterConfig(method="lora", rank=16, pissa=True)
+    errors = {}
+    for case, asked in {
+        "codes": Quantization(stored),
+        "residual": quantization_of(stored, None, options, 7),
+    }.items():
+        model = build_model(ModelConfig(path=str(folder)), seed=0, quantization=asked)
+        adapters = luthier.adapters.attach(model, options, seed=7)
+        errors[case] = sum(
+            float((original.get_submodule(n).weight - dense_weight(model.get_submodule(n)) - a.update()).detach().norm() ** 2)
+            for n, a in adapters.items()
+        )  # fmt: skip
+    assert errors["residual"] < 0.9 * errors["codes"]
+
+
+def test_a_pissa_adapter_is_used_on_the_residual_again(make):
+    config = make(adapter__pissa=True, quantize__weights="int4", train__steps=3, optim__lr=1e-2)
+    after = luthier.finetune(config)["after"]["loss"]
+    assert luthier.evaluate(config)["loss"] == pytest.approx(after, rel=1e-6)
+
+
+def test_what_was_read_was_quantised_at_once(tmp_path):
+    """The peak of resident memory while a model of 300 MB is read in nf4 is far below it."""
+    script = f"""
+import resource, torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from luthier.config import ModelConfig, QuantizeConfig
+from luthier.models.load import build_model
+from luthier.quantize.loading import Quantization
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+asked = lambda: Quantization(QuantizeConfig(weights="nf4"))
+warm = ModelConfig(path={str(tmp_path / "small")!r})
+build_model(warm, seed=0, quantization=asked())  # packages and tables
+before = peak()
+model = build_model(ModelConfig(path={str(tmp_path / "large")!r}), seed=0, quantization=asked())
+print(peak() - before, sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20)
+"""
+    _llama(tmp_path / "small", 64, 1)
+    _llama(tmp_path / "large", 1024, 12)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    grown, stored = map(float, done.stdout.split())
+    size = (tmp_path / "large" / "model.safetensors").stat().st_size / 2**20
+    assert size > 300 and stored < size / 5
+    # the file is mapped, and the kernel may keep some of its pages
+    assert grown < stored + size / 3, (grown, stored, size)
+
+
+def _llama(folder: Path, width: int, layers: int) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": layers}
+    config = LlamaConfig(vocab_size=64, num_attention_heads=8, num_key_value_heads=4, **sizes)
+    LlamaForCausalLM(config).save_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"adapter__method": None, "adapter__rank": None}, "full fine-tuning of a quantised base"),
+        ({"quantize__block_size": 48}, "block sizes are 32"),
+        ({"quantize__weights": "int4", "quantize__block_size": 48}, "does not divide the 64 inputs"),
+        ({"quantize__modules": "embed_tokens"}, r"quantize.modules 'embed_tokens'.*\(Embedding\)"),
+        ({"quantize__modules": "q_prj"}, "did you mean 'q_proj'"),
+        ({"adapter__modules_to_save": ["q_proj"], "adapter__targets": "v_proj"}, "is quantised"),
+    ],
+)  # fmt: skip
+def test_refused_before_weights_are_read(make, tmp_path, monkeypatch, keys, said):
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
+    with pytest.raises(Refused, match=said):
+        luthier.finetune(make(**keys))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"quantize__weights": "nf5"}, "nf4"),
+        ({"quantize__weights": "none", "quantize__block_size": 64}, "quantize.weights=none"),
+        ({"quantize__modules": {"q_proj": "int3"}}, "name: one of none, nf4, fp4"),
+        ({"quantize__weights": "int8", "quantize__double_quant": True}, "double_quant=true"),
+    ],
+)
+def test_refused_by_the_config(make, keys, said):
+    with pytest.raises(Refused, match=said):
+        luthier.finetune(make(**keys))
+
+
+def test_weights_that_are_not_finite_are_named(make, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.nan
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(Refused, match=r"layers\.1\.mlp\.up_proj.*NaN"):
+        luthier.finetune(make())
+
+
+def test_load_names_a_wrong_scheme(tmp_path, model_folder):
+    with pytest.raises(Refused, match="nf4, fp4, int8 or int4"):
+        luthier.load(model_folder("llama"), quantize="4bit")
