@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.luthier-setup
 
-.PHONY: setup demo test test-all check docs wheel clean
+.PHONY: setup demo test test-all check docs support wheel clean
 
 setup: $(STAMP)
 
@@ -28,6 +28,10 @@ check: setup
 	$(BIN)/python scripts/reference.py --check
 
 docs: setup
+	$(BIN)/python scripts/reference.py
+
+support: setup
+	$(BIN)/python scripts/support.py
 	$(BIN)/python scripts/reference.py
 
 wheel: setup

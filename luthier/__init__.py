@@ -1,6 +1,6 @@
 """Luthier fine-tunes, compresses and serves large language models.
 
-`finetune, evaluate, predict, preview` take a config (a path, a mapping, a `RunConfig`), `merge` and
+`finetune, evaluate, predict, quantize_model, preview` take a config (a path, a mapping, a `RunConfig`), `merge` and
 `convert` take folders; each prints what the command prints and returns it. `load` gives a model for
 use in other programs. Names are imported on first use, so that `import luthier` costs nothing.
 """
@@ -16,6 +16,7 @@ _HOMES = {
     "finetune": "recipes",
     "evaluate": "use",
     "predict": "use",
+    "quantize_model": "compress",
     "preview": "use",
     "merge": "exchange",
     "convert": "exchange",
@@ -30,6 +31,7 @@ __all__ = [  # noqa: RUF022 - as a user meets them
     "finetune",
     "evaluate",
     "predict",
+    "quantize_model",
     "preview",
     "merge",
     "convert",
@@ -45,6 +47,7 @@ __all__ = [  # noqa: RUF022 - as a user meets them
 if TYPE_CHECKING:
     from luthier.adapters.several import Adapters as Adapters
     from luthier.api import load as load
+    from luthier.compress import quantize_model as quantize_model
     from luthier.config import RunConfig as RunConfig
     from luthier.errors import Failed as Failed
     from luthier.errors import LuthierError as LuthierError

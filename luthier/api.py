@@ -38,7 +38,7 @@ def load(
     options = {} if adapter is None else base_for_use(Path(adapter))
     config = ModelConfig.model_validate({"path": str(path), "dtype": name, **options})
     stored = _quantize_config(quantize)
-    model = build_model(config, seed=0, quantization=quantization_of(stored, adapter))
+    model = build_model(config, seed=0, quantization=quantization_of(stored, adapter, model=config))
     # for `Adapters`, which compares the base's hash when it loads one
     vars(model)[HOME] = (str(path), partial(fingerprint, path))
     if adapter is not None:

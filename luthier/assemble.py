@@ -32,16 +32,16 @@ from luthier.adapters import (
 from luthier.adapters.continuing import take_options
 from luthier.adapters.facts import check_made_alike, plain, read_adapter_config
 from luthier.adapters.store import load_adapter, load_tensors, save_adapter
-from luthier.bases import quantization_of, refuse_full_training
+from luthier.bases import quantization_of, refuse_training
 from luthier.batch import Batch
 from luthier.config import MINIMISED, AdapterConfig, RopeScaling, RunConfig
 from luthier.data.dataset import Dataset, LazyDataset, prepare
 from luthier.data.loader import Loader, evaluation_batches
 from luthier.errors import Refused
 from luthier.layers import count
-from luthier.models.attention import check_kernel
-from luthier.models.cpu_attention import why_torch
+from luthier.models.attention import check_kernel, why_torch
 from luthier.models.dropout import seed_dropout
+from luthier.models.families import untested
 from luthier.models.folder import find_folder, fingerprint, weight_files
 from luthier.models.load import (
     build_model,
@@ -58,6 +58,7 @@ from luthier.train.gates import check_first_gradients
 from luthier.train.master import LossScaler, MasterWeights
 from luthier.train.optim import make_optimizer
 from luthier.train.plan import Plan
+from luthier.train.router import router_loss
 from luthier.train.step import Updater
 
 # names under which the families of transformers say that they are mixtures of experts
@@ -81,9 +82,7 @@ class Built:
     num_layers: int | None = None
     init: str = "pretrained"
     scaling: RopeScaling | None = None
-    quantize: dict[str, Any] = field(
-        default_factory=dict
-    )  # the options that are not the usual ones
+    quantize: dict[str, Any] = field(default_factory=dict)  # options that are not the usual
     adapter: AdapterConfig | None = None
     remarks: list[str] = field(default_factory=list)
 
@@ -123,7 +122,7 @@ def check_training(config: RunConfig, text: Text) -> None:
     """Refuse what the model's folder and config tell before rows are tokenised and weights are read: a
     missing or broken shard, a kernel that does not fit the device, targets, rank."""
     code = config.model.trust_remote_code
-    refuse_full_training(config, config.adapter.path)
+    refuse_training(config, config.adapter.path)
     if config.model.init == "pretrained":
         weight_files(find_folder(config.model.path, code=code))
     check_kernel(config.model.attention, resolve_device(config.model.device), train=True)
@@ -133,7 +132,7 @@ def check_training(config: RunConfig, text: Text) -> None:
         return
     with torch.device("meta"), quiet():
         blueprint: Any = AutoModelForCausalLM.from_config(copy.deepcopy(text.model_config))
-    if (quantization := quantization_of(config.quantize, None)) is not None:
+    if (quantization := quantization_of(config.quantize, None, model=config.model)) is not None:
         quantization.convert(blueprint)
     if config.adapter.path is None:
         plan_of(blueprint, config.adapter)
@@ -167,7 +166,7 @@ def build(
     if adapter is not None:
         check_made_alike(Path(adapter), chosen.num_layers, chosen.rope_scaling)
     new = config.adapter if train else None
-    quantization = quantization_of(config.quantize, adapter, new, config.train.seed)
+    quantization = quantization_of(config.quantize, adapter, new, config.train.seed, model=chosen)
     model = build_model(chosen, seed=config.train.seed, train=train, quantization=quantization)
     built = Built(
         model, Stage(model), device, chosen.path, num_layers=chosen.num_layers, init=chosen.init
@@ -197,17 +196,16 @@ def build(
     elif train:
         model.requires_grad_(True)
     if built.adapter is not None:
-        limit = num_positions(model.config)
-        method = ADAPTERS[built.adapter.method]
+        method, limit = ADAPTERS[built.adapter.method], num_positions(model.config)
         method.check_length(built.adapter, config.data.reach, limit)
-    if train and chosen.attention == "auto":
-        built.remarks += why_torch(built.kernel, built.device, model.dtype)
     built.stage.autocast = None if chosen.autocast == "none" else getattr(torch, chosen.autocast)
     check_stage(built.stage)
+    built.remarks += untested(model.config.model_type)
     if train:
         add_noise(model, config.adapter, seed=config.train.seed)
         seed_dropout(model, config.train.seed)
         set_recompute(built.stage, config.train.recompute)
+        built.remarks += why_torch(built.kernel, built.device, model.dtype)
         if config.train.compile:
             compile_layers(built.stage)
         model.train()
@@ -360,8 +358,8 @@ def make_updater(config: RunConfig, built: Built) -> Updater:
         optimizer.register_step_post_hook(lambda *_: retract(built.model))
     expected = set(every)
     excused = {
-        f"{layer}.adapter.{name}".removeprefix(".")
-        for layer, adapter in adapters_of(built.model).items()
+        f"{adapter.path}.{name}"
+        for adapter in adapters_of(built.model).values()
         for name in adapter.zero_at_start | adapter.may_idle
     }
     return Updater(
@@ -372,6 +370,7 @@ def make_updater(config: RunConfig, built: Built) -> Updater:
         clip=config.optim.clip,
         gate=partial(check_first_gradients, built.model, expected, excused),
         device=built.device,
+        router=router_loss(built.model, config.train.router_loss),
     )
 
 
@@ -381,6 +380,7 @@ IDENTITY = {
     | {"packing", "lazy", "validation_share", "pose", "pose_window"},
     "adapter": None,
     "quantize": None,
+    "train": {"router_loss"},
     "optim": None,
 }
 

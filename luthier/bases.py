@@ -9,19 +9,33 @@ from torch import nn
 
 from luthier.adapters import plan_of
 from luthier.adapters.residual import FirstSplit, SavedSplit
-from luthier.config import AdapterConfig, QuantizeConfig, RunConfig
+from luthier.config import AdapterConfig, ModelConfig, QuantizeConfig, RunConfig
 from luthier.errors import Refused
 from luthier.layers import is_quantized
+from luthier.prequantized import prequantized
+from luthier.quantize.folders import Prequantized
 from luthier.quantize.loading import Quantization
 
 
-def refuse_full_training(config: RunConfig, adapter: str | None) -> None:
-    """Refuse to train a quantised base itself."""
-    if config.quantize.on and config.adapter.method == "none" and adapter is None:
+def refuse_training(config: RunConfig, adapter: str | None) -> None:
+    """Refuse what cannot be trained: a quantised base itself, and PiSSA on one that was quantised before."""
+    path, held = config.model.path, prequantized(config.model) is not None
+    if (held or config.quantize.on) and config.adapter.method == "none" and adapter is None:
+        found = (
+            f"'{path}', which is quantised"
+            if held
+            else f"quantize.weights={config.quantize.weights}"
+        )
         raise Refused(
             "full fine-tuning of a quantised base",
-            f"adapter.method=none with quantize.weights={config.quantize.weights}: codes cannot be trained",
-            "set adapter.method=lora (QLoRA), or leave quantize out",
+            f"adapter.method=none with {found}: codes cannot be trained",
+            "set adapter.method=lora (QLoRA), or take a base that is not quantised",
+        )
+    if held and config.adapter.pissa and adapter is None:
+        raise Refused(
+            f"adapter.pissa=true on '{path}'",
+            "it is quantised already: what the adapter takes out of a weight can no longer be subtracted",
+            "start from the model in its original precision, with quantize.weights",
         )
 
 
@@ -30,10 +44,16 @@ def quantization_of(
     adapter: str | Path | None,
     new: AdapterConfig | None = None,
     seed: int = 0,
-) -> Quantization | None:
-    """The quantisation of a base that the adapter in folder `adapter`, or a new one of options `new`, goes to."""
-    if not config.on:
-        return None
+    *,
+    model: ModelConfig,
+) -> Quantization | Prequantized | None:
+    """The quantisation of a base that the adapter in folder `adapter`, or a new one of options `new`, goes to.
+
+    `model` names the base, which may be a folder that is quantised already.
+    """
+    held = prequantized(model, config)
+    if held is not None or not config.on:
+        return held
     if adapter is not None:
         return Quantization(config, lambda _: SavedSplit(Path(adapter)))
     if new is None or not new.pissa:

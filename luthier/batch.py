@@ -120,13 +120,17 @@ class Layout:
         """Tokens of each document of `segments` that stand before its last answer: what a model is given
         when it is to generate that answer. The whole document where nothing is supervised. With two
         position axes the context and the token that opens the answer, which may be trained itself."""
-        if self.in_context is not None:
-            context = self.in_context.cpu()
-            counts = [(int(context[s.row, s.start : s.stop].sum()), s) for s in self.segments]
-            return tuple(min(count + 1, s.stop - s.start) for count, s in counts)
         if self.labels is None:
             return tuple(s.stop - s.start for s in self.segments)
         supervised = (self.labels != IGNORE).cpu()
+        if self.in_context is not None:
+            context = self.in_context.cpu()
+            counts = []
+            for s in self.segments:
+                trained = bool(supervised[s.row, s.start : s.stop].any())
+                size = int(context[s.row, s.start : s.stop].sum()) + 1
+                counts.append(min(size, s.stop - s.start) if trained else s.stop - s.start)
+            return tuple(counts)
         out = []
         for s in self.segments:
             marks = supervised[s.row, s.start : s.stop]

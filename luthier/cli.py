@@ -23,6 +23,7 @@ usage: luthier COMMAND ...
   finetune FILE [FILE] [section.key=value ...]   train, evaluate, save; FILE: YAML, JSON, PaddleNLP arguments
   evaluate FILE [...]                            loss, perplexity, accuracy (and BLEU/ROUGE) of the run's model
   predict  FILE [...]                            answer rows: JSON lines in, JSON lines out
+  quantize FILE [...]                            the base in few bits: a folder that transformers opens
   merge    BASE ADAPTER OUT                      fold an adapter into its base, checked before it is published
   show     FILE [...]                            the resolved config and where each value comes from
   preview  FILE [...] [--rows N]                 rows as coloured tokens: what is trained and what is not
@@ -90,7 +91,7 @@ def _run(words: list[str]) -> int:
     return 0
 
 
-def _config(name: str, words: list[str]) -> Any:
+def _config(name: str, words: list[str], defaults: dict[str, Any] | None = None) -> Any:
     from luthier.interop.read import read_config, split_words
 
     files, overrides = split_words(words)
@@ -98,7 +99,7 @@ def _config(name: str, words: list[str]) -> Any:
         raise Refused(
             f"luthier {name}", "no FILE was given", f"luthier {name} run.yaml; see luthier example"
         )
-    return read_config(files, overrides)
+    return read_config(files, overrides, defaults)
 
 
 def _take_option(words: list[str], option: str, default: int) -> tuple[int, list[str]]:
@@ -132,6 +133,13 @@ def evaluate(words: list[str]) -> None:
 def predict(words: list[str]) -> None:
     resolved = _config("predict", words)
     from luthier.use import predict as run
+
+    run(resolved)
+
+
+def quantize(words: list[str]) -> None:
+    resolved = _config("quantize", words, {"data.path": "none"})  # it reads no rows
+    from luthier.compress import quantize_model as run
 
     run(resolved)
 
@@ -280,6 +288,7 @@ COMMANDS: dict[str, Command] = {
     "finetune": finetune,
     "evaluate": evaluate,
     "predict": predict,
+    "quantize": quantize,
     "merge": merge,
     "show": show,
     "preview": preview,

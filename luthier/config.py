@@ -115,6 +115,15 @@ class DataConfig(Section):
         description="Chat template: `auto` (the tokenizer's, else none), `none`, or a file: Jinja, or "
         "PaddleNLP's chat_template.json.",
     )
+    supervise: Literal["answers", "turns"] = Field(
+        "answers",
+        description="What is trained: every answer with its end token, or (`turns`, ChatML tokenizers) also the "
+        "tokens that open and close every message, as Qwen's own fine-tuning code.",
+    )
+    blanks: Literal["none", "spans", "sentences", "rest", "mixed"] = Field(
+        "none",
+        description="What GLM fills in rows of text: the whole text, spans of a few tokens ([MASK]), sentences ([sMASK]), the end ([gMASK]), or one of the three by chance.",
+    )
     length: Annotated[int, Field(ge=2)] = Field(
         2048, description="Longest row in tokens, prompt and answer; also the size of a packed row."
     )
@@ -204,6 +213,11 @@ class TrainConfig(Section):
         "its matrix products (`selective`).",
     )
     compile: bool = Field(False, description="Compile the layers with torch.compile.")
+    router_loss: Annotated[float, Field(ge=0)] | None = Field(
+        None,
+        description="Mixtures of experts: weight of the loss that balances the experts. Default: "
+        "`router_aux_loss_coef` of config.json where its `output_router_logits` is true, else 0.",
+    )
     seed: Annotated[int, Field(ge=0)] = Field(
         42, description="Order of rows, dropout, initial values."
     )

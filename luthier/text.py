@@ -36,10 +36,11 @@ def open_text(config: RunConfig, path: str | None = None) -> Text:
         remarks = scale(model_config, config.model.rope_scaling)
     tokenizer = load_tokenizer(where, trust_remote_code=remote)
     if tokenizer is None:
+        file, origin = getattr(model_config, "vocabulary", ("", ""))
         raise Refused(
             f"the tokenizer of '{where}'",
-            "the folder has no tokenizer files (tokenizer.json, tokenizer.model, ...)",
-            "copy those of the model into it",
+            f"the folder has no {file or 'tokenizer files (tokenizer.json, tokenizer.model, ...)'}",
+            f"copy it from {origin} into it" if file else "copy those of the model into it",
         )
     check_tokenizer(tokenizer, model_config)
     data = config.data
@@ -49,6 +50,8 @@ def open_text(config: RunConfig, path: str | None = None) -> Text:
         length=data.length,
         source_length=data.source_length,
         overlong=data.overlong,
+        supervise=data.supervise,
+        blanks=data.blanks,
         stop_ids=_model_stops(find_folder(where, code=remote)),
     )
     renderer.notes += tuple(remarks)

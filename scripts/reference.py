@@ -1,8 +1,9 @@
 """Make what the docs take from code and results files.
 
+README and docs/reference/families.md: the support table of tests/conformance/results.json.
 docs/reference: config.md and config.schema.json from luthier/config.py, paddlenlp.md from its table. The
-tables in docs/tasks/packing.md, adapters.md and long-documents.md from benchmarks/packing, methods and
-attention_cost. `--check` writes nothing and fails when a file
+tables in docs/tasks/packing.md, adapters.md, quantize.md and long-documents.md from benchmarks/packing, methods,
+quantize and attention_cost. `--check` writes nothing and fails when a file
 is not what the code says; CI runs that.
 """
 
@@ -33,6 +34,43 @@ METHOD_MARKS = (
     "<!-- methods table: python scripts/reference.py -->",
     "<!-- end of methods table -->",
 )
+QUANTISING = ROOT / "docs" / "tasks" / "quantize.md"
+QUANTISED = ROOT / "benchmarks" / "quantize" / "results"
+QUANTISE_MARKS = (
+    "<!-- quantise table: python scripts/reference.py -->",
+    "<!-- end of quantise table -->",
+)
+README = ROOT / "README.md"
+SUPPORT = ROOT / "tests" / "conformance" / "results.json"
+SUPPORT_MARKS = (
+    "<!-- support table: python scripts/reference.py -->",
+    "<!-- end of support table -->",
+)
+# column -> the checks of tests/conformance that it needs
+COLUMNS = {
+    "full": ("packed", "padded", "recomputed", "saved", "full_run"),
+    "LoRA": ("lora_gradients", "lora_run", "lora", "dora", "pissa", "mixer"),
+    "other adapters": (
+        "mora",
+        "vera",
+        "lokr",
+        "ia3",
+        "reft",
+        "mora_type1",
+        "vera_paddlenlp",
+        "lokr_both",
+        "reft_tiny",
+    ),
+    "prefix, prompt": ("prefix", "prompt", "prefix_network"),
+    "generation": ("generation",),
+}
+FAMILIES = """\
+# Families
+
+Made by `scripts/reference.py` from `tests/conformance/results.json`, which `make support` writes; do not edit. Each
+row is a tiny random model, each cell what became of the checks of `tests/conformance` that are named below.
+
+"""
 MARKS = ("<!-- packing table: python scripts/reference.py -->", "<!-- end of packing table -->")
 SETS = {"advertisegen": "AdvertiseGen", "alpaca": "Alpaca demo"}
 HEAD = """\
@@ -113,11 +151,77 @@ def packing() -> str:
     return _between(PACKING, MARKS, [_padding(path) for path in sorted(RESULTS.glob("*.json"))])
 
 
+def support() -> str:
+    """A row a family, a column a capability, from the results of the conformance suite."""
+    found = json.loads(SUPPORT.read_text("utf-8"))
+    lines = [f"| family | {' | '.join(COLUMNS)} |", "|---" * (1 + len(COLUMNS)) + "|"]
+    for name, checks in found["families"].items():
+        cells = []
+        for needed in COLUMNS.values():
+            failed = [check for check in needed if checks.get(check) != "passed"]
+            cells.append("yes" if not failed else f"no: {', '.join(failed)}")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
+    return "\n".join([*lines, "", f"Measured with {versions}."]) + "\n"
+
+
+def families() -> str:
+    """The page of the families: the table, and what its columns need."""
+    needs = [f"- {name}: {_listed(checks)}" for name, checks in COLUMNS.items()]
+    return FAMILIES + support() + "\n## Checks\n\n" + "\n".join(needs) + "\n"
+
+
 def adapters() -> str:
     """The page with the tables of the methods' learning and speed between its marks."""
     tables = [_learning(path) for path in sorted(METHODS.glob("learning-*.json"))]
     tables += [_speed(path) for path in sorted(METHODS.glob("speed-*.json"))]
     return _between(ADAPTERS, METHOD_MARKS, tables)
+
+
+def quantising() -> str:
+    """The page with the tables of what each quantised form costs between its marks."""
+    tables = [_quality(path) for path in sorted(QUANTISED.glob("quality-*.json"))]
+    tables += [_errors(path) for path in sorted(QUANTISED.glob("cpu.json"))]
+    return _between(QUANTISING, QUANTISE_MARKS, tables)
+
+
+def _quality(path: Path) -> str:
+    found = json.loads(path.read_text("utf-8"))
+    table, config = found["tables"]["quality"], found["config"]
+    lines = [
+        "| form | bits | error | perplexity, Alpaca | perplexity, C4 |",
+        "|---|---|---|---|---|",
+    ]
+    for r in table:
+        bits = "" if r["form"] == "none" else f"{r['bits']:.2f}"
+        error = "" if r["form"] == "none" else f"{r['error']:.2%}"
+        name = "the model itself" if r["form"] == "none" else r["form"]
+        lines.append(f"| {name} | {bits} | {error} | {r['alpaca']:.3f} | {r['c4']:.3f} |")
+    lines += [
+        "",
+        f"{config['quality']} in float32, the last {config['rows']} rows of each [data set](data-sets.md) cut at "
+        f"{config['length']} tokens: {table[0]['alpaca_tokens']:,} tokens of answers and {table[0]['c4_tokens']:,} of "
+        f"documents, the same for all. A small sample: it orders forms that lie far apart. Bits per weight with scales; "
+        f"error of the model's weights, relative Frobenius norm. `benchmarks/quantize/results/{path.name}`.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _errors(path: Path) -> str:
+    found = json.loads(path.read_text("utf-8"))
+    table = found["tables"]["error"]
+    kinds = [key for key in table[0] if key not in ("form", "bits")]
+    lines = [f"| form | bits | {' | '.join(kinds)} |", "|---" * (2 + len(kinds)) + "|"]
+    for r in table:
+        lines.append(
+            f"| {r['form']} | {r['bits']:.2f} | {' | '.join(f'{r[k]:.2%}' for k in kinds)} |"
+        )
+    lines += [
+        "",
+        "Error of fixed random matrices [1024, 1024] by how their numbers are distributed; "
+        f"`benchmarks/quantize/results/{path.name}`.",
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def long_documents() -> str:
@@ -239,6 +343,9 @@ def main() -> int:
         FOLDER / "paddlenlp.md": arguments(),
         PACKING: packing(),
         ADAPTERS: adapters(),
+        QUANTISING: quantising(),
+        README: _between(README, SUPPORT_MARKS, [support()]),
+        FOLDER / "families.md": families(),
         LONG: long_documents(),
         FOLDER / "config.schema.json": json.dumps(json_schema(), indent=2) + "\n",
     }

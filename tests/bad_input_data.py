@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from bad_input_scene import GOOD, LONG, Scene, case, override
@@ -246,3 +247,45 @@ def _without_hash(s: Scene) -> Path:
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copy(s.run / name, folder / name)
     return folder
+
+
+# ---- checkpoints that do not fit their config
+
+
+def _retensored(s: Scene, change: Any) -> list[str]:
+    """The model with its tensors changed."""
+    model = s.spoiled_model()
+    tensors = load_file(model / "model.safetensors")
+    change(tensors)
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    return s.finetune(model__path=str(model))
+
+
+@case("1 missing: model.layers.1.mlp.up_proj.weight", "config.json")
+def weights_with_a_missing_tensor(s: Scene) -> list[str]:
+    return _retensored(s, lambda t: t.pop("model.layers.1.mlp.up_proj.weight"))
+
+
+@case("1 unexpected: model.layers.9.extra.weight")
+def weights_with_an_unexpected_tensor(s: Scene) -> list[str]:
+    return _retensored(s, lambda t: t.update({"model.layers.9.extra.weight": torch.zeros(2)}))
+
+
+@case("1 of another shape: model.norm.weight")
+def weights_of_another_shape(s: Scene) -> list[str]:
+    return _retensored(s, lambda t: t.update({"model.norm.weight": torch.ones(7)}))
+
+
+@case("'gptj'", "attention interface", "deepseek_v3")
+def family_without_support(s: Scene) -> list[str]:
+    model = s.spoiled_model()
+    (model / "config.json").write_text(json.dumps({"model_type": "gptj", "vocab_size": 320}))
+    return s.finetune(model__path=str(model))
+
+
+@case("Python code", "model.trust_remote_code=true")
+def family_of_remote_code(s: Scene) -> list[str]:
+    model = s.spoiled_model()
+    config = {"model_type": "mine", "auto_map": {"AutoModelForCausalLM": "mine.Mine"}}
+    (model / "config.json").write_text(json.dumps(config))
+    return s.finetune(model__path=str(model))

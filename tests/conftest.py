@@ -1,4 +1,4 @@
-"""Shared fixtures: tiny random models of eight families, their folders, a tiny tokenizer, random batches.
+"""Shared fixtures: tiny random models, their folders, a tiny tokenizer, random batches.
 
 The models are built in code from seeds. Weights are larger than a real initialisation's, and biases and
 norms are random too, so that attention is far from uniform and every parameter matters to the result.
@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_families import VOCAB, config_keys, model_type
 
 from luthier.batch import IGNORE, PADDING, Batch
 from luthier.seeding import generator
 
 torch.set_num_threads(1)  # on tensors this small more threads only cost
 
-VOCAB = 320  # above the tokenizer's 286: a padded vocabulary is the normal case
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gpt2", "opt", "bloom")
 
 CHAT_TEMPLATE = (
@@ -28,68 +28,6 @@ CHAT_TEMPLATE = (
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-
-_DECODER = {
-    "vocab_size": VOCAB,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.1,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
-# what differs from `_DECODER`; windows are shorter than the documents, softcaps bite
-_FAMILY: dict[str, dict[str, Any]] = {
-    "llama": {"tie_word_embeddings": False},
-    "qwen2": {"tie_word_embeddings": True},
-    "qwen3": {"tie_word_embeddings": False},
-    "mistral": {"sliding_window": 4, "tie_word_embeddings": False},
-    "gemma2": {
-        "sliding_window": 4,
-        "query_pre_attn_scalar": 16,
-        "attn_logit_softcapping": 2.0,
-        "final_logit_softcapping": 3.0,
-    },
-    "gpt2": {
-        "vocab_size": VOCAB,
-        "n_embd": 64,
-        "n_layer": 2,
-        "n_head": 4,
-        "n_positions": 256,
-        "initializer_range": 0.1,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
-    },
-    "opt": {
-        "vocab_size": VOCAB,
-        "hidden_size": 64,
-        "word_embed_proj_dim": 64,
-        "ffn_dim": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 256,
-        "init_std": 0.1,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
-    },
-    "bloom": {
-        "vocab_size": VOCAB,
-        "hidden_size": 72,
-        "n_layer": 2,
-        "n_head": 6,  # no power of two: the slopes of ALiBi come from two series
-        "initializer_range": 0.1,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
-    },
-}
 
 
 def tiny_model_(
@@ -111,21 +49,19 @@ def tiny_model_(
 
     import luthier.models.attention
 
-    base = {} if family in ("gpt2", "opt", "bloom") else _DECODER
-    rates = {
-        "gpt2": ("resid_pdrop", "embd_pdrop", "attn_pdrop"),
-        "opt": ("dropout",),
-        "bloom": ("hidden_dropout",),
-    }
-    drops = {name: dropout for name in (*rates.get(family, ()), "attention_dropout")}
-    config = AutoConfig.for_model(family, **{**base, **_FAMILY[family], **drops, **overrides})
+    keys = {**config_keys(family, dropout), **overrides}
+    config = AutoConfig.for_model(model_type(family), **keys)
     with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # some vectors (attention sinks) are drawn
         model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     with torch.no_grad():
         for name, p in model.named_parameters():
             noise = torch.randn(p.shape, generator=generator(seed, name))
             # norms and biases stay near their initial 1 or 0; matrices are wide enough to matter
             p.data = ((p if p.ndim == 1 else 0.0) + 0.1 * noise).to(dtype)
+        for name, b in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):  # as trained: it decides who is an expert
+                b.copy_(0.1 * torch.randn(b.shape, generator=generator(seed, name)))
     if attention == "luthier":
         luthier.models.attention.install(model, "auto")
     return model.eval()

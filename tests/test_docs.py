@@ -17,26 +17,29 @@ import runpy
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 
 from luthier.cli import main
 from luthier.configfile import from_mapping
 from luthier.configkeys import KEYS, SECTIONS
 from luthier.interop.read import read_config
-from luthier.models.families import TESTED
-from tests.conftest import FAMILIES
+from tests.zoo_folders import zoo_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 MODELS = ("HuggingFaceTB/SmolLM2-135M-Instruct", "HuggingFaceTB/SmolLM2-135M")
+OWN = {
+    "THUDM/chatglm3-6b": "chatglm2",
+    "THUDM/glm-large-chinese": "glm_legacy",
+    "Qwen/Qwen-7B-Chat": "qwen",
+}
 
 NOT_RUN = {  # beginnings of commands that are not run here, and why
     "make ": "it makes an environment of its own; CI runs `make test`, `make demo` is the demo",
@@ -66,6 +69,8 @@ def models(tmp_path_factory: pytest.TempPathFactory, tiny_model: Any, tiny_token
     first = folder / MODELS[0]
     save_model(tiny_model("llama", max_position_embeddings=8192), first, tiny_tokenizer())
     shutil.copytree(first, folder / MODELS[1])
+    for name, family in OWN.items():
+        zoo_folder(family, folder / name, positions=2048, roles=name.endswith("chatglm3-6b"))
     return folder
 
 
@@ -288,67 +293,6 @@ def test_every_example_reads_and_runs(sandbox: Path) -> None:
         job = "predict" if name == "predict" else "finetune"
         code, output = execute(["luthier", job, "run.yaml", *quick])
         assert code == 0, f"{name}: {output}"
-
-
-SUPPORT = re.compile(r"^\| (.+?) \|(?: (?:yes|by name) \|){5}$", re.M)
-BY_NAME = {"qwen2_moe": ["adapter.targets=[q_proj, v_proj]"]}  # not every linear layer has room
-
-
-def test_the_support_table_names_the_tested_families() -> None:
-    listed = [
-        re.sub(r"\W", "", name.lower())
-        for row in SUPPORT.finditer((ROOT / "README.md").read_text("utf-8"))
-        for name in row[1].split(",")
-    ]
-    assert sorted(listed) == sorted(family.replace("_", "") for family in TESTED)
-
-
-@pytest.mark.parametrize(
-    "family",
-    [pytest.param(f, marks=() if f in FAMILIES else pytest.mark.long) for f in TESTED],
-)
-def test_each_cell_of_the_support_table(
-    family: str, tiny_tokenizer: Any, model_folder: Callable[[str], Path], sandbox: Path
-) -> None:
-    """Full fine-tuning, LoRA, packing, generation and merging, each once from the command line."""
-    if family in FAMILIES:
-        base = str(model_folder(family))
-    else:
-        base = random_model(family, tiny_tokenizer())
-    write_lines(Path("data/train.json"), [{"src": src, "tgt": tgt} for src, tgt in PAIRS[:8]])
-    words = [f"model.path={base}", "model.dtype=float32", "data.path=data", "data.length=128"]
-    words += ["train.steps=1", "train.batch=2", "evaluate.every=never", "checkpoint.every=never"]
-    words += ["log.sinks=[]", "log.progress=none"]
-    lora = ["adapter.method=lora", "adapter.rank=2", *BY_NAME.get(family, ())]
-    asking = ["predict.input=questions.jsonl", "evaluate.max_new_tokens=2"]
-    for command in (
-        ["finetune", *words, "output=full"],
-        ["finetune", *words, *lora, "output=lora"],
-        ["predict", *words, *asking, "output=lora"],
-        ["merge", base, "lora", "merged"],
-    ):
-        code, output = execute(["luthier", *command])
-        assert code == 0, f"{command}\n{output}"
-    ledger = json.loads(Path("lora/ledger.json").read_text())["train"]
-    assert ledger["packing"]["rows"] < ledger["examples"]  # documents shared rows
-    assert "documents compared bit by bit" in Path("lora/report.html").read_text()
-
-
-def random_model(family: str, tokenizer: Any) -> str:
-    """A folder with a tiny model of a family that conftest.py has no builder for."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from luthier.models.load import save_model
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "tests/models"))
-        from test_families import BASE, FAMILIES  # pyright: ignore[reportMissingImports]
-    config = AutoConfig.for_model(family, **{**BASE, **FAMILIES[family]})
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config)
-    save_model(model, Path(family), tokenizer)
-    return family
 
 
 NOT_KEYS = {"adapter.rang"}  # shown as refused

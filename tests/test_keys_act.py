@@ -31,6 +31,7 @@ from luthier.recipes import finetune
 from luthier.train.metrics import read_metrics
 from luthier.train.schedules import make_schedule
 from luthier.use import predict
+from tests.zoo_folders import zoo_folder
 
 Tree = dict[str, Any]
 Probe = Callable[[Tree], Any]
@@ -193,6 +194,8 @@ TABLE = [
     Row("data.format", "text", data, {"data__path": "TWO_FORMATS"}),
     Row("data.columns", {"src": "q", "tgt": "a"}, data, {"data__path": "RENAMED"}),
     Row("data.template", "none", data),
+    Row("data.supervise", "turns", data, {"model__path": "QWEN", "data__length": 256}),
+    Row("data.blanks", "rest", data, {"model__path": "GLM", "data__path": "TEXTS"}),
     Row("data.length", 64, data),
     Row("data.source_length", 4, data, {"data__template": "none"}),
     Row("data.overlong", "drop", data, {"data__length": 64}),
@@ -335,6 +338,9 @@ class World:
             "TWO_FORMATS": root / "two.json",
             "RENAMED": root / "renamed.json",
             "ADAPTER": root / "adapter",
+            "QWEN": zoo_folder("qwen", root / "qwen"),
+            "GLM": zoo_folder("glm_legacy", root / "glm"),
+            "TEXTS": write_rows(root / "texts.json", [{"text": "the box. seven apples"}] * 9),
         }
         save_model(tiny_model_("llama", seed=1), root / "model", tiny_tokenizer_())
         save_model(tiny_model_("llama"), root / "remote", tiny_tokenizer_())

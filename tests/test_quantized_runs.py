@@ -95,7 +95,7 @@ def test_pissa_quantises_the_residual(model_folder):
     errors = {}
     for case, asked in {
         "codes": Quantization(stored),
-        "residual": quantization_of(stored, None, options, 7),
+        "residual": quantization_of(stored, None, options, 7, model=ModelConfig(path=str(folder))),
     }.items():
         model = build_model(ModelConfig(path=str(folder)), seed=0, quantization=asked)
         adapters = luthier.adapters.attach(model, options, seed=7)

@@ -3,6 +3,7 @@
 Errors are relative Frobenius norms on fixed random matrices. Rates are of the linear layers of a 1B
 Llama. Products are timed forward and backward (gradient of the input) in bfloat16 against a dense layer
 of the same shape, and against bitsandbytes' Linear4bit where it is installed, in turns. Nothing is downloaded.
+`--quality MODEL` measures a real model's perplexity instead (quality.py).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.quantize.quality import quality
 from luthier.files import write_json
 from luthier.quantize import QuantizedLinear, dequantize, make_spec, quantize
 from luthier.seeding import generator
@@ -205,11 +207,26 @@ def main() -> None:
     parser.add_argument("--gpu", action="store_true")
     parser.add_argument("--threads", type=int, default=2, help="on CPU (default: 2)")
     parser.add_argument("--repeats", type=int, default=3, help="of each product (default: 3)")
+    parser.add_argument("--quality", metavar="MODEL", help="a model folder or hub name")
+    parser.add_argument("--name", help="what to call the model in the results")
+    parser.add_argument("--rows", type=int, default=24, help="of each data set (default: 24)")
+    parser.add_argument("--length", type=int, default=256, help="of a row in tokens (default: 256)")
     args = parser.parse_args()
     device = torch.device("cuda" if args.gpu else "cpu")
     torch.set_num_threads(args.threads)
     logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)  # it reports optional kernels
     RESULTS.mkdir(exist_ok=True)
+    if args.quality:
+        source, args.quality = args.quality, args.name or Path(args.quality).name
+        path = RESULTS / f"quality-{args.quality}.json"
+        quality(
+            source,
+            args.rows,
+            args.length,
+            lambda table: write_json(path, {**_about(args, device), "tables": {"quality": table}}),
+        )
+        print(path)
+        return
     path = RESULTS / f"{device.type}.json"
     tables: dict[str, Any] = {}
     times = partial(products, repeats=args.repeats)

@@ -28,6 +28,7 @@ from luthier.config import AdapterConfig
 from luthier.errors import Failed, Refused
 from luthier.layers import dense_weight, features, is_double, is_linear, is_transposed
 from luthier.registry import Registry
+from luthier.stacks import linear_of
 
 ADAPTERS: Registry[type[Adapter]] = Registry("adapter method")
 
@@ -81,6 +82,9 @@ class Adapter(nn.Module):
     """Parameters whose gradient is zero at the first step (LoRA's A while B is zero). A form or option may
     set it on the instance."""
 
+    stacked: int = 0
+    """Of an adapter on fused experts (`experts.py`): their number; its tensors have it as their first axis."""
+
     may_idle: frozenset[str] = frozenset()
     """Parameters that the loss may not depend on at all (an edit of early tokens in the last layer)."""
 
@@ -89,6 +93,13 @@ class Adapter(nn.Module):
         super().__init__()
         self.config, self.name, self.seed = config, name, seed
         self.handles: list[Removable] = []
+
+    @property
+    def path(self) -> str:
+        """Where it is in the model: below its layer, or below the module that has its stack."""
+        owner, _, stack = self.name.rpartition(".")
+        path = f"{owner}.adapter.{stack}" if self.stacked else f"{self.name}.adapter"
+        return path.removeprefix(".")
 
     @classmethod
     def plan(cls, model: nn.Module, config: AdapterConfig) -> dict[str, AdapterConfig]:
@@ -282,7 +293,7 @@ class Additive(Adapter):
 def check_rank(model: nn.Module, plan: Mapping[str, AdapterConfig]) -> None:
     """Refuse a rank above that of a layer's weight."""
     for name, config in plan.items():
-        num_in, num_out = features(model.get_submodule(name))
+        num_in, num_out = features(linear_of(model, name))
         if config.rank > min(num_in, num_out):
             raise Refused(
                 f"adapter.rank={config.rank}",

@@ -89,7 +89,7 @@ def watch_calls(model: nn.Module) -> list[Removable]:
 
 
 def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
-    mask = kwargs.get("attention_mask")
+    mask = _real(model, kwargs.get("attention_mask"))
     config = kwargs.get("generation_config") or model.generation_config
     chunk = kwargs.get("prefill_chunk_size") or getattr(config, "prefill_chunk_size", None)
     if chunk and mask is None:
@@ -114,7 +114,7 @@ def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     num_rows, width = (given["inputs_embeds"] if tokens is None else tokens).shape[:2]
     cache = given.get("past_key_values")
     past = 0 if cache is None else int(cache.get_seq_length())
-    mask = given.get("attention_mask")
+    mask = _real(module, given.get("attention_mask"))
     if mask is None and past == 0:
         _refuse_packed(given.get("position_ids"))
     generation = _generation.get()
@@ -143,6 +143,12 @@ def _leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         _call.set(call.outer)
 
 
+def _real(module: nn.Module, mask: Any) -> Any:
+    """The mask [B, T] of real tokens, of families whose own masks are [B, 1, S, T] and which can tell it."""
+    tell = getattr(module, "real_tokens", None)
+    return tell(mask) if tell is not None and getattr(mask, "ndim", 2) == 4 else mask
+
+
 def _spans(mask: Tensor | None, num_rows: int, stop: int) -> list[tuple[int, int]]:
     """First real token of each row and the number of tokens from there to the last real one before `stop`."""
     if mask is None:
@@ -164,6 +170,8 @@ def _spans(mask: Tensor | None, num_rows: int, stop: int) -> list[tuple[int, int
 
 def _refuse_packed(position_ids: Tensor | None) -> None:
     """transformers takes positions that restart for packed documents, whose prompts nobody can tell here."""
+    if position_ids is not None and position_ids.ndim == 3:
+        position_ids = position_ids[:, 1]  # the other axis goes back to the blank
     if position_ids is not None and bool((position_ids.diff(dim=-1) < 0).any()):
         raise Refused(
             "finding the prompts' first and last tokens",

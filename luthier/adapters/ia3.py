@@ -74,6 +74,8 @@ class IA3(Adapter):
     def connect(cls, model: nn.Module, adapters: Mapping[str, Adapter]) -> list[Removable]:
         handles: list[Removable] = []
         for name, adapter in adapters.items():
+            if adapter.stacked:  # its matrices are folded on the fly
+                continue
             layer = model.get_submodule(name)
             if fused(layer):
                 handles.append(Placed(layer, "forward", MethodType(_forward, layer)))

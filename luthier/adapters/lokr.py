@@ -22,6 +22,7 @@ from luthier.adapters.targets import pattern_value
 from luthier.config import AdapterConfig
 from luthier.errors import Refused
 from luthier.layers import features
+from luthier.stacks import linear_of
 
 _READ = {"r", "alpha", "rank_pattern", "alpha_pattern", "decompose_both", "decompose_factor"}
 _READ |= {"form", "peft_type", "base_model_name_or_path", "modules_to_save"}
@@ -76,7 +77,7 @@ class LoKr(Additive):
         if config.factor == -1:
             return plan
         for name in plan:
-            num_in, num_out = features(model.get_submodule(name))
+            num_in, num_out = features(linear_of(model, name))
             if config.factor < 1 or num_in % config.factor or num_out % config.factor:
                 near = near_divisors(math.gcd(num_in, num_out), config.factor)
                 raise Refused(

@@ -138,8 +138,9 @@ class LoRA(Additive):
         if not self.config.dora:
             return folded
         axis = 0 if self.transposed else 1
-        magnitude = self.get_parameter(MAGNITUDE).to(folded.dtype)
-        gain = _excess(magnitude, folded.norm(dim=axis)).unsqueeze(axis)
+        magnitude = getattr(self, MAGNITUDE).to(folded.dtype)
+        # a constant to the gradient, where a stack is folded on the fly
+        gain = _excess(magnitude, folded.detach().norm(dim=axis)).unsqueeze(axis)
         return torch.addcmul(folded, folded, gain)
 
     def initialise(self, layer: nn.Module, generator: torch.Generator) -> None:

@@ -23,6 +23,7 @@ from luthier.adapters.targets import pattern_value
 from luthier.config import AdapterConfig
 from luthier.errors import Refused
 from luthier.layers import features
+from luthier.stacks import linear_of
 
 ROTATED = ("type6", "paddlenlp")
 BASE = 10000.0  # of the rotation's angles
@@ -60,7 +61,7 @@ class MoRA(Additive):
         plan = super().plan(model, config)
         check_rank(model, plan)
         for name, each in plan.items():
-            num_in, num_out = features(model.get_submodule(name))
+            num_in, num_out = features(linear_of(model, name))
             size = square(num_in, num_out, each.rank, each.form_)
             grouped = {"type2": min(num_in, num_out), "type3": num_in, "type4": num_out}
             most = grouped.get(each.form_, size)

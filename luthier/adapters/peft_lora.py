@@ -26,14 +26,20 @@ _READ |= {"use_dora", "init_lora_weights", "peft_type", "base_model_name_or_path
 _READ |= {"modules_to_save", "bias"}
 _INERT = {
     *("task_type", "inference_mode", "revision", "auto_mapping", "peft_version", "megatron_core"),
-    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *(
+        "target_modules",
+        "target_parameters",
+        "exclude_modules",
+        "layers_to_transform",
+        "layers_pattern",
+    ),
     *("fan_in_fan_out", "qalora_group_size", "runtime_config", "ensure_weight_tying"),
     *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),
 }
 _UNSUPPORTED = {
     *("lora_bias", "use_qalora", "use_bdlora", "layer_replication", "kasa_config"),
     *("trainable_token_indices", "alora_invocation_tokens", "arrow_config", "megatron_config"),
-    *("velora_config", "monteclora_config", "target_parameters"),
+    *("velora_config", "monteclora_config"),
 }
 # initialisations that leave the base as it is; the others (pissa, olora, ...) subtract from it
 _INITS = (True, False, "gaussian", "eva", "orthogonal")

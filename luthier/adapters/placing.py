@@ -13,12 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from luthier import seeding
+from luthier.adapters import experts
 from luthier.adapters.base import ADAPTERS, Adapter, Additive, Removable, wide
 from luthier.adapters.fused import fused, install_fused
 from luthier.adapters.targets import select_whole
 from luthier.config import GENERAL, AdapterConfig
 from luthier.errors import Refused
 from luthier.layers import dense_weight, head_name, is_quantized, is_transposed
+from luthier.stacks import stacks_of
 
 COMMON = frozenset({"layers", "modules_to_save", "form"}) | GENERAL  # keys of every method
 _STATE = "luthier_adapted"  # attribute of a model that carries adapters
@@ -62,14 +64,24 @@ def plan_of(model: nn.Module, config: AdapterConfig) -> dict[str, AdapterConfig]
             "it sees the supervised tokens of all rows together",
             "set adapter.dropout=0, or leave it out of adapter.targets",
         )
+    stacks = sorted(plan.keys() & set(stacks_of(model)))
+    if config.dropout and stacks:
+        raise Refused(
+            f"adapter.dropout={config.dropout} on the experts '{stacks[0]}'",
+            "tokens come to an expert regrouped, and no row of the batch decides what is dropped there",
+            "set adapter.dropout=0, or name adapter.targets without the experts",
+        )
     select_whole(model, config.modules_to_save, plan)
     return plan
 
 
 def build(model: nn.Module, plan: Mapping[str, AdapterConfig], *, seed: int) -> dict[str, Adapter]:
     """Adapters for the layers of `plan`, not yet on the model and without values."""
+    stacks = set(stacks_of(model))
     adapters = {
-        name: ADAPTERS[config.method](model.get_submodule(name), config, name=name, seed=seed)
+        name: experts.make(ADAPTERS[config.method], model, name, config, seed)
+        if name in stacks
+        else ADAPTERS[config.method](model.get_submodule(name), config, name=name, seed=seed)
         for name, config in plan.items()
     }
     for adapter in list(adapters.values())[:1]:
@@ -92,7 +104,11 @@ def install(model: nn.Module, adapters: Mapping[str, Adapter], whole: Collection
     kept = {n: p.detach().clone() for n, p in model.named_parameters() if id(p) in chosen}
     for name in kept:
         model.get_parameter(name).requires_grad_(True)
+    stacks = {name: adapter for name, adapter in adapters.items() if adapter.stacked}
+    handles = _install_stacks(model, stacks)
     for name, adapter in adapters.items():
+        if adapter.stacked:
+            continue
         layer = model.get_submodule(name)
         layer.adapter = adapter.train(layer.training)
         kind = type(adapter)
@@ -102,14 +118,26 @@ def install(model: nn.Module, adapters: Mapping[str, Adapter], whole: Collection
             adapter.handles.append(install_fused(layer))
         elif kind.after is not Adapter.after:
             adapter.handles.append(layer.register_forward_hook(_after))
-    handles = next(iter(adapters.values())).connect(model, adapters) if adapters else []
+    handles += next(iter(adapters.values())).connect(model, adapters) if adapters else []
     setattr(model, _STATE, Adapted(handles, kept))
+
+
+def _install_stacks(model: nn.Module, adapters: Mapping[str, Adapter]) -> list[Removable]:
+    """Put the adapters of fused experts on the modules that hold these."""
+    owners: dict[str, dict[str, Adapter]] = {}
+    for name, adapter in adapters.items():
+        owner, _, stack = name.rpartition(".")
+        owners.setdefault(owner, {})[stack] = adapter
+    return [experts.place(model.get_submodule(owner), own) for owner, own in owners.items()]
 
 
 def initialise(model: nn.Module, *, seed: int) -> None:
     """First values of all adapters, as a function of (seed, layer path) alone."""
     with torch.no_grad():
         for name, adapter in adapters_of(model).items():
+            if adapter.stacked:
+                experts.initialise(model, adapter, seed)
+                continue
             draw = seeding.generator(seed, "adapter", name)
             adapter.initialise(model.get_submodule(name), draw)
 
@@ -135,9 +163,9 @@ def fold_into(model: nn.Module) -> None:
     for name, adapter in adapters.items():
         if type(adapter).fold is Adapter.fold:
             adapter.fold(torch.empty(0))  # refuses, with the method's reason
-        if is_quantized(model.get_submodule(name)):
+        if not adapter.stacked and is_quantized(model.get_submodule(name)):
             continue  # codes are of one layer
-        paths = names_of(model, model.get_parameter(f"{name}.weight"))
+        paths = names_of(model, model.get_parameter(name if adapter.stacked else f"{name}.weight"))
         if len(paths) > 1:
             raise Refused(
                 f"folding the adapter of layer '{name}' into its weight",
@@ -146,6 +174,10 @@ def fold_into(model: nn.Module) -> None:
             )
     with torch.no_grad():
         for name, adapter in adapters.items():
+            if adapter.stacked:
+                owner, _, stack = name.rpartition(".")
+                experts.fold(model.get_submodule(owner), stack, adapter)
+                continue
             layer: Any = model.get_submodule(name)
             if is_quantized(layer):
                 dense = dense_weight(layer, torch.float32)  # [out, in]
@@ -161,9 +193,9 @@ def fold_into(model: nn.Module) -> None:
 def adapters_of(model: nn.Module) -> dict[str, Adapter]:
     """Layer path -> its adapter, in the model's order; "" is the model itself."""
     return {
-        path.removesuffix("adapter").removesuffix("."): module
+        module.name: module
         for path, module in model.named_modules()
-        if isinstance(module, Adapter) and path.rpartition(".")[2] == "adapter"
+        if isinstance(module, Adapter) and path == module.path
     }
 
 
@@ -198,8 +230,8 @@ def names_of(model: nn.Module, parameter: nn.Parameter) -> list[str]:
 
 def _parameters(model: nn.Module) -> dict[str, tuple[Adapter, str, nn.Parameter]]:
     return {
-        f"{layer}.adapter.{name}".removeprefix("."): (adapter, name, parameter)
-        for layer, adapter in adapters_of(model).items()
+        f"{adapter.path}.{name}": (adapter, name, parameter)
+        for adapter in adapters_of(model).values()
         for name, parameter in adapter.named_parameters()
     }
 
@@ -211,11 +243,15 @@ def _state(model: nn.Module) -> Adapted:
 def _take_off(model: nn.Module) -> None:
     for handle in _state(model).handles:
         handle.remove()
-    for name, adapter in adapters_of(model).items():
+    for adapter in adapters_of(model).values():
         for handle in adapter.handles:
             handle.remove()
         adapter.handles.clear()
-        del model.get_submodule(name).adapter
+        owner = model.get_submodule(
+            adapter.name.rpartition(".")[0] if adapter.stacked else adapter.name
+        )
+        if hasattr(owner, "adapter"):  # one for all stacks of a module
+            del owner.adapter
     for parameter in whole_parameters(model).values():
         parameter.requires_grad_(False)
     if hasattr(model, _STATE):

@@ -42,12 +42,10 @@ class Prefix(Virtual):
     def __init__(self, layer: Any, config: AdapterConfig, *, name: str, seed: int) -> None:
         super().__init__(layer, config, name=name, seed=seed)
         text = layer.config.get_text_config()
-        heads = text.num_attention_heads
         self.num_layers = text.num_hidden_layers
-        self.kv_heads = getattr(text, "num_key_value_heads", None) or heads
-        self.head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+        self.kv_heads, self.head_dim, self.value_dim = key_value_sizes(text)
         width = self.kv_heads * self.head_dim
-        total = self.num_layers * 2 * width
+        total = self.num_layers * (width + self.kv_heads * self.value_dim)
         self.hidden = config.projection_size or text.hidden_size
         if config.prefix_projection:
             self.embedding = self.new_parameter(layer, config.num_prefix_tokens, width)
@@ -63,7 +61,8 @@ class Prefix(Virtual):
         return config.num_prefix_tokens if config.form_ == "paper" else 0
 
     def table(self) -> Tensor:
-        """[P, layers x 2 x kv heads x head dim], in this order, in the parameters' type."""
+        """[P, layers x 2 x kv heads x head dim], in this order, in the parameters' type; where values are of
+        another width than keys, each layer's keys and then its values."""
         if not self.config.prefix_projection:
             return self.embedding
         with torch.autocast(self.embedding.device.type, enabled=False):
@@ -71,10 +70,11 @@ class Prefix(Virtual):
             return F.linear(hidden, self.linear2, self.bias2)
 
     def compute(self, decoder: Any) -> Mapping[int, tuple[Tensor, Tensor]]:
-        table = self.table().unflatten(1, (self.num_layers, 2, self.kv_heads, self.head_dim))
-        # unbound, not indexed: the gradients of single slices would each be as large as the table
-        parts = [part.unbind(1) for part in table.unbind(1)]
-        return {i: (keys, values) for i, (keys, values) in enumerate(parts)}  # [P, K, D] each
+        sizes = [self.kv_heads * self.head_dim, self.kv_heads * self.value_dim] * self.num_layers
+        # split, not indexed: the gradients of single slices would each be as large as the table
+        parts = [part.unflatten(1, (self.kv_heads, -1)) for part in self.table().split(sizes, 1)]
+        pairs = zip(parts[::2], parts[1::2], strict=True)
+        return {i: (keys, values) for i, (keys, values) in enumerate(pairs)}  # [P, K, D] each
 
     def initialise(self, layer: Any, generator: torch.Generator) -> None:
         """The keys and values of common tokens; the network starts by giving them, as far as it is wide enough."""
@@ -83,8 +83,8 @@ class Prefix(Virtual):
         before_zero = self.reserve(self.config) == 0 and hasattr(decoder, "rotary_emb")
         tokens = draw_tokens(layer, size, generator)
         found = alone(decoder, tokens, -size if before_zero else 0)
-        parts = [torch.stack(found[i], dim=1) for i in range(self.num_layers)]  # [P, 2, K, D]
-        table = torch.stack(parts, dim=1).flatten(1).to(self.embedding.dtype)
+        parts = [part.flatten(1) for i in range(self.num_layers) for part in found[i]]  # [P, K * D]
+        table = torch.cat(parts, dim=1).to(self.embedding.dtype)
         if not self.config.prefix_projection:
             self.embedding.copy_(table)
             return
@@ -143,3 +143,18 @@ class Prefix(Virtual):
                 }
         config, more = options_from(fields, values, KNOWN)
         return config, {"": config}, remarks + more
+
+
+def key_value_sizes(text: Any) -> tuple[int, int, int]:
+    """(heads of keys and values, width of a key, width of a value) that a layer's attention is given."""
+    heads = text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // heads
+    if hasattr(
+        text, "qk_head_dim"
+    ):  # latent attention (DeepSeek): head_dim is that of the rotated part
+        return heads, text.qk_head_dim, text.v_head_dim
+    if (
+        text.model_type == "falcon"
+    ):  # num_kv_heads counts in one of its forms, which repeats them itself
+        return 1 if text.multi_query and not text.new_decoder_architecture else heads, width, width
+    return getattr(text, "num_key_value_heads", None) or heads, width, width

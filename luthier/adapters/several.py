@@ -172,11 +172,14 @@ class Adapters:
     def _refuse_mixture(self, weights: Mapping[str, float]) -> None:
         for name in weights:
             held = self.held[name]
-            if held.whole or not all(additive(a) for a in held.adapters.values()):
+            stacked = any(adapter.stacked for adapter in held.adapters.values())
+            if held.whole or stacked or not all(additive(a) for a in held.adapters.values()):
                 what = "dora=true" if held.config.dora else f"method={held.config.method}"
                 why = (
                     "it holds whole modules of its own"
                     if held.whole
+                    else "it adapts fused experts"
+                    if stacked
                     else f"adapter.{what} does more than add to layers"
                 )
                 raise Refused(f"weighing the adapter '{name}'", why, f"use it alone: use('{name}')")

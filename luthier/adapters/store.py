@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from luthier.adapters import experts
 from luthier.adapters.base import ADAPTERS, Adapter
 from luthier.adapters.facts import (
     CONFIG,
@@ -28,10 +29,12 @@ from luthier.adapters.facts import (
     read_adapter_config,
     write_facts,
 )
+from luthier.adapters.peft_lora import LORA
 from luthier.adapters.placing import adapters_of, build, install, names_of, whole_parameters
 from luthier.adapters.targets import options_of, shortest_targets
 from luthier.config import AdapterConfig
 from luthier.errors import Refused
+from luthier.stacks import stacks_of
 
 WEIGHTS = "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"
@@ -77,8 +80,13 @@ def save_adapter(
         tensors = {
             f"{PREFIX}{layer}.{suffix}": tensor
             for layer, adapter in adapters.items()
+            if not adapter.stacked
             for suffix, tensor in adapter.tensors().items()
         }
+        stacks = {name: adapter for name, adapter in adapters.items() if adapter.stacked}
+        options = method.to_peft(config, adapters)
+        plain = options["peft_type"] == LORA and not options["use_dora"]
+        tensors |= {f"{PREFIX}{n}": t for n, t in experts.to_file(stacks, plain).items()}
         tensors |= method.shared_tensors(adapters)
     whole = [n for p in whole_parameters(model).values() for n in names_of(model, p)]
     tensors |= {f"{PREFIX}{name}": model.get_parameter(name) for name in whole}
@@ -87,13 +95,15 @@ def save_adapter(
     copies = {name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}
     save_file(copies, folder / WEIGHTS, metadata={"format": "pt"})
     modules = {name.rpartition(".")[0] for name in whole}
+    layers = adapters.keys() - stacks.keys() if plain else adapters
     fields = {
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_name,
         "inference_mode": True,
-        **({} if "" in adapters else {"target_modules": shortest_targets(model, adapters)}),
+        **({} if "" in adapters else {"target_modules": shortest_targets(model, layers)}),
+        **({"target_parameters": experts.file_targets(model, stacks)} if stacks and plain else {}),
         "modules_to_save": _ends(model, modules) or None,
-        **method.to_peft(config, adapters),
+        **options,
     }
     config = _with_patterns(config, adapters)
     write_facts(folder, fields, config, base_name, base_hash, base_options)
@@ -135,7 +145,9 @@ def load_adapter(
     remarks = check_base(folder, made_for, base_name, base_hash)
     check_positions_of(folder, getattr(model, "config", None))
     tensors = read_tensors(folder)
-    contents = _sort(tensors, model, method, fields.get("modules_to_save") or ())
+    contents = _sort(
+        _by_stack(tensors, model, fields), model, method, fields.get("modules_to_save") or ()
+    )
     layers = list(contents.parts)
     config = own = own_options(folder, fields)
     if config is None:
@@ -163,7 +175,7 @@ def load_adapter(
     with torch.no_grad():
         method.take_shared(adapters, contents.shared)
         for layer, adapter in adapters.items():
-            adapter.take(contents.parts.get(layer, {}))
+            experts.take(adapter, contents.parts.get(layer, {}))
             adapter.requires_grad_(trainable)
     install(model, adapters, contents.whole)
     with torch.no_grad():
@@ -186,8 +198,10 @@ def load_tensors(model: nn.Module, folder: Path) -> None:
         for method in {type(adapter) for adapter in adapters.values()}:
             shared = {name: saved[name] for name in method.shared_names if name in saved}
             method.take_shared(adapters, shared)
+        saved = _by_stack(saved, model, read_adapter_config(folder))
         for layer, adapter in adapters.items():
-            adapter.take({s: saved[f"{PREFIX}{layer}.{s}"] for s in adapter.tensors()})
+            names = experts.tensors_of(adapter)
+            experts.take(adapter, {s: saved[f"{PREFIX}{layer}.{s}"] for s in names})
         for name, parameter in whole_parameters(model).items():
             parameter.copy_(saved[f"{PREFIX}{name}"])
 
@@ -247,6 +261,18 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def _by_stack(
+    tensors: Mapping[str, Tensor], model: nn.Module, fields: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """The file's tensors with those of fused experts under the names of their stacks."""
+    bare = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+    found = experts.from_file(bare, model, fields.get("target_parameters"))
+    kept = tensors.keys() - {
+        f"{PREFIX}{name}" for name in bare
+    }  # VeRA's, which have another prefix
+    return {name if name in kept else f"{PREFIX}{name}": tensor for name, tensor in found.items()}
+
+
 def _sort(
     tensors: Mapping[str, Tensor],
     model: nn.Module,
@@ -255,7 +281,7 @@ def _sort(
 ) -> Contents:
     """The file's tensors by what they belong to. Parameters of the base that are as the base has them are
     left out (PEFT saves heads too), unless they belong to `modules_to_save`."""
-    modules = dict(model.named_modules())
+    modules, stacks = dict(model.named_modules()), set(stacks_of(model))
     parameters = dict(model.named_parameters(remove_duplicate=False))
     found = Contents()
     for name, tensor in tensors.items():
@@ -267,9 +293,9 @@ def _sort(
             found.shared[name] = tensor
         elif suffix is not None:
             layer = path.removesuffix(f".{suffix}")
-            if layer not in modules:
+            if layer not in modules and layer not in stacks:
                 found.misfits[name] = "the base has no such layer"
-            elif not method.accepts(modules[layer]):
+            elif layer in modules and not method.accepts(modules[layer]):
                 found.misfits[name] = f"this layer is a {type(modules[layer]).__name__}"
             else:
                 found.parts.setdefault(layer, {})[suffix] = tensor
@@ -308,7 +334,7 @@ def _compare(
     """Tensors that are missing, too many or of another shape (name -> why)."""
     misfits = {}
     for layer, adapter in adapters.items():
-        wanted = adapter.tensors()
+        wanted = experts.tensors_of(adapter)
         has = parts.get(layer, {})
         for suffix in sorted(wanted.keys() | has.keys()):
             name = f"{PREFIX}{layer}.{suffix}"

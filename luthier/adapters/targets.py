@@ -1,7 +1,8 @@
 """Which layers an adapter goes to: `all-linear`, names, regular expressions, decoder layers; and what is
 trained whole beside it.
 
-What a linear layer is and what its names mean is told by `layers.py`; what is done to them by `base.py`.
+What a linear layer is and what its names mean is told by `layers.py`, matrices of fused experts (`stacks.py`)
+count as such; what is done to them by `base.py`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from luthier.config import AdapterConfig
 from luthier.errors import Refused, suggest
 from luthier.layers import is_quantized, select_linear
+from luthier.stacks import stacks_of
 
 Value = TypeVar("Value", int, float)
 
@@ -28,7 +30,7 @@ def select_targets(
     As `select_linear` reads them. `layers` keeps those of these decoder layers only. Refused when one of the
     targets matches no linear layer, or when there is no such decoder layer.
     """
-    found = select_linear(model, targets, "adapter.targets")
+    found = select_linear(model, targets, "adapter.targets", stacks=True)
     if layers is None:
         return found
     stems = tuple(f"{decoders(model, layers)[number]}." for number in sorted(layers))
@@ -143,5 +145,7 @@ def shortest_targets(model: nn.Module, names: Collection[str]) -> list[str]:
     Last parts of the paths ("q_proj") where that selects nothing else, as PEFT compares them; else the paths.
     """
     last = {name.rpartition(".")[2] for name in names}
-    same = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in last}
+    layers = (name for name, _ in model.named_modules() if ".adapter." not in name)
+    every = [*layers, *stacks_of(model)]
+    same = {name for name in every if name.rpartition(".")[2] in last}
     return sorted(last if same == set(names) else names)

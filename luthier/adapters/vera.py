@@ -22,6 +22,7 @@ from luthier.adapters.svd import principal
 from luthier.config import AdapterConfig
 from luthier.errors import Refused
 from luthier.layers import features, weight_dtype
+from luthier.stacks import linear_of
 
 A, B = SHARED = ("base_model.vera_A", "base_model.vera_B")  # their names in the file
 _READ = {"r", "vera_dropout", "d_initial", "projection_prng_key", "save_projection"}
@@ -125,7 +126,7 @@ class VeRA(Additive):
     def share(cls, model: nn.Module, adapters: Mapping[str, Adapter]) -> None:
         mine = [adapter for adapter in _of(adapters) if adapter.shared]
         if mine:
-            layer = model.get_submodule(mine[0].name)
+            layer = linear_of(model, mine[0].name)
             rank, new = mine[0].config.rank, mine[0].new_tensor(layer, 0)
             projections = Projections(
                 new.new_zeros(rank, max(a.num_in for a in mine)),

@@ -9,12 +9,14 @@ The checks at the end prove labels and supervision on the arrays that training r
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from luthier.batch import IGNORE, PADDING
+from luthier.data.blanks import Blanks
 from luthier.data.formats import BadRow, Message
 from luthier.data.jinja import LAST_ONLY
 from luthier.data.templates import choose
@@ -56,7 +58,8 @@ class Renderer:
     `template` is `data.template` (auto, none, file); `length` the most tokens of an example, EOS
     included; `source_length` the most tokens of a prompt (without a template: of each prompt; with one,
     only when the last round alone does not fit, as in PaddleNLP); `overlong` is cut, drop, split or
-    refuse; `stop_ids` are the end ids of the model's generation config.
+    refuse; `stop_ids` are the end ids of the model's generation config; `supervise` and `blanks` are the keys
+    of `data`.
 
     `cut` keeps whole rounds from the last backwards, with the system message. A single round that is
     too long loses the oldest tokens of its prompt, down to `source_length`, and the end of its answer;
@@ -75,6 +78,8 @@ class Renderer:
         source_length: int | None = None,
         overlong: str = "cut",
         stop_ids: Iterable[int] = (),
+        supervise: str = "answers",
+        blanks: str = "none",
     ) -> None:
         self.tokens = Tokens(tokenizer)
         self.length, self.overlong = length, overlong
@@ -85,8 +90,10 @@ class Renderer:
                 "give a larger length",
             )
         self.template = choose(template, self.tokens, length, source_length)
+        self.marks = self.tokens.turn_marks() if supervise == "turns" else None
+        self.blanks = Blanks(blanks, self.tokens) if blanks != "none" else None
         self.notes = self.template.notes
-        own = {self.tokens.eos, self.tokens.end, self.template.end_id, *stop_ids} - {None}
+        own = {self.tokens.eos, self.template.end_id, *self.tokens.stops, *stop_ids} - {None}
         self.stop_ids = tuple(sorted(i for i in own if i is not None))
         if not self.stop_ids:
             raise Refused(
@@ -100,7 +107,7 @@ class Renderer:
         template loses a message."""
         if messages[0].role == "text":
             return self._encode_text(messages[0].text)
-        conversation, note = _conversation(messages), ""
+        conversation, note = self._conversation(messages), ""
         if conversation.turns[-1].answer is None:
             conversation = replace(conversation, turns=conversation.turns[:-1])
             note = UNANSWERED
@@ -129,9 +136,11 @@ class Renderer:
             ids = self.tokens(messages[0].text)
             kept = cut_source(ids, self.length, self.tokens.opening)
             return kept, len(ids) + len(self.tokens.opening) - len(kept)
-        conversation = _conversation(messages)
+        conversation = self._conversation(messages)
         *earlier, asked = conversation.turns
-        conversation = replace(conversation, turns=(*earlier, replace(asked, answer=None)))
+        conversation = replace(
+            conversation, turns=(*earlier, replace(asked, answer=None, metadata=""))
+        )
         whole = self.template.render(conversation, 0, len(conversation.turns))
         kept = whole
         if whole.size > self.length:
@@ -151,14 +160,43 @@ class Renderer:
     def decode(self, ids: Sequence[int]) -> str:
         """Text of generated ids, without special tokens and without what follows the first stop token."""
         ends = [i for i, token in enumerate(ids) if int(token) in self.stop_ids]
-        return self.tokens.decode([int(i) for i in ids[: ends[0] if ends else None]])
+        return self.template.said(
+            self.tokens.decode([int(i) for i in ids[: ends[0] if ends else None]])
+        )
+
+    def without_marks(self, messages: Sequence[Message], example: Example) -> Example:
+        """An example of whole `messages` as it is with data.supervise=answers: what checks of answers compare.
+        Raises Failed when it differs in more than the tokens that open and close messages."""
+        if self.marks is None or messages[0].role == "text":
+            return example
+        plain = copy(self)
+        plain.marks = None
+        (bare,) = plain.encode(messages)
+        marks = np.append(np.asarray(self.marks(example.input_ids.tolist()))[1:], False)
+        following = np.append(example.input_ids[1:], IGNORE)
+        if not np.array_equal(np.where(marks, following, bare.labels), example.labels):
+            raise Failed(
+                "checking which tokens are trained",
+                "they are not the answers and the tokens that open and close messages",
+                "this is a defect of the data pipeline, please report it",
+            )
+        return bare
 
     def ends_in_stop(self, example: Example) -> bool:
         """Whether the last supervised token is a stop token."""
         trained = example.labels[example.labels != IGNORE]
-        return bool(len(trained)) and int(trained[-1]) in self.stop_ids
+        last = trained[-1:] if self.marks is None else trained[-2:]  # a line end may follow
+        return bool(np.isin(last, self.stop_ids).any())
+
+    def _conversation(self, messages: Sequence[Message]) -> Conversation:
+        conversation = _conversation(messages)
+        if not self.template.tools and any(t.tool or t.metadata for t in conversation.turns):
+            raise BadRow("it has a tool turn, for which only ChatGLM3's prompts have a place")
+        return conversation
 
     def _encode_text(self, text: str) -> list[Example]:
+        if self.blanks is not None:
+            return self._encode_blanks(self.blanks, self.tokens(text))
         prefix, ids = self.tokens.opening, self.tokens.ended(text)
         room, cut = self.length - len(prefix), 0
         chunks = [ids]
@@ -178,6 +216,17 @@ class Renderer:
         """The example of a text that is learnt as a whole: ids that begin with `tokens.opening`."""
         opening = len(self.tokens.opening)
         return self._example(Rendered((Round(ids[:opening], ids[opening:]),), [], [], cut), "")
+
+    def _encode_blanks(self, blanks: Blanks, ids: Ids) -> list[Example]:
+        """Pieces of a text, with blanks that are a function of each piece alone."""
+        size, cut = blanks.room(self.length), 0
+        chunks = [ids[i : i + size] for i in range(0, len(ids), size)]
+        if len(chunks) > 1:
+            self._allow_overlong(blanks.size(len(ids)))
+            if self.overlong == "cut":
+                cut, chunks = len(ids) - size, chunks[:1]
+        pieces = [Rendered(blanks.rounds(chunk), [], [], cut) for chunk in chunks]
+        return [self._example(piece, "") for piece in pieces]
 
     def _allow_overlong(self, size: int) -> None:
         reason = f"{size} tokens are more than data.length={self.length}"
@@ -256,6 +305,8 @@ class Renderer:
                 f"it begins with two {self.tokens.tokenizer.bos_token}: the text or the template "
                 "already holds the one that the tokenizer puts in front"
             )
+        if self.marks is not None:
+            trained = [a or b for a, b in zip(trained, self.marks(ids), strict=True)]
         tokens = np.asarray(ids, dtype=np.int32)
         labels = np.full(len(ids), IGNORE, dtype=np.int64)
         labels[:-1] = np.where(trained[1:], tokens[1:], IGNORE)
@@ -273,11 +324,11 @@ def _conversation(messages: Sequence[Message]) -> Conversation:
     system = messages[0].text if messages[0].role == "system" else ""
     rest = messages[1:] if system else messages
     turns = [
-        Turn(asked.text, said.text, said.supervised)
+        Turn(asked.text, said.text, said.supervised, asked.role == "tool", said.metadata)
         for asked, said in zip(rest[::2], rest[1::2], strict=False)
     ]
     if len(rest) % 2:
-        turns.append(Turn(rest[-1].text, None))
+        turns.append(Turn(rest[-1].text, None, tool=rest[-1].role == "tool"))
     return Conversation(system, tuple(turns), messages[0].context)
 
 
@@ -309,6 +360,7 @@ def check_supervision(renderer: Renderer, messages: Sequence[Message], example: 
     """
     if example.cut or messages[0].role == "text":
         return
+    example = renderer.without_marks(messages, example)
     answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
     prompts = [renderer.prompt(messages[: i + 1]) for i in answers if messages[i].supervised]
     trained = example.labels != IGNORE

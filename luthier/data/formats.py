@@ -9,13 +9,13 @@ newline that joins Alpaca's `instruction` and `input`. How messages become token
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from luthier.errors import Refused, suggest
 from luthier.registry import Registry
 
-Role = Literal["system", "user", "assistant", "text"]
+Role = Literal["system", "user", "assistant", "tool", "text"]
 Row = Mapping[str, Any]
 
 
@@ -33,13 +33,15 @@ class EmptyRow(BadRow):
 
 @dataclass(frozen=True)
 class Message:
-    """One turn. A list of messages is [system,] (user, assistant)..., or one `text` (a document that is
-    trained as a whole). `context` holds the row's own names for a chat template (first message only)."""
+    """One turn. A list of messages is [system,] (user, assistant)..., with `tool` (what a tool said) in the
+    place of later users, or one `text` (a document that is trained as a whole). `context` holds the row's
+    own names for a chat template (first message only), `metadata` the tool that an answer calls."""
 
     role: Role
     text: str
     supervised: bool
     context: Mapping[str, Any] = field(default_factory=dict)
+    metadata: str = ""
 
 
 FORMATS: Registry[Callable[..., list[Message]]] = Registry("data format")
@@ -74,6 +76,8 @@ ROLES: dict[str, Role] = {
     "bard": "assistant",
     "bot": "assistant",
     "model": "assistant",
+    "tool": "tool",
+    "observation": "tool",
 }
 
 
@@ -157,7 +161,8 @@ def alpaca(row: Row, *, predict: bool = False) -> list[Message]:
 @FORMATS.register("messages")
 def messages(row: Row, *, predict: bool = False) -> list[Message]:
     """OpenAI's `messages`: objects with `role` and `content` (a string, or a list of text parts).
-    An assistant message with `"weight": 0` is shown to the model but not trained."""
+    An assistant message with `"weight": 0` is shown to the model but not trained. With ChatGLM3, `tool` (or
+    `observation`) is what a tool said, and an assistant's `metadata` the tool that it calls."""
     return _conversation(row, "messages", "role", "content", "", predict)
 
 
@@ -187,6 +192,7 @@ def _conversation(
 ) -> list[Message]:
     turns: list[tuple[Role, str]] = []
     muted: set[int] = set()
+    metadata: dict[int, str] = {}
     items = _items(row, name)
     for i, item in enumerate(items):
         where = f"{name}[{i}]"
@@ -208,9 +214,11 @@ def _conversation(
             continue
         if item.get("weight", 1) == 0:
             muted.add(len(turns))
+        if role == "assistant" and _string(item, "metadata"):
+            metadata[len(turns)] = _string(item, "metadata")
         turns.append((role, content))
     _check_order(turns, name)
-    return _messages(turns, system, predict=predict, muted=muted)
+    return _messages(turns, system, predict=predict, muted=muted, metadata=metadata)
 
 
 def _pairs(pairs: Iterable[Sequence[str]]) -> list[tuple[Role, str]]:
@@ -220,7 +228,7 @@ def _pairs(pairs: Iterable[Sequence[str]]) -> list[tuple[Role, str]]:
 def _check_order(turns: list[tuple[Role, str]], name: str) -> None:
     """(user, assistant)...; a last question without an answer is left to the renderer."""
     for i, (role, _) in enumerate(turns):
-        if role != PAIR[i % 2]:
+        if role != PAIR[i % 2] and not (role == "tool" and i and i % 2 == 0):
             place = f"after '{turns[i - 1][0]}'" if i else "first"
             raise BadRow(f"'{name}': '{role}' comes {place}, but turns alternate user, assistant")
 
@@ -232,6 +240,7 @@ def _messages(
     predict: bool,
     context: Mapping[str, Any] | None = None,
     muted: Iterable[int] = (),
+    metadata: Mapping[int, str] | None = None,
 ) -> list[Message]:
     if not any(role == "user" for role, _ in turns):
         raise BadRow("there is no user turn")
@@ -240,19 +249,21 @@ def _messages(
     if turns[-1][0] == "assistant" and not turns[-1][1].strip():
         turns = turns[:-1]
     out = [
-        Message(role, text, role == "assistant" and i not in set(muted))
+        Message(
+            role, text, role == "assistant" and i not in set(muted), {}, (metadata or {}).get(i, "")
+        )
         for i, (role, text) in enumerate(turns)
     ]
     if system:
         out.insert(0, Message("system", system, False))
     first = out[0]
-    return [Message(first.role, first.text, first.supervised, dict(context or {})), *out[1:]]
+    return [replace(first, context=dict(context or {})), *out[1:]]
 
 
 def _strange_role(where: str, key: str, item: Mapping[str, Any]) -> str:
     if key not in item:
         return f"{where} lacks '{key}'; it has {_names(item)}"
-    if str(item[key]).lower() in {"tool", "function", "function_call", "observation", "ipython"}:
+    if str(item[key]).lower() in {"function", "function_call", "ipython"}:
         return f"{where} has the role '{item[key]}': tool turns are not supported"
     return f"{where} has the unknown role '{item[key]}'"
 

@@ -17,7 +17,7 @@ import jinja2
 from luthier.data.formats import BadRow
 from luthier.data.tokens import Tokens
 from luthier.data.truncation import cut_answer, cut_source
-from luthier.data.turns import Conversation, Rendered, Round, check_lost, system_message
+from luthier.data.turns import Conversation, Rendered, Round, Template, check_lost, system_message
 from luthier.errors import Refused
 
 CLOCK = datetime.date(2024, 7, 26)  # what `strftime_now` of a template shows, so that runs repeat
@@ -25,7 +25,7 @@ ANSWER = "7Zq3"  # a text that no template prints by itself
 LAST_ONLY = "only the last answer is trained: its prompt rewrites earlier turns"
 
 
-class Jinja:
+class Jinja(Template):
     """A Hugging Face chat template. An answer is what the template prints after the prompt with its
     generation prompt, up to and including its end-of-turn token; what it prints behind is context."""
 

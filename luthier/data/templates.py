@@ -17,7 +17,7 @@ import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from luthier.data.formats import BadRow
-from luthier.data.infilling import Infilling
+from luthier.data.infilling import Infilling, Roles
 from luthier.data.jinja import Jinja
 from luthier.data.tokens import Tokens, has_own_prompts
 from luthier.data.truncation import cut_answer, cut_source, fit_rounds
@@ -32,7 +32,7 @@ from luthier.data.turns import (
 from luthier.errors import Refused
 
 
-class Plain:
+class Plain(Template):
     """No template: prompt with the tokenizer's special tokens, answer without, EOS.
 
     Several turns follow each other in the same way, special tokens before the first only, all answers
@@ -74,7 +74,7 @@ class Plain:
         return replace(rendered, rounds=(replace(only, prompt=prompt, answer=answer),))
 
 
-class PaddleNLP:
+class PaddleNLP(Template):
     """`chat_template.json`: {"system": ..., "conversation": [user, bot], "query": ...}.
 
     `query` is the prompt in training too: it must be the beginning of the two conversation templates
@@ -151,6 +151,8 @@ def choose(template: str, tokens: Tokens, length: int, source_length: int | None
                 "no chat template can print the special tokens of this family",
                 "use data.template=auto (the family's own prompts) or none",
             )
+        if template == "auto" and getattr(tokens.tokenizer, "roles", False):
+            return Roles(tokens, length, source_length)
         return Infilling(tokens, length, source_length, rounds=template == "auto")
     if template == "none":
         return Plain(tokens, length, source_length)

@@ -7,9 +7,12 @@ templates put them there, once.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from luthier.data.truncation import Ids
+from luthier.errors import Refused
 
 PROBE = "a"
 
@@ -22,7 +25,7 @@ def has_own_prompts(tokenizer: Any) -> bool:
 class Tokens:
     """`tokenizer` is a transformers tokenizer; `prefix`, `suffix` the special ids it puts around a text
     (a closing EOS is left out of `suffix`: an answer follows); `eos`, `bos`, and `end`, which ends an
-    answer, are ids or None. `opening` are the ids before a text that is learnt as a whole; `trained_before`
+    answer, are ids or None; `stops` are all that may end one. `opening` are the ids before a text that is learnt as a whole; `trained_before`
     is how many tokens before an answer are trained with it (see `infilling.py`)."""
 
     def __init__(self, tokenizer: Any) -> None:
@@ -36,8 +39,10 @@ class Tokens:
         self.prefix: Ids = full[:start]
         self.suffix: Ids = [i for i in full[start + len(bare) :] if i != self.eos]
         self.end, self.opening, self.trained_before = self.eos, self.prefix, 0
+        self.stops: tuple[int | None, ...] = (self.end,)
         if has_own_prompts(tokenizer):
             before, behind = tokenizer.special_ids_around([])
+            self.stops = tuple(tokenizer.stop_ids)
             self.end, self.opening = tokenizer.stop_ids[0], [*before, *behind]
             self.trained_before = tokenizer.trained_before
         newline = self("\n")
@@ -61,6 +66,21 @@ class Tokens:
         size = len(self._newline)
         return ids[size:] if ids[:size] == self._newline else self(text)
 
+    def turn_marks(self) -> Callable[[Ids], list[bool]]:
+        """A function that marks the tokens of ids which open and close ChatML's messages, and the line ends behind
+        them. Refused: a tokenizer without these tokens."""
+        names = ("<|im_start|>", "<|im_end|>")
+        vocab = self.tokenizer.get_vocab()
+        opened, closed = (vocab.get(name) for name in names)
+        line = self("\n")
+        if opened is None or closed is None or len(line) != 1 or has_own_prompts(self.tokenizer):
+            raise Refused(
+                "data.supervise=turns",
+                f"the tokenizer has no {' and '.join(names)}",
+                "use data.supervise=answers; turns is for Qwen and other ChatML models",
+            )
+        return partial(_marked, opened, closed, line[0])
+
     def first_control(self, text: str) -> re.Match[str] | None:
         """The first special or added token inside a piece of template text."""
         added = {str(token) for token in self.tokenizer.added_tokens_decoder.values()}
@@ -72,3 +92,11 @@ class Tokens:
         return self.tokenizer.decode(
             ids, skip_special_tokens=not special, clean_up_tokenization_spaces=False
         )
+
+
+def _marked(opened: int, closed: int, line: int, ids: Ids) -> list[bool]:
+    before = [None, *ids]
+    return [
+        token in (opened, closed) or (token == line and previous == closed)
+        for token, previous in zip(ids, before, strict=False)
+    ]

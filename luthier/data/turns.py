@@ -16,11 +16,14 @@ from luthier.errors import Refused
 
 @dataclass(frozen=True)
 class Turn:
-    """A question and its answer; None is the answer that is to be generated."""
+    """A question and its answer; None is the answer that is to be generated. `tool`: the question is what a
+    tool said; `metadata`: the tool that the answer calls."""
 
     user: str
     answer: str | None
     supervised: bool = True
+    tool: bool = False
+    metadata: str = ""
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,11 @@ class Template(Protocol):
     notes: tuple[str, ...]
     end_id: int | None  # the token that ends an answer, where the template has its own
     source_length: int | None
+    tools: bool = False  # whether it has a place for what tools are asked and say
+
+    def said(self, text: str) -> str:
+        """The answer in a generated text."""
+        return text
 
     def render(self, conversation: Conversation, start: int, stop: int) -> Rendered:
         """Turns `start` to `stop` with the system message; raises BadRow, or Refused for lost text."""

@@ -7,11 +7,12 @@ MindFormers' YAML is refused by name.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from luthier.configfile import (
+    Layer,
     Resolved,
     file_layer,
     override_layer,
@@ -35,10 +36,15 @@ MINDFORMERS = names("""
     """)
 
 
-def read_config(paths: Sequence[Path | str], overrides: Sequence[str] = ()) -> Resolved:
+def read_config(
+    paths: Sequence[Path | str],
+    overrides: Sequence[str] = (),
+    defaults: Mapping[str, Any] | None = None,
+) -> Resolved:
     """Read config files of any suite with overrides (words of the command line). Raises `Refused`.
 
-    Without files, foreign overrides alone make the config: PaddleNLP's plain command line.
+    Without files, foreign overrides alone make the config: PaddleNLP's plain command line. `defaults` are values
+    of a command that does without keys which others need.
     """
     parsed = [parse_file(Path(path)) for path in paths]
     foreign, ours, items = _sort(parsed, overrides)
@@ -47,6 +53,8 @@ def read_config(paths: Sequence[Path | str], overrides: Sequence[str] = ()) -> R
     if foreign is not None:
         layer, remarks = paddlenlp.translate(*foreign)
         layers.insert(0, layer)
+    if defaults:
+        layers.insert(0, Layer(dict(defaults), dict.fromkeys(defaults, "default")))
     return resolve([*layers, override_layer(items)], remarks)
 
 

@@ -6,7 +6,7 @@ Inside a stage there is a current `Layout`: no mask is built, and a kernel works
 (a plain call, `generate`) the masks are transformers' own and the result is that of the plain model.
 A layer with an attribute `keys_values`, a function of its index that gives `PrefixKeys`, sees those keys
 first, in a layout or outside one. The kernels are in `kernels.py`, families that do not call here by
-themselves in `bloom.py`.
+themselves in `bloom.py` and `falcon.py`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from luthier.batch import capture as capture
 from luthier.batch import current_capture, current_layout
 from luthier.errors import Refused
-from luthier.models import bloom, cpu_attention, kernels, rotary
+from luthier.models import bloom, cpu_attention, falcon, kernels, rotary
+from luthier.models.cpu_attention import why_torch as why_torch
 from luthier.models.families import TESTED
 from luthier.models.kernels import KERNELS, LACKS, Scores, features
 
@@ -31,11 +32,11 @@ ATTENDED = {
     "sliding_attention",
     "attention",
 }  # layer types that are attention only
+FEATURES = ("softcap", "s_aux", "alibi_slopes", "alibi")  # arguments beyond plain attention
 # arguments that change what is attended to, in families that no kernel here covers
-FEATURES = ("softcap", "s_aux", "alibi_slopes", "alibi")
 FOREIGN = ("position_bias", "indices", "block_indices", "sinks", "head_mask")
 # model_type -> what makes such a model's layers call the attention interface
-REPAIRS = {"bloom": bloom.repair}
+REPAIRS = {"bloom": bloom.repair, "falcon": falcon.repair}
 
 
 def install(model: PreTrainedModel, kernel: str, *, train: bool = False) -> str:

@@ -111,14 +111,6 @@ def read_config(folder: Path, *, code: bool = False) -> dict[str, Any]:
             f"its family '{model_type}' is no causal language model",
             "give a decoder-only model",
         )
-    quantised = config.get("quantization_config")
-    if quantised:
-        method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else "?"
-        raise Refused(
-            asked,
-            f"its weights are quantised ({method})",
-            "give the model's original, unquantised weights",
-        )
     return config
 
 

@@ -118,6 +118,7 @@ def build_model(
             attention.check_family(classes[type(made)], made)
         if made.dtype is None and files:
             made.dtype = _stored_dtype(files[0])
+        _check_quantised(path, made, quantization)
         dtype = resolve_dtype(config.dtype, made, device)
         layers = _shorten(made, config.num_layers)
         if config.init == "random":
@@ -184,6 +185,14 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model_config: Pretrained
             f"{len(beyond)} of its tokens (up to {highest}, {token!r}) exceed the embedding's {rows} rows",
             "use the model's own tokenizer",
         )
+    for name in ("sop_token_id", "gmask_token_id", "mask_token_ids"):  # of models/zoo
+        said, has = (getattr(each, name, None) for each in (model_config, tokenizer))
+        if said is not None and has is not None and said != has:
+            raise Refused(
+                "the tokenizer and the model do not fit",
+                f"config.json has {name}={said}, the tokenizer {has}",
+                "give the tokenizer files and the config.json that came with the weights",
+            )
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase | None, model_config: PretrainedConfig) -> int:
@@ -207,10 +216,12 @@ def save_model(
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     dtype: torch.dtype | None = None,
+    pack: Any = None,
 ) -> None:
     """Write `model` without its adapters as a Hugging Face folder that plain transformers loads.
 
-    To be called inside `files.publish`. `dtype` is that of the saved weights (default: the model's).
+    To be called inside `files.publish`. `dtype` is that of the saved weights (default: the model's). A quantised
+    model needs `pack`, which is `quantize.folders.pack`.
     """
     state = {
         name: t.detach() for name, t in model.state_dict().items() if ADAPTER not in f".{name}"
@@ -220,10 +231,17 @@ def save_model(
         for name, tensor in state.items():
             if tensor.is_floating_point():
                 state[name] = made.setdefault(tensor.data_ptr(), tensor.to(dtype))
+    fields = None
+    if pack is not None:
+        state, fields = pack(model, state)
+    if fields is not None:
+        model.config.quantization_config = fields
     kept = model.config.dtype  # save_pretrained writes the model's own into it
     with quiet():
         model.save_pretrained(target, state_dict=state)
         model.config.dtype = kept
+        if fields is not None:
+            vars(model.config).pop("quantization_config")
         if dtype is not None:
             stored = folder.read_json(target / "config.json", target)
             write_json(target / "config.json", stored | {"dtype": str(dtype).split(".")[1]})
@@ -259,6 +277,8 @@ def _pretrained(
             "copy or download the folder again",
         ) from error
     unexpected = set(info["unexpected_keys"])
+    if quantization is not None:
+        unexpected -= quantization.tensors(model)
     if layers is not None:
         built = config.get_text_config().num_hidden_layers
         unexpected = {name for name in unexpected if not _later_layer(name, built)}
@@ -282,6 +302,21 @@ def _pretrained(
             "use another checkpoint",
         )
     return model
+
+
+def _check_quantised(path: Path, config: PretrainedConfig, quantization: Any) -> None:
+    """Take the facts of a quantised folder out of its config: `quantization` knows them, or it is refused."""
+    fields = getattr(config, "quantization_config", None)
+    if not fields:
+        return
+    if not getattr(quantization, "opens_folder", False):
+        method = fields.get("quant_method", "unknown") if isinstance(fields, dict) else "?"
+        raise Refused(
+            f"model '{path}' was asked for",
+            f"its weights are quantised ({method}), which does not do here",
+            "give the model's original, unquantised weights",
+        )
+    vars(config).pop("quantization_config")
 
 
 def _random(

@@ -27,7 +27,7 @@ from luthier.batch import IGNORE, Batch, Layout, current_layout, layout_scope
 from luthier.errors import Failed, Refused
 from luthier.models import cpu_attention as cpu_attention  # registers the operator
 from luthier.models.families import family_of
-from luthier.models.zoo.glm_generation import context_mask
+from luthier.models.zoo.glm_generation import context_mask, infilling_positions
 
 # results that `selective` recomputation keeps: matrix products are dear to redo, the rest is cheap
 _KEPT = {
@@ -235,6 +235,16 @@ def plain_inputs(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
         inputs["position_ids"] = places.expand(len(ids), -1, -1)
     if family.explicit_mask:
         inputs["attention_mask"] = context_mask(inputs["position_ids"], None)
+    return inputs
+
+
+def padded_inputs(model: PreTrainedModel, ids: Tensor, real: Tensor) -> dict[str, Tensor]:
+    """Arguments of a plain forward of any family over rows ids [B, S] of which `real` [B, S] is 1, with the
+    positions and masks that the family itself finds in the ids. Refused: a row of GLM without a blank."""
+    inputs = {"input_ids": ids, "attention_mask": real}
+    if family_of(model.config.model_type).explicit_mask:
+        inputs["position_ids"] = infilling_positions(model.config, ids, real)
+        inputs["attention_mask"] = context_mask(inputs["position_ids"], real)
     return inputs
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -69,10 +70,18 @@ class Quantization(QuantizationConfigMixin):
     quant_method: Any = METHOD
 
     def __init__(
-        self, config: QuantizeConfig, split_of: Callable[[nn.Module], Split] | None = None
+        self,
+        config: QuantizeConfig,
+        split_of: Callable[[nn.Module], Split] | None = None,
+        seen: Callable[[QuantizedLinear, Tensor], None] | None = None,
     ) -> None:
-        """`split_of` gets the model before its weights are read."""
-        self.config, self.split_of = config, split_of
+        """`split_of` gets the model before its weights are read; `seen` each layer just quantised, with the
+        weight [out, in] that it stands for."""
+        self.config, self.split_of, self.seen = config, split_of, seen
+
+    def tensors(self, model: nn.Module) -> set[str]:
+        """Names of the folder's tensors that no parameter of `model` is named after: none."""
+        return set()
 
     def convert(self, model: nn.Module) -> None:
         """Quantise a model that is in memory already, layer by layer; on meta, without values."""
@@ -123,12 +132,18 @@ class _Quantizer(HfQuantizer):
     def take(self, model: nn.Module, name: str, weight: Tensor) -> None:
         try:
             replace(model, name, self.plan[name], weight, self.split)
+            if (seen := self.quantization_config.seen) is not None:
+                layer: Any = model.get_submodule(name)
+                seen(layer, weight.t() if layer.transposed else weight)
+            stand_in(model.get_submodule(name))
         except Refused as refused:  # the loader would swallow it
             self.faults.append(Refused(f"layer '{name}': {refused}"))
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         if self.faults:
             raise self.faults[0]
+        for name in self.plan:
+            vars(model.get_submodule(name)).pop("weight", None)
         self.remove_quantization_config(
             model
         )  # an ordinary model with other layers, to transformers
@@ -142,6 +157,14 @@ class _Quantizer(HfQuantizer):
 
 
 register_quantization_config(METHOD)(Quantization)
+
+
+def stand_in(layer: nn.Module) -> None:
+    """Give a layer a `weight` for the time of loading: families (gpt2) draw initial values for it by its name, and
+    leave alone what has its values."""
+    weight: Any = torch.empty(0)
+    weight._is_hf_initialized = True
+    vars(layer)["weight"] = weight
 
 
 def replace(

@@ -38,6 +38,7 @@ class StepReport:
     num_tokens: int  # real tokens: without padding
     num_slots: int  # with padding
     loss: float | None = None  # mean over the step's supervised tokens; None when it has none
+    router_loss: float | None = None  # of a mixture of experts; not part of `loss`
     grad_norm: float | None = None  # before clipping; None when the step was skipped
     seconds: float = 0.0
     wait: float = 0.0
@@ -56,6 +57,7 @@ class Window:
     seconds: float = 0.0
     wait: float = 0.0
     skipped: int = 0
+    router_sum: float | None = None
 
     def add(self, report: StepReport) -> None:
         self.steps += 1
@@ -66,6 +68,8 @@ class Window:
         self.seconds += report.seconds
         self.wait += report.wait
         self.skipped += report.skipped is not None
+        if report.router_loss is not None:
+            self.router_sum = (self.router_sum or 0.0) + report.router_loss
 
     def values(self) -> dict[str, float | int | None]:
         """Means over the window: loss per supervised token, real tokens per second, shares, times per step."""
@@ -77,6 +81,7 @@ class Window:
             "step_seconds": self.seconds / max(self.steps, 1),
             "wait_seconds": self.wait / max(self.steps, 1),
             "skipped_steps": self.skipped,
+            **({} if self.router_sum is None else {"router_loss": self.router_sum / self.steps}),
         }
 
 

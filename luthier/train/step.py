@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from luthier.batch import TENSORS, Batch
 from luthier.errors import Failed
+from luthier.models.routers import router_logits
 from luthier.parallel.world import World
 from luthier.train.gates import check_finite, num_seeing_several_keys
 from luthier.train.loss import token_loss
@@ -30,6 +31,7 @@ from luthier.train.optim import (
     optimizer_tensors,
     set_lr,
 )
+from luthier.train.router import RouterLoss
 
 
 class Gate(Protocol):
@@ -56,7 +58,9 @@ class Updater:
 
     `clip`: largest norm of the gradient, 0 = off. `gate`, which raises to stop, is called before the
     first update, and before the next ones until a step has supervised tokens that see several keys; only
-    there with `zeros`, and then `gated` is True. The model's mode (train or eval) is the caller's.
+    there with `zeros`, and then `gated` is True. `router`: a loss of the routers' logits, added to what is
+    trained, not to the loss that is reported; with several micro-batches it takes a forward of each more, as
+    it counts the tokens of the whole step first. The model's mode (train or eval) is the caller's.
     """
 
     stage: Stage
@@ -67,6 +71,7 @@ class Updater:
     gate: Gate | None = None
     device: torch.device | str = "cpu"
     world: World = field(default_factory=World)
+    router: RouterLoss | None = None
     gated: bool = field(default=False, init=False)
 
     def update(self, micro_batches: Sequence[Batch], *, step: int, lr: float) -> StepReport:
@@ -86,9 +91,13 @@ class Updater:
         if not report.num_supervised:
             return replace(report, skipped="no supervised token")
         try:
-            losses = [self._backward(batch, report.num_supervised) for batch in micro_batches]
+            shares = self._shares(micro_batches)
+            losses = [self._backward(batch, report, shares) for batch in micro_batches]
             # floats: the first wait for the device in the step
-            loss = self.world.sum(sum(float(part) for part in losses))
+            loss = self.world.sum(sum(float(part) for part, _ in losses))
+            if self.router is not None:
+                routed = self.world.sum(sum(float(part) for _, part in losses))
+                report = replace(report, router_loss=routed)
             if not math.isfinite(loss):
                 self._raise_non_finite(loss, math.nan, step, micro_batches)
             self.scaler.unscale(self.master.parameters)
@@ -111,18 +120,39 @@ class Updater:
     def _total(self, counts: Iterable[int]) -> int:
         return int(self.world.sum(sum(counts)))
 
-    def _backward(self, batch: Batch, count: int) -> Tensor:
-        """Forward and backward of one micro-batch; gives its share of the step's mean loss."""
-        loss = self._loss_sum(batch.to(self.device)) / count
+    def _shares(self, micro_batches: Sequence[Batch]) -> Tensor | None:
+        """Tokens of the step at each expert; None where one forward tells by itself."""
+        if self.router is None or (len(micro_batches) == 1 and self.world.data_size == 1):
+            return None
+        total = torch.zeros(())
+        for batch in micro_batches:
+            batch = batch.to(self.device)
+            with torch.no_grad(), router_logits() as logits:
+                self.stage(batch)
+            total = total + self.router.shares(logits, batch).cpu()
+        return torch.tensor([self.world.sum(float(count)) for count in total])
+
+    def _backward(
+        self, batch: Batch, report: StepReport, shares: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Forward and backward of one micro-batch; its part of the step's mean loss and of the routers'."""
+        batch = batch.to(self.device)
+        with router_logits() as logits:
+            loss = self._loss_sum(batch) / report.num_supervised
+        routed = torch.zeros(())
+        if self.router is not None:
+            if shares is None:
+                shares = self.router.shares(logits, batch)
+            routed = self.router.loss(logits, batch, shares.to(self.device), report.num_tokens)
         if not loss.requires_grad:
             raise Failed(
                 "training",
                 "the loss does not depend on any trained tensor",
                 "check adapter.targets: the layers they name take no part in the model's forward",
             )
-        (loss * self.scaler.scale).backward()
+        ((loss + routed if self.router else loss) * self.scaler.scale).backward()
         self.master.collect()
-        return loss.detach()
+        return loss.detach(), routed.detach()
 
     def _loss_sum(self, batch: Batch) -> Tensor:
         hidden = self.stage(batch)  # [B, S, D]

@@ -16,6 +16,7 @@ import numpy as np
 from luthier.assemble import open_text
 from luthier.batch import IGNORE
 from luthier.configfile import Resolved
+from luthier.data.blanks import Blanks
 from luthier.data.dataset import Dataset, LazyDataset, prepare
 from luthier.data.encode import Example, Renderer, check_labels, check_supervision
 from luthier.data.formats import Message
@@ -159,11 +160,30 @@ def _check_row(
     found.systems += messages[0].role == "system"
     if messages[-1].role == "user":  # a question without an answer was left out, and is noted
         messages = messages[:-1]
+    if renderer.blanks is not None and messages[0].role == "text":
+        _check_blanks(renderer, renderer.blanks, messages[0], example, found)
+        return
     _check_messages(renderer, messages, example)
     if messages[0].role != "text":
         check_supervision(renderer, messages, example)
         found.prompts += 1
-    _check_answers(renderer, messages, example, found)
+    _check_answers(renderer, messages, renderer.without_marks(messages, example), found)
+
+
+def _check_blanks(
+    renderer: Renderer, blanks: Blanks, message: Message, example: Example, found: Found
+) -> None:
+    """What was cut out and is trained fills the blanks of the text again. Raises Failed."""
+    ids = example.input_ids.tolist()
+    if blanks.filled(ids) != renderer.tokens(message.text):
+        raise Failed(
+            "filling the blanks of a text with what is trained",
+            f"it is not the text that begins {message.text.strip()[:60]!r}",
+            "look at the row with luthier preview",
+        )
+    for span in _spans(example):
+        found.answers += 1
+        found.ended += span[-1] in renderer.stop_ids
 
 
 def _check_messages(renderer: Renderer, messages: Sequence[Message], example: Example) -> None:

@@ -27,7 +27,9 @@ from luthier.configfile import Resolved
 from luthier.data.loader import collate
 from luthier.errors import Failed
 from luthier.models import attention
+from luthier.models.families import family_of
 from luthier.models.load import quiet
+from luthier.models.stage import padded_inputs
 from luthier.seeding import generator
 from luthier.train.optim import make_optimizer
 from luthier.train.step import Updater
@@ -75,7 +77,10 @@ def verify_loss(resolved: Resolved, say: Callable[[str], object] = print) -> dic
         rows = [row for batch in data.loader.peek() for row in documents_of(batch)]
     finally:
         data.loader.close()
-    documents = [_piece(*document) for row in rows for document in row][:DOCUMENTS]
+    places = text.renderer.positions
+    documents = [
+        _piece(*document, whole_prompt=places is not None) for row in rows for document in row
+    ][:DOCUMENTS]
     per_row = 1 if config.data.packing == "none" else 2
     number = math.ceil(len(documents) / per_row)
     packed = [documents[i::number] for i in range(number)]
@@ -86,7 +91,6 @@ def verify_loss(resolved: Resolved, say: Callable[[str], object] = print) -> dic
     built = build(config, train=True)
     _wake(built, config.train.seed)
     updater = make_updater(config, built)
-    places = text.renderer.positions
     whole = collate(packed, text.pad_id, positions_of=places)
     say(
         f"{len(documents)} documents of the first step, {whole.num_real_tokens} tokens, "
@@ -164,11 +168,15 @@ def _judge(what: str, d: Difference, allowed: Difference) -> None:
         )
 
 
-def _piece(ids: Any, labels: Any) -> Document:
-    """At most WINDOW tokens of a document, with its first trained ones."""
+def _piece(ids: Any, labels: Any, *, whole_prompt: bool) -> Document:
+    """At most WINDOW tokens of a document, with its first trained ones; or, where a blank may stand anywhere
+    in it, all before these and as many of them."""
     first = int((labels != IGNORE).argmax())
     start = max(0, first - WINDOW // 2) if len(ids) > WINDOW else 0
-    return shortened(ids[start : start + WINDOW], labels[start : start + WINDOW])
+    stop = start + WINDOW
+    if whole_prompt:
+        start = 0
+    return shortened(ids[start:stop], labels[start:stop])
 
 
 def _wake(built: Built, seed: int) -> None:
@@ -208,16 +216,19 @@ def _plain(built: Built, documents: list[Document], pad_id: int) -> Measured:
     # virtual tokens come in through the house's attention, which is plain sdpa outside of a stage
     virtual = built.adapter is not None and "" in adapters_of(model)
     model.set_attn_implementation(attention.NAME if virtual else "eager")
+    aligned = family_of(model.config.model_type).aligned_labels
     try:
         for group in _groups(documents, model.config.get_text_config().vocab_size):
             ids, mask, labels = (t.to(built.device) for t in _padded(group, pad_id))
             count = int((labels != IGNORE).sum())
             prompts = [_prompt(shifted) for _, shifted in group]
+            inputs = padded_inputs(model, ids, mask)
             with _autocast(built), quiet(), given_prompts(model, prompts):
-                out = model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False)
+                given = labels if aligned else labels.roll(1, 1)  # the last one is never supervised
+                out = model(**inputs, labels=given, use_cache=False)
             # torch's float32 softmax over 49,152 tokens is itself 3e-6 off, its gradient 5e-5
             exact = cross_entropy(
-                out.logits[:, :-1].double().flatten(0, 1), labels[:, 1:].flatten(), reduction="sum"
+                out.logits.double().flatten(0, 1), labels.flatten(), reduction="sum"
             )
             _agree(float(out.loss.detach()), float(exact.detach()) / count)
             (exact * (scale / total)).backward()
@@ -257,14 +268,14 @@ def _groups(documents: list[Document], vocabulary: int) -> Iterable[list[Documen
 
 
 def _padded(documents: list[Document], pad_id: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids, mask and labels [N, S] as transformers has them: its labels are not shifted."""
+    """Ids, mask and labels [N, S]; label i is the token after id i."""
     shape = (len(documents), max(len(ids) for ids, _ in documents))
     ids, mask = torch.full(shape, pad_id), torch.zeros(shape, dtype=torch.long)
     labels = torch.full(shape, IGNORE)
     for row, (tokens, shifted) in enumerate(documents):
         ids[row, : len(tokens)] = torch.as_tensor(tokens)
         mask[row, : len(tokens)] = 1
-        labels[row, 1 : len(tokens)] = torch.as_tensor(shifted)[:-1]
+        labels[row, : len(tokens)] = torch.as_tensor(shifted)
     return ids, mask, labels
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -29,6 +29,7 @@ class Row:
     rank: bool = True  # it has a rank, which tensor parallelism may cut
     drawn: bool = True  # its first values are drawn, none is made of the weights
     derivative: bool = True  # its gradient is the whole derivative (DoRA takes a norm as constant)
+    one_axis: bool = False  # refused where a second axis of positions says what is context
     small: float = 3e-3  # a change of its parameters whose effect is below a step of the output
 
 
@@ -66,7 +67,7 @@ METHODS: dict[str, Row] = {
     "reft_tiny_all": Row(
         {"method": "reft", "form": "tiny", "rank": 4, "positions": "all"}, **_ON_LAYER
     ),
-    "prefix": Row({"method": "prefix", "num_prefix_tokens": 4}, **_ON_MODEL),
+    "prefix": Row({"method": "prefix", "num_prefix_tokens": 4}, one_axis=True, **_ON_MODEL),
     "prefix_network": Row(
         {
             "method": "prefix",
@@ -77,7 +78,7 @@ METHODS: dict[str, Row] = {
         },
         **_ON_MODEL,
     ),
-    "prompt": Row({"method": "prompt", "num_prefix_tokens": 4}, **_ON_MODEL),
+    "prompt": Row({"method": "prompt", "num_prefix_tokens": 4}, one_axis=True, **_ON_MODEL),
     "mora": Row({"method": "mora", "rank": 4}, rank=False, small=3e-4),
     "mora_type1": Row({"method": "mora", "form": "type1", "rank": 4}, rank=False, small=1e-4),
     "mora_type4": Row({"method": "mora", "form": "type4", "rank": 2}, rank=False, small=1e-4),
@@ -101,6 +102,9 @@ METHODS: dict[str, Row] = {
 }
 # plain, biased and tied, Conv1D, flattened tokens, ALiBi and attention of its own
 FAMILIES = ("llama", "qwen2", "gpt2", "opt", "bloom")
+TWO_AXES = ("chatglm", "glm_legacy")
+ZOO = (*TWO_AXES, "chatglm2", "qwen")  # of models/zoo: all rows in `make test-all`, a few always
+QUICK = ("lora", "reft", "prefix_network")
 
 
 def options(row: str, **changes: Any) -> AdapterConfig:
@@ -116,8 +120,22 @@ def fill(model: nn.Module, seed: int = 0, size: float = 0.1) -> None:
     retract(model)
 
 
+def fitting(model: Any, batch: Batch) -> Batch:
+    """The batch with positions [B, 2, S] in families with two axes: the first half of a document is context."""
+    if model.config.model_type not in TWO_AXES or batch.position_ids.ndim == 3:
+        return batch
+    places = torch.stack([batch.position_ids, torch.zeros_like(batch.position_ids)], dim=1)
+    for s in Layout.of(batch).segments:
+        context = (s.stop - s.start) // 2
+        index = torch.arange(s.stop - s.start)
+        places[s.row, 0, s.start : s.stop] = index.clamp(max=max(context - 1, 0))
+        places[s.row, 1, s.start : s.stop] = (index - context + 1).clamp(min=0)
+    return replace(batch, position_ids=places)
+
+
 def run(model: Any, batch: Batch) -> Tensor:
     """Logits [B, S, V] inside the batch's layout."""
+    batch = fitting(model, batch)
     with layout_scope(Layout.of(batch)):
         return model(
             input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False

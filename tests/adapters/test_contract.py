@@ -8,7 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from adapter_table import FAMILIES, METHODS, error, fill, options, run
+from adapter_table import (
+    FAMILIES,
+    METHODS,
+    QUICK,
+    TWO_AXES,
+    ZOO,
+    error,
+    fill,
+    fitting,
+    options,
+    run,
+)
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -23,6 +34,7 @@ from luthier.adapters import (
 )
 from luthier.adapters.store import load_tensors
 from luthier.batch import Batch
+from luthier.errors import Refused
 from luthier.layers import count
 from luthier.models.stage import Stage, decoder_layers, set_recompute
 
@@ -34,20 +46,25 @@ def _rows(**wanted: Any) -> Any:
     return pytest.mark.parametrize("row", found)
 
 
+def _on_families(**wanted: Any) -> Any:
+    """Rows on families, without those that a family's positions do not allow."""
+    rows = [n for n, row in METHODS.items() if all(getattr(row, k) == v for k, v in wanted.items())]
+    zoo = [(n, f) for f in ZOO for n in rows if not (METHODS[n].one_axis and f in TWO_AXES)]
+    found = [pytest.param(n, f) for f in FAMILIES for n in rows]
+    found += [pytest.param(*p, marks=() if p[0] in QUICK else pytest.mark.long) for p in zoo]
+    return pytest.mark.parametrize(("row", "family"), found)
+
+
 each_method = _rows()
 on_linear = _rows(on="linear")
-folding = _rows(folds=True)
 folding_linear = _rows(folds=True, on="linear")
-dropping = _rows(dropout=True)
 unchanging = _rows(unchanged=True)
 ranked = _rows(rank=True)
 drawing = _rows(drawn=True)
 on_linear_by_derivative = _rows(on="linear", derivative=True)
-each_family = pytest.mark.parametrize("family", FAMILIES)
 
 
-@unchanging
-@each_family
+@_on_families(unchanged=True)
 def test_the_output_is_unchanged_at_first(
     tiny_model: Any, random_batch: Any, row: str, family: str
 ) -> None:
@@ -83,8 +100,14 @@ def test_a_biased_layer_in_half_precision_changes_by_rounding_only(row: str) -> 
         assert ((layer(x).float() - before).abs() <= bound).all()
 
 
-@each_method
-@each_family
+@pytest.mark.parametrize("family", TWO_AXES)
+@pytest.mark.parametrize("row", [n for n, row in METHODS.items() if row.one_axis])
+def test_tokens_before_a_context_are_refused(tiny_model: Any, row: str, family: str) -> None:
+    with pytest.raises(Refused, match=r"its positions say what is context.*form=paddlenlp"):
+        attach(tiny_model(family), options(row), seed=1)
+
+
+@_on_families()
 def test_only_adapters_get_gradients(
     tiny_model: Any, random_batch: Any, row: str, family: str
 ) -> None:
@@ -117,8 +140,7 @@ def test_gradients_of_the_first_step(tiny_model: Any, random_batch: Any, row: st
         assert {n for n, grad in gradients.items() if not grad.any()} == adapter.zero_at_start
 
 
-@folding
-@each_family
+@_on_families(folds=True)
 def test_fold_equals_hooks(tiny_model: Any, random_batch: Any, row: str, family: str) -> None:
     batch = random_batch()
     for dtype, bound in ((torch.float32, 1e-6), (torch.float64, 1e-14)):
@@ -164,8 +186,7 @@ def _watch(seen: dict[str, tuple[Tensor, Tensor]], name: str) -> Any:
     return hook
 
 
-@each_method
-@each_family
+@_on_families()
 def test_save_then_load_gives_the_same_output(
     tiny_model: Any, random_batch: Any, tmp_path: Path, row: str, family: str
 ) -> None:
@@ -215,8 +236,7 @@ def test_gradients_are_finite_differences(row: str, kind: str) -> None:
     assert torch.autograd.gradcheck(lambda *_: layer(x), (x, *mine))
 
 
-@dropping
-@each_family
+@_on_families(dropout=True)
 def test_dropout_follows_the_row_not_the_micro_batch(
     tiny_model: Any, random_batch: Any, row: str, family: str
 ) -> None:
@@ -241,8 +261,7 @@ def test_dropout_follows_the_row_not_the_micro_batch(
 _TENSORS = ("input_ids", "labels", "position_ids", "document_ids")
 
 
-@each_method
-@each_family
+@_on_families()
 def test_recomputed_layers_give_the_same_gradients(
     tiny_model: Any, random_batch: Any, row: str, family: str
 ) -> None:
@@ -253,15 +272,14 @@ def test_recomputed_layers_give_the_same_gradients(
     grads = {}
     for mode in ("none", "layer", "selective"):
         set_recompute(stage, mode)
-        stage(batch).square().mean().backward()
+        stage(fitting(model, batch)).square().mean().backward()
         grads[mode] = [p.grad for p in adapter_parameters(model).values()]
         model.zero_grad(set_to_none=True)
     for mode in ("layer", "selective"):
         assert all(map(torch.equal, grads[mode], grads["none"]))
 
 
-@each_method
-@each_family
+@_on_families()
 def test_adapters_of_a_half_precision_base_are_float32(
     tiny_model: Any, random_batch: Any, row: str, family: str
 ) -> None:
@@ -284,12 +302,12 @@ def test_adapters_of_a_half_precision_base_are_float32(
     assert logits.dtype == torch.bfloat16
     logits.float().square().mean().backward()
     assert all(p.grad.dtype == torch.float32 for p in adapter_parameters(model).values())
-    # as near to float32 as the base alone is
+    # as near to float32 as the base alone is; an adapted model is another one, so within a small factor
     detach(model)
     base = run(model, batch)
     wide_adapted = run(reference, batch)
     detach(reference)
-    assert error(logits, wide_adapted) < 2 * error(base, run(reference, batch))
+    assert error(logits, wide_adapted) < 3 * error(base, run(reference, batch))
 
 
 @each_method

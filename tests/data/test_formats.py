@@ -131,7 +131,12 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("messages", {"messages": "hello"}, r"'messages' is a string, not a list"),
     ("messages", {"messages": []}, r"'messages' is an empty list"),
     ("messages", {"messages": ["hello"]}, r"messages\[0\] is a string, not an object"),
-    ("messages", chat((U, "q"), ("tool", "t")), r"messages\[1\] has the role 'tool': tool turns"),
+    ("messages", chat((U, "q"), ("tool", "t")), "'tool' comes after 'user'"),
+    (
+        "messages",
+        chat((U, "q"), ("ipython", "t")),
+        r"messages\[1\] has the role 'ipython': tool turns",
+    ),
     ("messages", chat((U, "q"), ("critic", "t")), r"messages\[1\] has the unknown role 'critic'"),
     ("messages", chat((U, "q"), key="who"), r"messages\[0\] lacks 'role'; it has .*'who'"),
     ("messages", {"messages": [{"role": U}]}, r"messages\[0\] lacks 'content'"),
@@ -151,7 +156,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     (
         "sharegpt",
         {"conversations": [{"from": "observation", "value": "x"}]},
-        r"role 'observation': tool turns are not supported",
+        "'tool' comes first, but turns alternate",
     ),
     (
         "sharegpt",

@@ -13,7 +13,7 @@ import torch
 
 from luthier.batch import IGNORE, Layout
 from luthier.data.encode import Dropped, Renderer, check_labels, check_supervision
-from luthier.data.formats import Message
+from luthier.data.formats import BadRow, Message
 from luthier.data.jinja import LAST_ONLY
 from luthier.data.loader import collate
 from luthier.errors import Refused
@@ -32,6 +32,7 @@ CLASSES: dict[str, tuple[Any, str]] = {
     "chatglm2": (ChatGLM2Tokenizer, "tokenizer.model"),
     "glm": (GLMChineseTokenizer, "cog-pretrain.model"),
 }
+ROLE_NAMES = ("system", "user", "assistant", "observation")
 SAID = ["how many apples ?", "seven", "in the box ?", "three"]
 
 
@@ -228,11 +229,56 @@ def test_a_system_message_and_no_template() -> None:
 
 def test_what_cannot_be_is_said(tmp_path: Path) -> None:
     words = tokenizer("chatglm2", roles=True)
-    assert any("ChatGLM3" in note for note in Renderer(words).notes)
-    assert Renderer(words, template="none").notes == ()
+    assert Renderer(words).notes == Renderer(words, template="none").notes == ()
     words.chat_template = "{{ messages }}"
     assert any("chat template is not used" in note for note in Renderer(words).notes)
     file = tmp_path / "chat.jinja"
     file.write_text("{{ messages }}")
     with pytest.raises(Refused, match=r"ChatGLM2Tokenizer.*data.template=auto"):
         Renderer(words, template=str(file))
+
+
+def test_chatglm3_has_a_token_for_each_role() -> None:
+    """As its code writes and trains them: every answer with the newline before it and the token behind it."""
+    words = tokenizer("chatglm2", roles=True)
+    renderer = Renderer(words, length=256)
+    system, user, assistant, seen = (words.get_command(f"<|{r}|>") for r in ROLE_NAMES)
+    line = plain(words, "\n")
+    said = [
+        Message("system", "be brief", False),
+        Message("user", "how many apples ?", False),
+        Message("assistant", "count()", True, metadata="counter"),
+        Message("tool", "seven", False),
+        Message("assistant", "three", True),
+    ]
+    head = [words.get_command("[gMASK]"), words.get_command("sop"), system, *line]
+    asked = [*plain(words, "be brief"), user, *line, *plain(words, "how many apples ?")]
+    prompts = [[*head, *asked, assistant], [*line, *plain(words, "seven"), assistant]]
+    answers = [
+        [*plain(words, "counter\n"), *plain(words, "count()"), seen],
+        [*line, *plain(words, "three"), words.eos_token_id],
+    ]
+    (example,) = renderer.encode(said)
+    ids = [i for pair in zip(prompts, answers, strict=True) for part in pair for i in part]
+    assert example.input_ids.tolist() == ids
+    marks = [False] * len(prompts[0]) + [True] * len(answers[0])
+    marks += [False] * len(prompts[1]) + [True] * len(answers[1])
+    labels = [i if mark else IGNORE for i, mark in zip(ids, marks, strict=True)]
+    assert example.labels.tolist() == [*labels[1:], IGNORE]
+    check_labels(example.input_ids, example.labels)
+    check_supervision(renderer, said, example)
+    assert renderer.prompt(said[:3]) == prompts[0]
+    assert renderer.prompt(said) == ids[: -len(answers[1])]
+    assert set(renderer.stop_ids) == {words.eos_token_id, user, seen}
+    assert renderer.decode(answers[1]) == "three"
+    assert renderer.decode(answers[0]).startswith("counter")  # a call is shown with its tool
+    short = Renderer(words, length=60, source_length=30)
+    (cut,) = short.encode([said[0], Message("user", "how many apples ? " * 9, False), said[4]])
+    assert cut.cut and cut.input_ids[:4].tolist() == prompts[0][:4]
+    assert len(short.prompt([said[0], Message("user", "how many apples ? " * 9, False)])) == 30
+
+
+def test_tool_turns_need_chatglm3() -> None:
+    said = [*messages("a", "b"), Message("tool", "c", False), Message("assistant", "d", True)]
+    with pytest.raises(BadRow, match="tool turn, for which only ChatGLM3"):
+        Renderer(tokenizer("chatglm2")).encode(said)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from copy import deepcopy
 
 import pytest
-import test_packing
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -13,7 +12,6 @@ from luthier import seeding
 from luthier.batch import Layout
 from luthier.models.attention import install
 from luthier.models.dropout import seed_dropout
-from luthier.models.families import TESTED
 from luthier.models.stage import Stage, check_stage
 
 BASE = {
@@ -65,10 +63,6 @@ def _models(family):
     plain.load_state_dict(ours.state_dict())
     install(ours, "auto", train=True)
     return ours, plain
-
-
-def test_the_list_of_tested_families_is_this_one():
-    assert set(TESTED) == set(FAMILIES) | set(test_packing.FAMILIES)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

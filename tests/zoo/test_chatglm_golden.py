@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,114 +19,44 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import GenerationMixin
+from zoo_golden import ROOT
+from zoo_golden import faults as faults_of
+from zoo_golden import folders as folders_of
+from zoo_golden import load as load_as
 
 from luthier.models.attention import NAME
-from luthier.models.load import quiet
 from luthier.models.zoo import chatglm, chatglm2
 from luthier.models.zoo.chatglm import ChatGLMForCausalLM, position_ids_of, visible
 from luthier.models.zoo.chatglm2 import ChatGLM2ForCausalLM
 
-ROOT = (
-    Path(os.environ.get("LUTHIER_GOLDEN", Path(__file__).parents[1] / "golden" / "data")) / "models"
-)
 CLASSES: dict[str, Any] = {"chatglm": ChatGLMForCausalLM, "chatglm2": ChatGLM2ForCausalLM}
-FOLDERS = [f.parent for name in CLASSES for f in sorted((ROOT / name).glob("*/golden.json"))]
-# absolute for logits and hidden states (of a size of 4 to 17) and loss, relative to the largest for gradients
-TOLERANCE = {"logits": 1e-4, "hidden": 1e-4, "loss": 1e-5, "grads": 1e-4}
-
-
-def folders(family: str = "") -> list[Any]:
-    found = [f for f in FOLDERS if family in ("", f.parent.name)]
-    if not found:
-        reason = pytest.mark.skip(reason=f"{ROOT} is absent")
-        return [pytest.param(None, id="absent", marks=reason)]
-    return [pytest.param(f, id=f"{f.parent.name}-{f.name}") for f in found]
+BOTH = [folder for family in CLASSES for folder in folders_of(family)]
 
 
 def load(folder: Path, attention: str) -> Any:
-    with quiet():
-        return CLASSES[folder.parent.name].from_pretrained(
-            folder, dtype=torch.float32, attn_implementation=attention
-        )
+    return load_as(CLASSES[folder.parent.name], folder, attention)
 
 
 def modules(model: Any) -> dict[str, nn.Module]:
-    """Module whose output is a hidden state of the golden file -> its name there."""
+    """Name of a hidden state in the golden file -> module whose output it is."""
     base = model.transformer
     inner = getattr(base, "encoder", base)
     named = {f"layer.{i}": layer for i, layer in enumerate(inner.layers)}
     return {"embed": model.get_input_embeddings(), "final_norm": inner.final_layernorm} | named
 
 
-def case_faults(model: Any, case: dict[str, Any], tensors: dict[str, Tensor]) -> Iterator[str]:
-    name, outputs = case["name"], case["outputs"]
-    seen: dict[str, Tensor] = {}
-    hooks = [
-        module.register_forward_hook(lambda m, i, out, key=key: seen.update({key: out}))
-        for key, module in modules(model).items()
-    ]
-    model.train(case["mode"] == "train").zero_grad()
-    out = model(**{key: tensors[value] for key, value in case["inputs"].items()})
-    logits = out.logits.detach()
-    for hook in hooks:
-        hook.remove()
-    valid = torch.ones(logits.shape[:2], dtype=torch.bool)
-    if "inputs_valid_mask" in case:
-        valid = tensors[case["inputs_valid_mask"]].bool()
-
-    def off(kind: str, error: Tensor | float) -> bool:
-        return not float(error) <= TOLERANCE[kind]  # also for NaN
-
-    if off("logits", (logits - tensors[outputs["logits"]])[valid].abs().max()):
-        yield f"{name}: logits"
-    for key, value in outputs.get("hidden", {}).items():
-        if off("hidden", (seen[key].detach() - tensors[value])[valid].abs().max()):
-            yield f"{name}: {key}"
-    if "loss" in outputs:
-        if off("loss", abs(out.loss.detach() - tensors[outputs["loss"]])):
-            yield f"{name}: loss"
-        out.loss.backward()
-        parameters = dict(model.named_parameters())
-        for key, value in outputs.get("grads", {}).items():
-            error = (parameters[key].grad - tensors[value]).abs().max()
-            if off("grads", error / tensors[value].abs().max()):
-                yield f"{name}: gradient of {key}"
-
-
-def new_ids(model: Any, record: dict[str, Any], tensors: dict[str, Tensor], cache: bool) -> Any:
-    inputs = {key: tensors[value] for key, value in record["inputs"].items()}
-    with quiet():
-        out = model.eval().generate(
-            **inputs,
-            max_new_tokens=record["max_new_tokens"],
-            do_sample=False,
-            use_cache=cache,
-            eos_token_id=None,
-            pad_token_id=model.config.pad_token_id,
-        )
-    return out[:, inputs["input_ids"].shape[1] :].tolist()
-
-
 def faults(folder: Path, attention: str = "sdpa") -> Iterator[str]:
     """What differs from the golden numbers of one folder."""
-    tensors = load_file(folder / "golden.safetensors")
-    meta = json.loads((folder / "golden.json").read_text("utf-8"))
-    model = load(folder, attention)
-    for case in meta["cases"]:
-        yield from case_faults(model, case, tensors)
-    for record in meta["generation"]:
-        for cache in (True, False):
-            if new_ids(model, record, tensors, cache) != record["new_ids"]:
-                yield f"{record['name']}: greedy ids, cache={cache}"
+    return faults_of(CLASSES[folder.parent.name], folder, modules, attention)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa", NAME])
-@pytest.mark.parametrize("folder", folders())
+@pytest.mark.parametrize("folder", BOTH)
 def test_as_the_original(folder: Path, attention: str) -> None:
     assert list(faults(folder, attention)) == []
 
 
-@pytest.mark.parametrize("folder", folders())
+@pytest.mark.parametrize("folder", BOTH)
 def test_by_hand_without_cache(folder: Path) -> None:
     """Each token from a forward over all ids so far, with what the model makes of ids alone."""
     tensors = load_file(folder / "golden.safetensors")
@@ -143,7 +72,7 @@ def test_by_hand_without_cache(folder: Path) -> None:
         assert ids[:, start:].tolist() == record["new_ids"]
 
 
-@pytest.mark.parametrize("folder", folders("chatglm"))
+@pytest.mark.parametrize("folder", folders_of("chatglm"))
 def test_mask_and_positions_from_ids(folder: Path) -> None:
     tensors = load_file(folder / "golden.safetensors")
     config = load(folder, "sdpa").config
@@ -213,7 +142,7 @@ def blocks_of_queries_keys_values(patch: Any) -> None:
     patch.setattr(
         chatglm,
         "split_heads",
-        lambda mixed, n: mixed.unflatten(-1, (3, n, -1)).permute(2, 0, 3, 1, 4).unbind(0),
+        lambda mixed, d: mixed.unflatten(-1, (3, -1, d)).permute(2, 0, 3, 1, 4).unbind(0),
     )
 
 

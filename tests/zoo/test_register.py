@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from zoo_golden import ROOT
+from zoo_golden import ROOT, folders
 
 import luthier.models  # noqa: F401 - what is tested
 from luthier.config import ModelConfig
@@ -168,3 +169,27 @@ def test_the_package_stays_light() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.filterwarnings("ignore:.*golden.json:pytest.PytestUnraisableExceptionWarning")  # its
+@pytest.mark.filterwarnings("ignore:unclosed file.*golden.json:ResourceWarning")
+@pytest.mark.parametrize("folder", [p for f in FAMILIES for p in folders(f)])
+def test_the_reference_script_passes_without_adapting_anything(folder: Path) -> None:
+    """`compare(folder, load)` as it lies beside the golden files, with the Auto classes alone."""
+    script = ROOT / "compare_golden.py"
+    if not script.is_file():
+        pytest.skip(f"{script} is absent")
+    compare = runpy.run_path(str(script))["compare"]
+
+    def load(where: str, overrides: dict[str, Any]) -> Any:
+        with quiet():
+            return AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, **overrides)
+
+    def generate(model: Any, inputs: dict[str, Any], count: int, record: Any) -> torch.Tensor:
+        out = model.generate(**inputs, max_new_tokens=count, do_sample=False, eos_token_id=None)
+        return out[:, inputs["input_ids"].shape[1] :]
+
+    with quiet():
+        worst = compare(str(folder), load, generate=generate, verbose=False)
+    assert worst["logits"] < 1e-4 and worst["loss"] < 1e-5
+    assert worst["grad(rel)"] < 1e-4 and worst["generation"] == 0

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import json
-import shutil
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -12,45 +10,24 @@ from typing import Any
 
 import pytest
 import torch
-from zoo_golden import ROOT
 
 import luthier.models.stage
 from luthier.assemble import build, open_data, open_text
 from luthier.batch import IGNORE, Layout
 from luthier.errors import Refused
 from luthier.exchange import merge
-from luthier.models.load import load_tokenizer, quiet, save_model
 from luthier.models.stage import Stage, check_stage
-from luthier.models.zoo.configuration_qwen import QWenConfig
 from luthier.models.zoo.glm_generation import context_mask, infilling_positions
-from luthier.models.zoo.qwen import QWenLMHeadModel
 from luthier.recipes import finetune, resolve
-from luthier.seeding import generator
 from luthier.use import evaluate, predict
 from luthier.verify.data import verify_data
+from luthier.verify.loss import verify_loss
+from luthier.verify.packing import verify_packing
+from tests.adapters.adapter_table import METHODS as ADAPTERS
+from tests.adapters.adapter_table import TWO_AXES
+from tests.zoo_folders import ZOO, zoo_folder
 
-FAMILIES = ("chatglm", "chatglm2", "glm", "qwen")
-VOCABULARY = {
-    "chatglm": "ice_text.model",
-    "chatglm2": "tokenizer.model",
-    "glm": "cog-pretrain.model",
-}
-TOKENIZER = {
-    "chatglm": "ChatGLMTokenizer",
-    "chatglm2": "ChatGLMTokenizer",
-    "glm": "GLMChineseTokenizer",
-}
-QWEN: dict[str, Any] = {
-    "vocab_size": 512,
-    "hidden_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "kv_channels": 12,
-    "intermediate_size": 96,
-    "seq_length": 128,
-    "max_position_embeddings": 256,
-}
-LENGTH = {"chatglm": 60, "chatglm2": 100, "glm": 60, "qwen": 250}
+LENGTH = {"chatglm3": 100, "chatglm": 100, "chatglm2": 100, "glm_legacy": 60, "qwen": 220}
 WORDS = ("the box", "how many", "apples", "seven", "a quick fox", "in")
 
 
@@ -60,34 +37,10 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 
     @cache
     def make(family: str) -> Path:
-        folder = tmp_path_factory.mktemp(family)
-        if family == "qwen":
-            pytest.importorskip("tiktoken")
-            ranks = [bytes([i]) for i in range(256)] + [b"th", b"the", b" a"]
-            lines = [base64.b64encode(token).decode() + f" {i}" for i, token in enumerate(ranks)]
-            (folder / "qwen.tiktoken").write_text("\n".join(lines))
-            with torch.random.fork_rng(devices=[]):
-                model = QWenLMHeadModel(QWenConfig(**QWEN))
-            with torch.no_grad():
-                for name, p in model.named_parameters():
-                    noise = torch.randn(p.shape, generator=generator(0, name))
-                    p.copy_((p if p.ndim == 1 else 0.0) + 0.15 * noise)
-            save_model(model, folder)
-            settings = {"tokenizer_class": "QWenTokenizer"}
-        else:
-            if not (ROOT / family / "base").is_dir():
-                pytest.skip(f"{ROOT / family} is absent")
-            pytest.importorskip("sentencepiece")
-            for name in ("config.json", "model.safetensors"):
-                shutil.copyfile(ROOT / family / "base" / name, folder / name)
-            name = VOCABULARY[family]
-            shutil.copyfile(ROOT / family / "tokenizer" / name, folder / name)
-            settings = {"tokenizer_class": TOKENIZER[family]}
-        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-        with quiet():
-            words: Any = load_tokenizer(folder)
-            words.save_pretrained(folder)  # GLM's config takes its special ids from these files
-        return folder
+        roles = family == "chatglm3"
+        return zoo_folder(
+            "chatglm2" if roles else family, tmp_path_factory.mktemp(family), roles=roles
+        )
 
     return make
 
@@ -130,7 +83,7 @@ def config(checkpoint: Callable[[str], Path], tmp_path: Path) -> Callable[..., d
 
 
 @pytest.mark.parametrize("method", ["none", "lora"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*ZOO, "chatglm3"])
 def test_they_train_and_answer(
     family: str, method: str, config: Callable[..., dict[str, Any]]
 ) -> None:
@@ -144,16 +97,53 @@ def test_they_train_and_answer(
     assert measured["loss"] == pytest.approx(facts["after"]["loss"], rel=1e-6)
     answers = predict(run)
     assert len(answers) == 4
-    if (
-        method == "lora" and family != "chatglm"
-    ):  # whose rows need <sop>: those of merge's own check lack it
+    if method == "lora":
         output = Path(run["output"])
         merge(run["model"]["path"], str(output), str(output / "merged"))
         merged = run | {"model": run["model"] | {"path": str(output / "merged")}}
         assert predict(merged | {"output": str(output / "other")}) == answers
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.long
+@pytest.mark.parametrize("family", ZOO)
+@pytest.mark.parametrize("method", ADAPTERS)
+def test_every_adapter_trains(
+    family: str, method: str, config: Callable[..., dict[str, Any]]
+) -> None:
+    """A run whose loss falls, an adapter folder that loads and answers."""
+    row = ADAPTERS[method]
+    if row.one_axis and family in TWO_AXES:
+        pytest.skip("refused by name: tests/adapters/test_contract.py")
+    options = {k: list(v) if isinstance(v, tuple) else v for k, v in row.options.items()}
+    if options["method"] == "reft":
+        options["positions"] = "f1+l1" if options["positions"] != "all" else "all"
+    train = {"steps": 8, "batch": 16, "micro_batch": 16}  # all rows in each step
+    run = config(family, adapter=options, train=train, optim={"lr": 5e-3})
+    run["data"] |= {"packing": "none"}
+    finetune(run)
+    lines = (Path(run["output"]) / "metrics.jsonl").read_text().splitlines()
+    losses = [
+        found["loss"] for found in map(json.loads, lines) if "loss" in found and "step" in found
+    ]
+    assert losses[-1] < losses[0]
+    assert len(predict(run)) == 4
+
+
+def test_glm_learns_to_fill_blanks(config: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    run = config("glm_legacy", adapter={"method": "lora", "rank": 4})
+    rows = [
+        {"text": f"the box is in the room {i}. how many apples? seven in the box."}
+        for i in range(16)
+    ]
+    (tmp_path / "texts.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"path": str(tmp_path / "texts.json"), "blanks": "mixed", "validation_share": 0.25}
+    run["data"] = run["data"] | data
+    run["evaluate"] = {"every": "end"}
+    facts = finetune(run)
+    assert facts["checks"] and all(passed for _, passed, _ in facts["checks"])
+
+
+@pytest.mark.parametrize("family", ZOO)
 def test_their_rows_are_verified(family: str, config: Callable[..., dict[str, Any]]) -> None:
     """Answers and messages told by their text; a trained <sop> is named."""
     said: list[str] = []
@@ -165,7 +155,33 @@ def test_their_rows_are_verified(family: str, config: Callable[..., dict[str, An
     assert any("'<sop>'" in line for line in said) == (family == "chatglm")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+METHODS = {
+    "none": {},
+    "lora": {"method": "lora", "rank": 4},
+    "prefix": {"method": "prefix", "form": "paddlenlp", "num_prefix_tokens": 4},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", ZOO)
+def test_a_step_is_that_of_the_plain_model(
+    family: str, method: str, config: Callable[..., dict[str, Any]]
+) -> None:
+    """`verify loss`: the model's own forward, positions, mask and loss on padded rows."""
+    said: list[str] = []
+    figures = verify_loss(resolve(config(family, adapter=METHODS[method])), said.append)
+    assert said[-1] == "verify loss: ok"
+    assert len(figures["differences"]) == 3
+
+
+@pytest.mark.parametrize("family", ZOO)
+def test_packing_is_verified(family: str, config: Callable[..., dict[str, Any]]) -> None:
+    said: list[str] = []
+    verify_packing(resolve(config(family)), said.append)
+    assert said[-1] == "verify packing: ok"
+
+
+@pytest.mark.parametrize("family", ZOO)
 def test_packed_rows_are_the_models_own_on_each_document(
     family: str, config: Callable[..., dict[str, Any]], relative: Callable[..., float]
 ) -> None:
@@ -179,20 +195,20 @@ def test_packed_rows_are_the_models_own_on_each_document(
     model: Any = built.model
     assert max(len(Layout.of(batch).segments) / len(batch.rows) for batch in batches) > 1
     for batch in batches:
-        assert batch.position_ids.ndim == (3 if family in ("chatglm", "glm") else 2)
+        assert batch.position_ids.ndim == (3 if family in ("chatglm", "glm_legacy") else 2)
         with torch.no_grad():
             hidden = built.stage(batch)
         for s in Layout.of(batch).segments:
             ids = batch.input_ids[s.row : s.row + 1, s.start : s.stop]
             labels = batch.labels[s.row, s.start : s.stop]
             inputs: dict[str, Any] = {"input_ids": ids}
-            if family == "glm":
+            if family == "glm_legacy":
                 inputs["position_ids"] = infilling_positions(model.config, ids, None)
                 inputs["attention_mask"] = context_mask(inputs["position_ids"], None)
             with torch.no_grad():
                 # GLM's own labels are aligned, the others' are shifted by the model
                 given = labels[None]
-                if family != "glm":
+                if family != "glm_legacy":
                     given = torch.cat([torch.tensor([IGNORE]), labels[:-1]])[None]
                 plain = model(**inputs, labels=given, use_cache=False)
                 logits = built.stage.head(hidden[s.row, s.start : s.stop])
@@ -202,7 +218,7 @@ def test_packed_rows_are_the_models_own_on_each_document(
             assert float(loss) == pytest.approx(float(plain.loss), rel=1e-5)
 
 
-@pytest.mark.parametrize("family", ["chatglm", "glm"])
+@pytest.mark.parametrize("family", ["chatglm", "glm_legacy"])
 def test_the_start_up_check_sees_contexts(
     family: str,
     config: Callable[..., dict[str, Any]],
@@ -217,7 +233,7 @@ def test_the_start_up_check_sees_contexts(
     assert luthier.models.stage.family_of(built.model.config.model_type).position_axes == 2
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ZOO)
 def test_rows_of_the_embedding_without_a_token_are_no_text(
     family: str, config: Callable[..., dict[str, Any]]
 ) -> None:

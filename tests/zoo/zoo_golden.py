@@ -78,7 +78,12 @@ def faults(
 def greedy(model: Any, inputs: dict[str, Tensor], count: int, cache: bool) -> list[list[int]]:
     with quiet(), torch.no_grad():
         out = model.eval().generate(
-            **inputs, max_new_tokens=count, do_sample=False, use_cache=cache, pad_token_id=0
+            **inputs,
+            max_new_tokens=count,
+            do_sample=False,
+            use_cache=cache,
+            pad_token_id=0,
+            eos_token_id=None,
         )
     return out[:, inputs["input_ids"].shape[1] :].tolist()
 

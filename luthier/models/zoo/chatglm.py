@@ -118,9 +118,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (halves * cos + turned * sin).flatten(-2)
 
 
-def split_heads(mixed: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+def split_heads(mixed: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
     """[B, S, 3H], for each head its query, key and value -> three of [B, n, S, d]."""
-    heads = mixed.unflatten(-1, (num_heads, 3, -1)).transpose(1, 2)  # [B, n, S, 3, d]
+    heads = mixed.unflatten(-1, (-1, 3, head_dim)).transpose(1, 2)  # [B, n, S, 3, d]
     query, key, value = heads.unbind(-2)
     return query, key, value
 
@@ -150,7 +150,6 @@ class ChatGLMAttention(nn.Module):
     def __init__(self, config: ChatGLMConfig, layer_idx: int) -> None:
         super().__init__()
         self.config, self.layer_idx = config, layer_idx
-        self.num_heads = config.num_attention_heads
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.num_key_value_groups = 1
         self.scaling = self.head_dim**-0.5
@@ -166,7 +165,7 @@ class ChatGLMAttention(nn.Module):
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        query, key, value = split_heads(self.query_key_value(hidden_states), self.num_heads)
+        query, key, value = split_heads(self.query_key_value(hidden_states), self.head_dim)
         cos, sin = (part.to(query.dtype) for part in position_embeddings)
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         if past_key_values is not None:
@@ -223,6 +222,11 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
     _can_record_outputs: ClassVar = {"hidden_states": ChatGLMBlock, "attentions": ChatGLMAttention}
     # released files hold the frequencies, which are computed here
     _keys_to_ignore_on_load_unexpected: ClassVar = [r"rotary_emb\.inv_freq$"]
+
+    @staticmethod
+    def real_tokens(attention_mask: Tensor) -> Tensor:
+        """[B, T], 1 = real, of a mask [B, 1, S, T] with True = hidden: the last token sees all that is real."""
+        return (~attention_mask[:, 0, -1].bool()).long()
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -355,7 +359,7 @@ class ChatGLMForCausalLM(ChatGLMPreTrainedModel, GenerationMixin):
         """
         if attention_mask is not None and attention_mask.ndim == 4:
             hidden = attention_mask[:, 0].bool()  # [B, S, S]
-            attention_mask = (~hidden[:, -1]).long()  # the last token sees all that is real
+            attention_mask = self.real_tokens(attention_mask)
             positions = kwargs.get("position_ids")
             if positions is None:
                 ids: Any = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))

@@ -51,6 +51,7 @@ class ChatGLMConfig(PretrainedConfig):
 
     model_type = "chatglm"
     keys_to_ignore_at_inference: ClassVar = ["past_key_values"]
+    vocabulary: ClassVar = ("ice_text.model", "THUDM/chatglm-6b")  # file, and a folder that has it
     attribute_map: ClassVar = {
         "num_hidden_layers": "num_layers",
         "max_position_embeddings": "max_sequence_length",
@@ -99,6 +100,7 @@ class ChatGLM2Config(PretrainedConfig):
 
     model_type = "chatglm2"  # here; files say "chatglm", so that the original code loads them
     keys_to_ignore_at_inference: ClassVar = ["past_key_values"]
+    vocabulary: ClassVar = ("tokenizer.model", "THUDM/chatglm2-6b")
     attribute_map: ClassVar = {
         "num_hidden_layers": "num_layers",
         "max_position_embeddings": "seq_length",

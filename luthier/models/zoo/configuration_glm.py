@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import PretrainedConfig
 
@@ -51,6 +51,10 @@ class GLMConfig(PretrainedConfig):
 
     model_type = "glm_legacy"  # here; files say "glm", so that the original code loads them
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 - transformers' own form
+    vocabulary: ClassVar = (
+        "cog-pretrain.model",
+        "THUDM/glm-large-chinese",
+    )  # file, and a folder that has it
     attribute_map = {  # noqa: RUF012
         "num_hidden_layers": "num_layers",
         "max_position_embeddings": "max_sequence_length",

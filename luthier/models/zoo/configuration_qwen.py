@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import PretrainedConfig
 
@@ -29,6 +29,7 @@ class QWenConfig(PretrainedConfig):
 
     model_type = "qwen"
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 - transformers' own form
+    vocabulary: ClassVar = ("qwen.tiktoken", "Qwen/Qwen-7B")  # file, and a folder that has it
 
     vocab_size: int = 151936
     hidden_size: int = 4096

@@ -38,8 +38,8 @@ class SelfAttention(nn.Module):
     def __init__(self, config: GLMConfig, layer_idx: int) -> None:
         super().__init__()
         self.config, self.layer_idx = config, layer_idx
-        self.num_heads = config.num_attention_heads
-        self.scaling = (config.hidden_size // self.num_heads) ** -0.5
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
         self.attention_dropout = config.attention_dropout_prob
         self.is_causal = True  # where no mask says otherwise
         self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
@@ -53,12 +53,10 @@ class SelfAttention(nn.Module):
         past_key_values: Cache | None = None,
         **extra: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        batch, length, _ = hidden_states.shape
-        fused = self.query_key_value(hidden_states)
         # [B, S, 3H] -> three times [B, N, S, d]
         query, key, value = (
-            part.view(batch, length, self.num_heads, -1).transpose(1, 2)
-            for part in fused.chunk(3, dim=-1)
+            part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for part in self.query_key_value(hidden_states).chunk(3, dim=-1)
         )
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
@@ -144,6 +142,11 @@ class GLMPreTrainedModel(PreTrainedModel):
         "hidden_states": GLMBlock,
         "attentions": SelfAttention,
     }
+
+    @staticmethod
+    def real_tokens(attention_mask: Tensor) -> Tensor:
+        """[B, T], 1 = real, of a mask [B, 1, S, T]: the last token sees all that is real."""
+        return (attention_mask[:, 0, -1] != 0).long()
 
 
 class GLMModel(GLMPreTrainedModel):

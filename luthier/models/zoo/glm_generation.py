@@ -54,10 +54,11 @@ def context_mask(position_ids: Tensor, padding: Tensor | None) -> Tensor:
 
 
 def infilling_positions(config: Any, input_ids: Tensor, padding: Tensor | None) -> Tensor:
-    """[B, 2, S] of prompts [B, S] with one blank each; Refused without mask token or <|startofpiece|>.
+    """[B, 2, S] of rows [B, S] with blanks; Refused without mask token or <|startofpiece|>.
 
-    Axis 0 counts the context from its first real token and is the first mask token's place from
-    <|startofpiece|> on; axis 1 is 0 in the context, then 1, 2, ...
+    Axis 0 counts the context from its first real token; from the first <|startofpiece|> on it is the first mask
+    token's place, from the second the second's, while there are mask tokens. Axis 1 is 0 in the context, then
+    1, 2, ... in each piece.
     """
     sop, masks = config.sop_token_id, config.mask_token_ids
     asked = "GLM was asked to fill a blank"
@@ -83,10 +84,15 @@ def infilling_positions(config: Any, input_ids: Tensor, padding: Tensor | None) 
     first = torch.zeros_like(border)  # of the real tokens, where a row is padded on the left
     if padding is not None:
         first = (padding != 0).int().argmax(1, keepdim=True)
-    blank = blanks.int().argmax(1, keepdim=True) - first
-    place = torch.where(index < border, (index - first).clamp(min=0), blank)
-    behind = (index - border + 1).clamp(min=0)
-    return torch.stack([place, behind], dim=1)
+    starts &= starts.cumsum(1) <= blanks.sum(1, keepdim=True)  # those behind open no piece
+    piece = starts.long().cumsum(1)  # [B, S], 0 in the context
+    places = (
+        torch.where(blanks, index, input_ids.shape[1]).sort(1).values
+    )  # of the blanks, in order
+    place = torch.where(piece == 0, index, places.gather(1, (piece - 1).clamp(min=0))) - first
+    opened = torch.where(starts, index, 0).cummax(1).values
+    behind = torch.where(piece == 0, 0, index - opened + 1)
+    return torch.stack([place.clamp(min=0), behind], dim=1)
 
 
 def set_special_ids(config: Any, tokenizer: Any) -> None:

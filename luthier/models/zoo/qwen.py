@@ -3,7 +3,7 @@
 Beyond `seq_length`, and only in evaluation, the original widens its rotary base (dynamic NTK) and scales
 queries by the logarithm of their place (logn). Parameter names, config fields and the conventions of
 `forward` are those of Qwen/Qwen-7B (model_type "qwen"); position_ids are accepted and not looked at in a plain
-call, as there. Inside a stage places and lengths are those within each document. Registration is in
+call, as there (but for virtual tokens, which the original has not). Inside a stage places and lengths are those within each document. Registration is in
 `register.py`, the tokenizer in `tokenization_qwen.py`.
 """
 
@@ -74,8 +74,8 @@ class QWenAttention(nn.Module):
     def __init__(self, config: QWenConfig, layer_idx: int) -> None:
         super().__init__()
         self.config, self.layer_idx = config, layer_idx
-        self.num_heads = config.num_attention_heads
-        self.scaling = config.kv_channels**-0.5
+        self.head_dim = config.kv_channels
+        self.scaling = self.head_dim**-0.5
         self.attention_dropout = config.attn_dropout_prob
         self.is_causal = True
         self.c_attn = nn.Linear(config.hidden_size, 3 * config.hidden_size)
@@ -91,10 +91,9 @@ class QWenAttention(nn.Module):
         **extra: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """`turns` are cosines and sines, `logn` [B, S] the factors of the queries, both for these tokens."""
-        batch, length, _ = hidden_states.shape
         # [B, S, 3H] -> three times [B, N, S, d]
         query, key, value = (
-            part.view(batch, length, self.num_heads, -1).transpose(1, 2)
+            part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for part in self.c_attn(hidden_states).chunk(3, dim=-1)
         )
         query, key = rotate(query, *turns), rotate(key, *turns)
@@ -194,8 +193,8 @@ class QWenModel(QWenPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """input_ids [B, S] or `inputs_embeds` [B, S, H] -> hidden states [B, S, H] after the final norm.
 
-        `attention_mask` [B, T], 1 = real. `position_ids` [B, S] act inside a layout; in a plain call the
-        place is the index in the padded row, as in the original.
+        `attention_mask` [B, T], 1 = real. `position_ids` [B, S] act inside a layout and behind virtual tokens;
+        in any other plain call the place is the index in the padded row, as in the original.
         """
         x = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache and past_key_values is None:
@@ -204,6 +203,11 @@ class QWenModel(QWenPreTrainedModel):
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         if layout is None:
             places = torch.arange(past, past + length, device=x.device)[None]
+            if (
+                getattr(self.h[0].attn, "keys_values", None) is not None
+                and position_ids is not None
+            ):
+                places = position_ids  # distances to the virtual tokens must not depend on padding
             alpha = self._plain_alpha(attention_mask, past + length, past_key_values, x.device)
             mask = create_causal_mask(
                 config=self.config,

@@ -85,15 +85,13 @@ class ChatGLM2Tokenizer(Pieces):
 
     trained_before = 0
     blank_ids: ClassVar[tuple[int, ...]] = ()
+    prompt_notes: ClassVar[tuple[str, ...]] = ()
 
     @property
     def stop_ids(self) -> list[int]:
-        return [self.pieces.eos_id()]
-
-    @property
-    def prompt_notes(self) -> tuple[str, ...]:
-        note = "prompts have the rounds of ChatGLM2, not the role tokens of ChatGLM3"
-        return (note,) if self.roles else ()
+        """ChatGLM3 also stops where it is another's turn."""
+        turns = ("<|user|>", "<|observation|>") if self.roles else ()
+        return [self.pieces.eos_id(), *map(self.get_command, turns)]
 
     def build_prompt(self, query: str, history: Sequence[tuple[str, str]] = ()) -> str:
         """The chat of the original: numbered rounds, the last one open."""

@@ -107,8 +107,17 @@ class BlankInfilling:
         return [first], [*blank, last, self.sop_token_id]
 
     def document_positions(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
-        """[n] -> [2, n]: what follows <|startofpiece|> stands at the first mask token."""
-        return two_axes(ids, self.sop_token_id, self.mask_token_ids)
+        """[n] -> [2, n]: what follows the first, second, ... <|startofpiece|> stands at the first, second, ...
+        mask token of the context, while there are any."""
+        found = np.asarray(ids)
+        places = two_axes(found, self.sop_token_id, self.mask_token_ids)
+        starts = np.flatnonzero(found == self.sop_token_id)
+        context = found[: starts[0] if starts.size else 0]
+        blanks = np.flatnonzero(np.isin(context, self.mask_token_ids))
+        for start, blank in zip(starts[1:], blanks[1:], strict=False):
+            places[0, start:] = blank
+            places[1, start:] = np.arange(1, len(found) - start + 1)
+        return places
 
     def check_special_ids(self) -> None:
         """Refused unless every token of blanks and pieces has an id, and none of them shares it."""

@@ -1,0 +1,208 @@
+"""Whole models and quantised Hugging Face folders: opening one as it is, and what of a model is saved to make one.
+
+A folder's weights are taken over tensor by tensor, while transformers' loader reads what is not
+quantised: nothing is dequantised or quantised anew. The layouts on disk are `layouts.py`'s, files and their
+refusals the models' loader's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from luthier.config import QuantizeConfig
+from luthier.errors import Refused
+from luthier.layers import features, is_linear
+from luthier.quantize import layouts
+from luthier.quantize.linears import QuantizedLinear, QuantizedTensor
+from luthier.quantize.loading import plan_quantization, replace, stand_in
+from luthier.quantize.stored import Headers, Read, broken
+
+METHOD = "luthier-folder"  # our name among transformers' quantisers
+
+
+class Prequantized(QuantizationConfigMixin):
+    """The quantised weights of a folder, for a model's loader: `quantization_config` of `from_pretrained`.
+
+    `fields` is the `quantization_config` of its config.json, `headers` those of its weight `files`. Refused
+    here, before any work: a method that is not read, tensors that are missing or do not fit together.
+    """
+
+    quant_method: Any = METHOD
+    opens_folder = True
+
+    def __init__(
+        self,
+        folder: Path,
+        fields: Mapping[str, Any],
+        headers: Headers,
+        files: Mapping[str, Path],
+        asked: QuantizeConfig | None = None,
+    ) -> None:
+        """`asked`, where it asks for anything, must be what the folder holds."""
+        self.folder, self.fields, self.files = str(folder), fields, files
+        self.asked = asked if asked is not None and asked.on else None
+        with ExitStack() as stack:
+            plan = layouts.plan(self.folder, fields, headers, self.reader(stack))
+        self.plan = {name.removesuffix(".weight"): stored for name, stored in plan.items()}
+
+    @property
+    def specs(self) -> dict[str, Any]:
+        """Layer path -> its form."""
+        return {name: stored.spec for name, stored in self.plan.items()}
+
+    def reader(self, stack: ExitStack) -> Read:
+        """A function that reads one tensor by name; files stay open until `stack` closes."""
+        opened: dict[Path, Any] = {}
+
+        def read(name: str) -> Tensor:
+            file = self.files[name]
+            if file not in opened:
+                opened[file] = stack.enter_context(safe_open(file, framework="pt"))
+            return opened[file].get_tensor(name)
+
+        return read
+
+    def layers(self, model: nn.Module) -> dict[str, nn.Module]:
+        """The linear layers of `model` that are quantised here. Refused: those of another shape, and a folder
+        that does not hold what was asked for.
+
+        Weights of layers that the model lacks are left out: the loader refuses them, or does not where
+        fewer layers are built.
+        """
+        modules = dict(model.named_modules())
+        found = {name: modules[name] for name in self.plan if name in modules}
+        for name, layer in found.items():
+            shape = self.plan[name].spec.shape
+            own = tuple(reversed(features(layer))) if is_linear(layer) else None
+            if own != shape:
+                fault = f"layer '{name}' is {list(own)}" if own else f"'{name}' is no linear layer"
+                raise broken(self.folder, f"{name}.weight", f"its shape is {list(shape)}, {fault}")
+        self._check_asked(model, set(found))
+        return found
+
+    def _check_asked(self, model: nn.Module, found: set[str]) -> None:
+        """Refuse to quantise what is quantised already, unless it is so in just the form asked for."""
+        if self.asked is None:
+            return
+        plan = plan_quantization(model, self.asked)
+        for name in [*found, *(plan.keys() - found)]:
+            mine = self.plan[name].spec if name in found else None
+            if plan.get(name) != mine:
+                form = (
+                    "not quantised"
+                    if mine is None
+                    else f"{mine.scheme} in blocks of {mine.block_size}"
+                )
+                raise Refused(
+                    f"quantize.weights={self.asked.weights} for '{self.folder}'",
+                    f"it is quantised already, in another form: layer '{name}' is {form}",
+                    "leave the section quantize out, or start from the model in its original precision",
+                )
+
+    def tensors(self, model: nn.Module) -> set[str]:
+        """Names of the folder's tensors that the quantised layers of `model` are made of."""
+        modules = dict(model.named_modules())
+        return {
+            part
+            for name, stored in self.plan.items()
+            if name in modules
+            for part in stored.parts.values()
+        }
+
+    def convert(self, model: nn.Module) -> None:
+        """Give a model in memory, or on meta, layers of the folder's forms, with its own values."""
+        for name, layer in self.layers(model).items():
+            replace(model, name, self.plan[name].spec, layer.get_parameter("weight"))
+
+
+class _Awaited(nn.Module):
+    """Holds a quantised layer's place, and its bias, while transformers reads the rest."""
+
+    def __init__(self, layer: Any, made: QuantizedLinear) -> None:
+        super().__init__()
+        self.bias = layer.bias
+        vars(self)["made"] = made  # no submodule: its tensors are no business of the loader
+        stand_in(self)
+
+
+@register_quantizer(METHOD)
+class _FolderQuantizer(HfQuantizer):
+    quantization_config: Prequantized
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        plan = self.quantization_config.plan
+        for name, layer in self.quantization_config.layers(model).items():
+            spec = plan[name].spec
+            made = QuantizedLinear.like(layer, spec.scheme, spec.block_size, spec.double_quant)
+            model.set_submodule(name, _Awaited(layer, made))
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        return False
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        source = self.quantization_config
+        awaited = {n: m for n, m in model.named_modules() if isinstance(m, _Awaited)}
+        with ExitStack() as stack:
+            read = source.reader(stack)
+            for name, holder in awaited.items():
+                made, stored = vars(holder)["made"], source.plan[name]
+                values = layouts.take(source.folder, source.fields, stored, read)
+                made.load_state_dict(values, strict=False, assign=True)
+                made.bias = holder.bias
+                for parameter in made.parameters():
+                    parameter.requires_grad_(False)
+                model.set_submodule(name, made)
+        self.remove_quantization_config(
+            model
+        )  # an ordinary model with other layers, to transformers
+
+    def is_serializable(self) -> bool:
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+
+register_quantization_config(METHOD)(Prequantized)
+
+
+def pack(
+    model: Any, state: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """`state` with its quantised weights in a layout that others read, and the `quantization_config` for it.
+
+    None, and `state` as it is, for a model without quantised layers. Refused where no layout holds them all.
+    """
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedTensor)}
+    if not layers:
+        return dict(state), None
+    other = [name for name, layer in layers.items() if not isinstance(layer, QuantizedLinear)]
+    if other:
+        raise Refused(
+            "saving a quantised model",
+            f"'{other[0]}' is a stack of matrices, which no layout of other programs knows",
+            "leave it out of quantize.modules",
+        )
+    specs = {name: layer.spec for name, layer in layers.items()}
+    method = layouts.choose(specs)
+    own = {f"{name}.{part}" for name, spec in specs.items() for part in spec.layout}
+    packed = {name: values for name, values in state.items() if name not in own}
+    for name, layer in layers.items():
+        values = {part: t.detach() for part, t in layer.tensors().items()}
+        packed |= layouts.write(method, f"{name}.weight", values, layer.spec, layer.dtype)
+    kept = [n for n, m in model.named_modules() if is_linear(m) and n not in layers]
+    return packed, layouts.config(method, specs, kept, model.dtype)
+
+
+Pack = Callable[[Any, Mapping[str, Tensor]], tuple[dict[str, Tensor], dict[str, Any] | None]]
+"""The type of `pack`, for the models' loader, which is handed it as a plain function."""
