@@ -7,6 +7,7 @@ from pathlib import Path
 
 from luthier.assemble import Built, Progress, Text, evaluation_rows
 from luthier.config import RunConfig
+from luthier.data.corpus import Corpus
 from luthier.data.dataset import Dataset
 from luthier.data.formats import FORMATS, BadRow, Message, detect, rename
 from luthier.data.rowfiles import Unreadable
@@ -23,7 +24,7 @@ class Evaluator:
     config: RunConfig
     text: Text
     built: Built
-    dev: Dataset
+    dev: Dataset | Corpus
     output: Path | None = None
     progress: Progress | None = None
     records: list[dict[str, str]] = field(default_factory=list)
@@ -47,6 +48,7 @@ class Evaluator:
     def generate(self) -> dict[str, float]:
         """Answer the rows and score the answers."""
         tell = self.progress or (lambda what, done, total: None)
+        assert isinstance(self.dev, Dataset)  # the config refuses to generate for pretraining
         rows: list[list[Message]] = list(self.dev.conversations())
         answered = 0
 

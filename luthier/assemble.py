@@ -6,7 +6,6 @@ the parts is told by the recipes.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from typing import Any
 
 import torch
 from torch.nn import Parameter
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from luthier.adapters import (
     ADAPTERS,
@@ -35,8 +34,10 @@ from luthier.adapters.store import load_adapter, load_tensors, save_adapter
 from luthier.bases import quantization_of, refuse_training
 from luthier.batch import Batch
 from luthier.config import MINIMISED, AdapterConfig, RopeScaling, RunConfig
-from luthier.data.dataset import Dataset, LazyDataset, prepare
-from luthier.data.loader import Loader, evaluation_batches
+from luthier.data.corpus import Corpus
+from luthier.data.dataset import Dataset, LazyDataset
+from luthier.data.loader import CorpusBatches, Loader, evaluation_batches
+from luthier.data.prepare import prepare
 from luthier.errors import Refused
 from luthier.layers import count
 from luthier.models.attention import check_kernel, why_torch
@@ -44,8 +45,8 @@ from luthier.models.dropout import seed_dropout
 from luthier.models.families import untested
 from luthier.models.folder import find_folder, fingerprint, weight_files
 from luthier.models.load import (
+    blueprint,
     build_model,
-    quiet,
     resolve_device,
     save_model,
 )
@@ -126,16 +127,15 @@ def check_training(config: RunConfig, text: Text) -> None:
     if config.model.init == "pretrained":
         weight_files(find_folder(config.model.path, code=code))
     check_kernel(config.model.attention, resolve_device(config.model.device), train=True)
+    model: Any = None if code else blueprint(text.model_config, config.model.path)
     if config.adapter.path is not None:
         read_adapter_config(Path(config.adapter.path))
-    if code or (config.adapter.method == "none" and not config.quantize.on):
+    if model is None or (config.adapter.method == "none" and not config.quantize.on):
         return
-    with torch.device("meta"), quiet():
-        blueprint: Any = AutoModelForCausalLM.from_config(copy.deepcopy(text.model_config))
     if (quantization := quantization_of(config.quantize, None, model=config.model)) is not None:
-        quantization.convert(blueprint)
+        quantization.convert(model)
     if config.adapter.path is None:
-        plan_of(blueprint, config.adapter)
+        plan_of(model, config.adapter)
         limit = num_positions(text.model_config)
         method = ADAPTERS[config.adapter.method]
         method.check_length(config.adapter, config.data.reach, limit)
@@ -258,11 +258,11 @@ def name_of(dtype: torch.dtype) -> str:
 
 @dataclass
 class Data:
-    """The rows of a run: training through a loader, evaluation in memory."""
+    """The rows of a run: training through a loader, evaluation in memory or (pretraining) mapped."""
 
-    train: Dataset | LazyDataset
+    train: Dataset | LazyDataset | Corpus
     loader: Loader
-    dev: Dataset | None
+    dev: Dataset | Corpus | None
 
 
 def open_data(config: RunConfig, text: Text, progress: Progress | None = None) -> Data:
@@ -281,7 +281,7 @@ def open_data(config: RunConfig, text: Text, progress: Progress | None = None) -
     dev = None
     if config.evaluate.every != "never" or config.evaluate.before:
         found = prepare(config, text.renderer, "dev", tell("reading evaluation rows"))
-        dev = found if isinstance(found, Dataset) else None
+        dev = None if isinstance(found, LazyDataset) else found
     loader = Loader(
         train,
         batch=config.batch,
@@ -294,8 +294,12 @@ def open_data(config: RunConfig, text: Text, progress: Progress | None = None) -
     return Data(train, loader, dev)
 
 
-def evaluation_rows(config: RunConfig, text: Text, dev: Dataset) -> Sequence[Batch]:
+def evaluation_rows(
+    config: RunConfig, text: Text, dev: Dataset | Corpus
+) -> Sequence[Batch] | CorpusBatches:
     """Batches of the evaluation rows, packed as training is."""
+    if isinstance(dev, Corpus):
+        return CorpusBatches(dev, config.evaluate_micro_batch, text.pad_id, config.evaluate.rows)
     return list(
         evaluation_batches(
             dev,
@@ -375,9 +379,28 @@ def make_updater(config: RunConfig, built: Built) -> Updater:
 
 
 IDENTITY = {
-    "model": {"path", "dtype", "autocast", "master_dtype", "num_layers", "init", "rope_scaling"},
+    "model": {
+        "path",
+        "dtype",
+        "autocast",
+        "master_dtype",
+        "num_layers",
+        "init",
+        "rope_scaling",
+        "tokenizer",
+    },
     "data": {"path", "format", "columns", "template", "length", "source_length", "overlong"}
-    | {"packing", "lazy", "validation_share", "pose", "pose_window"},
+    | {
+        "packing",
+        "lazy",
+        "validation_share",
+        "pose",
+        "pose_window",
+        "split",
+        "borders",
+        "blanks",
+        "supervise",
+    },
     "adapter": None,
     "quantize": None,
     "train": {"router_loss"},
@@ -397,4 +420,5 @@ def identity(config: RunConfig) -> dict[str, Any]:
         "optim.lr": config.lr,
         "train.batch": config.batch,
         "train.seed": config.train.seed,
+        "train.mode": config.train.mode,
     }

@@ -25,6 +25,7 @@ usage: luthier COMMAND ...
   predict  FILE [...]                            answer rows: JSON lines in, JSON lines out
   quantize FILE [...]                            the base in few bits: a folder that transformers opens
   merge    BASE ADAPTER OUT                      fold an adapter into its base, checked before it is published
+  tokenize FILE [...] [--out NAME]               pretraining: tokenise ahead, or write NAME.bin and NAME.idx
   show     FILE [...]                            the resolved config and where each value comes from
   preview  FILE [...] [--rows N]                 rows as coloured tokens: what is trained and what is not
   verify   CHECK FILE [...]                      prove on your model and data: data, packing, loss
@@ -116,6 +117,18 @@ def _take_option(words: list[str], option: str, default: int) -> tuple[int, list
     return default, words
 
 
+def _take_words(words: list[str], option: str) -> tuple[str | None, list[str]]:
+    """Take `--out NAME` or `--out=NAME` out of the words."""
+    for i, word in enumerate(words):
+        if word.startswith(f"{option}="):
+            return word.partition("=")[2], words[:i] + words[i + 1 :]
+        if word == option:
+            if i + 1 == len(words):
+                raise Refused(option, "no name follows it", f"{option} NAME")
+            return words[i + 1], words[:i] + words[i + 2 :]
+    return None, words
+
+
 def finetune(words: list[str]) -> None:
     resolved = _config("finetune", words)
     from luthier.recipes import finetune as run
@@ -156,6 +169,14 @@ def preview(words: list[str]) -> None:
     from luthier.use import preview as run
 
     run(resolved, rows=rows)
+
+
+def tokenize(words: list[str]) -> None:
+    out, words = _take_words(words, "--out")
+    resolved = _config("tokenize", words)
+    from luthier.use import tokenize as run
+
+    run(resolved, out=out)
 
 
 def verify(words: list[str]) -> None:
@@ -292,6 +313,7 @@ COMMANDS: dict[str, Command] = {
     "merge": merge,
     "show": show,
     "preview": preview,
+    "tokenize": tokenize,
     "verify": verify,
     "convert": convert,
     "example": example,

@@ -52,6 +52,9 @@ class ModelConfig(Section):
     device: str = Field(
         "auto", description="`auto` (GPU if there is one), `cpu`, `cuda`, `cuda:1`, ..."
     )
+    tokenizer: str | None = Field(
+        None, description="Folder or hub name of the tokenizer. Default: the model's own."
+    )
     num_layers: Positive | None = Field(
         None, description="Build only the first n layers of the checkpoint. Default: all."
     )
@@ -159,6 +162,32 @@ class DataConfig(Section):
         0.0,
         description="Share of the training rows held out for evaluation when there is no dev file.",
     )
+    split: str | None = Field(
+        None,
+        description='Pretraining: shares of the documents, in their order, for training, evaluation and test, such as "949,50,1". Default: all are trained; dev files, validation_path or validation_share give the evaluation.',
+    )
+    borders: Literal["keep", "ignore"] = Field(
+        "keep",
+        description="Pretraining: `keep` documents of a row apart (no attention across, positions from 0), or `ignore` borders: the classic form, in which tokens see the documents before theirs.",
+    )
+    cache: str | None = Field(
+        None,
+        description="Pretraining: folder of the tokenised shards, used again by every run on the same text and tokenizer. Default: luthier/tokens in the user's cache folder.",
+    )
+
+    @model_validator(mode="after")
+    def _split(self) -> DataConfig:
+        if self.split is None:
+            return self
+        try:
+            shares = [float(share) for share in self.split.split(",")]
+        except ValueError:
+            shares = []
+        if len(shares) != 3 or not all(0 <= share < float("inf") for share in shares):
+            raise ValueError(f'data.split={self.split}: expected three shares such as "949,50,1"')
+        if not shares[0]:
+            raise ValueError(f"data.split={self.split} leaves nothing to train")
+        return self
 
     @model_validator(mode="after")
     def _pose(self) -> DataConfig:
@@ -187,8 +216,9 @@ class DataConfig(Section):
 
 
 class TrainConfig(Section):
-    mode: Literal["sft"] = Field(
-        "sft", description="Supervised fine-tuning on prompts with answers, or text."
+    mode: Literal["sft", "pretrain"] = Field(
+        "sft",
+        description="`sft`: fine-tuning on prompts with answers, or texts of one row each. `pretrain`: text or token files laid end to end in rows of data.length tokens; with model.init=random from scratch.",
     )
     steps: Positive | None = Field(
         None, description="Optimiser steps; wins over tokens and epochs."
@@ -335,7 +365,8 @@ class RunConfig(Section):
             raise ValueError(
                 "data.lazy=true needs train.steps or train.tokens: the number of rows is not known beforehand"
             )
-        if self.data.lazy and self.data.validation_share:
+        self._check_mode()
+        if self.data.lazy and self.data.validation_share and self.train.mode == "sft":
             raise ValueError(
                 "data.validation_share cannot be taken from lazy data; give data.validation_path"
             )
@@ -345,6 +376,33 @@ class RunConfig(Section):
                     f"adapter.{name} has no meaning for adapter.method=none; add adapter.method=lora"
                 )
         return self
+
+    def _check_mode(self) -> None:
+        """Refuse what has no meaning in the mode of the run."""
+        data, pretraining = self.data, self.train.mode == "pretrain"
+        own = {"split", "borders", "cache"}
+        others = {"packing", "overlong", "source_length", "template"}
+        for key in sorted((others if pretraining else own) & data.model_fields_set):
+            if getattr(data, key) != type(data).model_fields[key].default:
+                raise ValueError(
+                    f"data.{key} has no meaning for train.mode={self.train.mode}"
+                    + ("" if pretraining else "; add train.mode=pretrain")
+                )
+        if not pretraining:
+            return
+        formats = {data.format} | {p.format for p in data.path if isinstance(p, DataPart)}
+        if other := formats - {"auto", "text"}:
+            raise ValueError(
+                f"data.format={min(other)} with train.mode=pretrain, which learns text; "
+                "name the field of the text with data.columns.text"
+            )
+        for key in ("validation_share", "validation_path"):
+            if data.split is not None and getattr(data, key):
+                raise ValueError(f"data.split and data.{key} exclude each other; give one")
+        if self.evaluate.generate:
+            raise ValueError(
+                "evaluate.generate=true with train.mode=pretrain: texts have no answers to compare"
+            )
 
     @property
     def lr(self) -> float:

@@ -49,6 +49,8 @@ LORA_WORDS = {"rslora": "rsLoRA", "pissa": "PiSSA", "dora": "DoRA", "mixer": "Mo
 def method_words(config: RunConfig, built: Built) -> str:
     """The adapter in words, or `full fine-tuning`."""
     if built.adapter is None:
+        if config.train.mode == "pretrain":
+            return "pretraining" + (" from scratch" if built.init == "random" else "")
         return "full fine-tuning"
     a, layers = built.adapter, len(adapters_of(built.model))
     uses = ADAPTERS[a.method].uses
@@ -73,7 +75,7 @@ def facts_of(
         status="finished",
         created=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
         model=built.base,
-        data=data.train.source.name,
+        data=data.train.ledger.source,
         adapter=words,
         device=device_name(built.device),
         dtype=str(built.model.dtype).removeprefix("torch.")

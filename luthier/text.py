@@ -34,13 +34,16 @@ def open_text(config: RunConfig, path: str | None = None) -> Text:
     remarks = []
     if config.model.rope_scaling is not None and where == config.model.path:
         remarks = scale(model_config, config.model.rope_scaling)
-    tokenizer = load_tokenizer(where, trust_remote_code=remote)
+    words = where if config.model.tokenizer is None or path else config.model.tokenizer
+    tokenizer = load_tokenizer(words, trust_remote_code=remote)
     if tokenizer is None:
         file, origin = getattr(model_config, "vocabulary", ("", ""))
         raise Refused(
-            f"the tokenizer of '{where}'",
+            f"the tokenizer of '{words}'",
             f"the folder has no {file or 'tokenizer files (tokenizer.json, tokenizer.model, ...)'}",
-            f"copy it from {origin} into it" if file else "copy those of the model into it",
+            f"copy it from {origin} into it"
+            if file
+            else "copy those of the model into it, or name their folder with model.tokenizer",
         )
     check_tokenizer(tokenizer, model_config)
     data = config.data

@@ -7,15 +7,20 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from luthier.answers import Evaluator, generate_options, rows_to_answer
 from luthier.assemble import Built, Progress, Text, build, open_data, open_text
 from luthier.config import RunConfig
-from luthier.data.dataset import Dataset, prepare
+from luthier.data.corpus_open import prepare_corpus
+from luthier.data.dataset import LazyDataset
 from luthier.data.encode import reference
 from luthier.data.formats import BadRow, Message
+from luthier.data.indexed import write_tokens
+from luthier.data.prepare import prepare
 from luthier.data.preview import as_rich, as_text
+from luthier.data.sources import Split
 from luthier.errors import Refused
 from luthier.files import check_writable, damage, write_text
 from luthier.models.generate import generate
@@ -89,7 +94,7 @@ def evaluate(source: Source, overrides: Sequence[str] = ()) -> dict[str, float]:
         check_writable(f"output={output} with evaluate.save=true", output)
     text, chosen = _open(config)
     dev = prepare(config, text.renderer, "dev")
-    if not isinstance(dev, Dataset):
+    if dev is None or isinstance(dev, LazyDataset):
         raise Refused(
             f"evaluation rows at data.path={config.data.path}",
             "there is no dev, validation or test part",
@@ -174,6 +179,42 @@ def _activity(config: RunConfig) -> Iterator[Progress]:
         yield progress.activity
     finally:
         progress.close()
+
+
+def tokenize(
+    source: Source, overrides: Sequence[str] = (), *, out: str | None = None
+) -> dict[str, int]:
+    """Make the shards of a pretraining run ahead of it, or with `out` the Megatron-style token files
+    out.bin and out.idx of its training text. Gives the number of documents by split."""
+    config = resolve(source, overrides).config
+    if config.train.mode != "pretrain":
+        raise Refused(
+            f"tokenising for train.mode={config.train.mode}",
+            "only pretraining keeps its tokens on disk",
+            "add train.mode=pretrain",
+        )
+    config = config.model_copy(update={"data": config.data.model_copy(update={"lazy": False})})
+    text = open_text(config)
+    found: dict[str, int] = {}
+    splits: tuple[Split, ...] = ("train",) if out else ("train", "dev", "test")
+    with _activity(config) as progress:
+        for split in splits:
+            corpus = prepare_corpus(
+                config, text.renderer, split, partial(progress, f"{split} rows")
+            )
+            if corpus is None:
+                continue
+            found[split] = corpus.ledger.num_examples
+            say(corpus.ledger.summary())
+            if out is None and corpus.shards is not None:
+                for plan in corpus.shards.plans:
+                    say(f"  {len(plan)} shards of {plan.name}: {plan.folder}")
+            elif out is not None:
+                tokens = text.renderer.tokens
+                facts = {"tokenizer": tokens.fingerprint, "vocab_size": len(tokens.tokenizer)}
+                write_tokens(Path(out), corpus.documents(), len(tokens.tokenizer), facts)
+                say(f"  token files: {out}.bin and {out}.idx")
+    return found
 
 
 def preview(source: Source, overrides: Sequence[str] = (), *, rows: int = 3) -> str:

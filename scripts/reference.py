@@ -2,13 +2,14 @@
 
 README and docs/reference/families.md: the support table of tests/conformance/results.json.
 docs/reference: config.md and config.schema.json from luthier/config.py, paddlenlp.md from its table. The
-tables in docs/tasks/packing.md, adapters.md, quantize.md and long-documents.md from benchmarks/packing, methods,
-quantize and attention_cost. `--check` writes nothing and fails when a file
+tables in docs/tasks/packing.md, adapters.md, quantize.md, long-documents.md and speed.md from benchmarks/packing,
+methods, quantize, attention_cost and speed. `--check` writes nothing and fails when a file
 is not what the code says; CI runs that.
 """
 
 import argparse
 import json
+import runpy
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -30,6 +31,12 @@ COST_MARKS = (
     "<!-- end of attention table -->",
 )
 METHODS = ROOT / "benchmarks" / "methods" / "results"
+SPEED = ROOT / "docs" / "tasks" / "speed.md"
+SPEEDS = ROOT / "benchmarks" / "speed" / "results"
+SPEED_MARKS = (
+    "<!-- speed tables: python scripts/reference.py -->",
+    "<!-- end of speed tables -->",
+)
 METHOD_MARKS = (
     "<!-- methods table: python scripts/reference.py -->",
     "<!-- end of methods table -->",
@@ -98,7 +105,7 @@ def _table(keys: list[str]) -> list[str]:
 
 def _row(key: str) -> str:
     info = KEYS[key]
-    default = info.default_factory() if info.default_factory else info.default
+    default = info.get_default(call_default_factory=True, validated_data={})
     if info.is_required():
         shown = "required"
     else:
@@ -249,6 +256,15 @@ def _cost(path: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
+def speed() -> str:
+    """The page with the tables of the speed benchmark between its marks, one block per results file."""
+    page = runpy.run_path(str(ROOT / "benchmarks" / "speed" / "table.py"))["page"]
+    found = {
+        path.name: json.loads(path.read_text("utf-8")) for path in sorted(SPEEDS.glob("*.json"))
+    }
+    return _between(SPEED, SPEED_MARKS, [page(facts, name) for name, facts in found.items()])
+
+
 def _between(page: Path, marks: tuple[str, str], tables: list[str]) -> str:
     before, rest = page.read_text("utf-8").split(marks[0])
     after = rest.split(marks[1])[1]
@@ -347,6 +363,7 @@ def main() -> int:
         README: _between(README, SUPPORT_MARKS, [support()]),
         FOLDER / "families.md": families(),
         LONG: long_documents(),
+        SPEED: speed(),
         FOLDER / "config.schema.json": json.dumps(json_schema(), indent=2) + "\n",
     }
     stale = [p for p, text in files.items() if not p.is_file() or p.read_text("utf-8") != text]

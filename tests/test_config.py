@@ -62,7 +62,7 @@ def derived() -> dict[tuple[str, str], str]:
     return found
 
 
-UNREAD = {"train.mode"}  # it has one value so far
+UNREAD: set[str] = set()
 SKIPPED = {"config", "configfile", "configkeys", "configtext", "paddlenlp", "paddlenlp_arguments"}
 
 

@@ -8,6 +8,7 @@ row for every key.
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import io
 import json
@@ -25,6 +26,7 @@ from tiny_runs import resolved, rows_, tiny_config, write_data, write_rows
 from luthier.assemble import build, evaluation_rows, make_plan, open_data, open_text
 from luthier.config import RunConfig
 from luthier.configkeys import KEYS
+from luthier.data.corpus import Corpus
 from luthier.errors import LuthierError
 from luthier.models.load import save_model
 from luthier.recipes import finetune
@@ -113,7 +115,11 @@ def data(tree: Tree) -> Any:
         try:
             step = [batch.input_ids.tolist() for batch in found.loader.peek()]
             lazy = getattr(getattr(found.train, "workers", None), "number", None)
-            dev = None if found.dev is None else len(found.dev)
+            dev = (
+                found.dev.num_rows
+                if isinstance(found.dev, Corpus)
+                else found.dev and len(found.dev)
+            )
             batches = [] if found.dev is None else evaluation_rows(config, text, found.dev)
             sizes = [tuple(batch.input_ids.shape) for batch in batches]
             plan = make_plan(config, found)
@@ -141,8 +147,10 @@ def answers(tree: Tree) -> Any:
     return found, [p.name for p in Path(tree["output"]).parent.rglob("*.jsonl") if p.is_file()]
 
 
-def accepted(tree: Tree) -> str:
-    return outcome(lambda: resolved(tree).config.train.mode)
+def kept(tree: Tree) -> list[str]:
+    """Token files in the run's own folder."""
+    data(tree)
+    return [path.name for path in Path(tree["output"]).rglob("*.idx")]
 
 
 # ---- the table
@@ -176,6 +184,13 @@ EQUAL = {
     "optim__lr": 1e-6,
 }
 NF4 = {"quantize__weights": "nf4"}
+PRETRAIN = {
+    **FULL,
+    "train__mode": "pretrain",
+    "data__path": "TWO_FORMATS",
+    "data__format": "text",
+    "data__length": 32,
+}
 COOLDOWN = {"optim__schedule": "cooldown", "optim__warmup": 2, "optim__decay_steps": 4}
 
 TABLE = [
@@ -185,6 +200,7 @@ TABLE = [
     Row("model.autocast", "bfloat16", trained),
     Row("model.attention", "math", model),
     Row("model.device", "cuda:63", model),
+    Row("model.tokenizer", "OTHER_WORDS", data),
     Row("model.num_layers", 1, model),
     Row("model.init", "random", trained),
     Row("model.trust_remote_code", True, reading, {"model__path": "REMOTE"}),
@@ -205,6 +221,9 @@ TABLE = [
     Row("data.pose", "paper", data, {"data__pose_window": 250}),
     Row("data.pose_window", 200, trained, {"data__pose": "paper", "data__pose_window": 250}),
     Row("data.validation_share", 0.4, data, {"data__path": "DATA/train.json"}),
+    Row("data.split", "60,40,0", data, PRETRAIN),
+    Row("data.borders", "ignore", trained, PRETRAIN),
+    Row("data.cache", "OUT/tokens", kept, PRETRAIN),
     Row("adapter.method", None, files, {"adapter__rank": None}),
     Row("adapter.path", "ADAPTER", trained),
     Row("adapter.rank", 3, trained),
@@ -264,7 +283,7 @@ TABLE = [
         schedule,
         {"optim__schedule": "anneal_restarts", "optim__period": 3},
     ),
-    Row("train.mode", "pretrain", accepted),
+    Row("train.mode", "sft", data, PRETRAIN),
     Row("train.steps", 2, trained),
     Row("train.epochs", 1, data, {"train__steps": None}),
     Row("train.tokens", 500, data, {"train__steps": None}),
@@ -341,7 +360,11 @@ class World:
             "QWEN": zoo_folder("qwen", root / "qwen"),
             "GLM": zoo_folder("glm_legacy", root / "glm"),
             "TEXTS": write_rows(root / "texts.json", [{"text": "the box. seven apples"}] * 9),
+            "OTHER_WORDS": root / "words",
         }
+        words = copy.deepcopy(tiny_tokenizer_())
+        words.eos_token = "<|user|>"
+        words.save_pretrained(root / "words")
         save_model(tiny_model_("llama", seed=1), root / "model", tiny_tokenizer_())
         save_model(tiny_model_("llama"), root / "remote", tiny_tokenizer_())
         remote = json.loads((root / "remote" / "config.json").read_text())
@@ -391,6 +414,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, model_folder: Any) -> Iterat
         modules = tmp_path_factory.mktemp("modules")
         patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(modules))
         patch.syspath_prepend(str(modules))
+        patch.setenv("XDG_CACHE_HOME", str(modules))
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         yield World(tmp_path_factory.mktemp("world"), model_folder("llama"))

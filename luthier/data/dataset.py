@@ -217,7 +217,7 @@ def prepare(
     only sampled here: call this before a large model is built, because the processes that tokenise are
     forked now. Raises Refused for data that cannot be read or trained.
     """
-    source, notes = _open(config, split)
+    source, notes = open_rows(config, split)
     if source is None:
         return None
     if split == "dev" and config.evaluate.rows is not None and config.evaluate.rows < len(source):
@@ -292,7 +292,7 @@ def _encoded(encoder: Encoder, total: int, workers: int) -> Iterator[list[Outcom
         yield encoder(chunk)
 
 
-def _open(config: RunConfig, split: Split) -> tuple[Source | None, list[str]]:
+def open_rows(config: RunConfig, split: Split) -> tuple[Source | None, list[str]]:
     """The rows of a split, after `data.validation_share` had its part, and what to remark on them."""
     data = config.data
     if not data.validation_share:

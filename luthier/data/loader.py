@@ -2,13 +2,15 @@
 
 The order of rows is a function of (seed, epoch, index); micro-batches, workers, read-ahead and a stop in
 between do not change it. Each epoch has ceil(rows / batch) steps, the last one maybe smaller. Examples
-come from `dataset.py`, which of them share a row from `packing.py`, lazy data from `streaming.py`.
+come from `dataset.py`, which of them share a row from `packing.py`, lazy data from `streaming.py`; rows of
+pretraining from `corpus.py`, whose steps are all of `batch` rows, from epoch to epoch.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -17,6 +19,7 @@ import torch
 
 from luthier.batch import IGNORE, PADDING, Batch
 from luthier.data.ahead import ahead
+from luthier.data.corpus import Corpus, Steps
 from luthier.data.dataset import Dataset, LazyDataset
 from luthier.data.encode import Positions, check_labels
 from luthier.data.packing import Method, pack
@@ -37,7 +40,7 @@ class Loader:
 
     def __init__(
         self,
-        dataset: Dataset | LazyDataset,
+        dataset: Dataset | LazyDataset | Corpus,
         *,
         batch: int,
         micro_batch: int,
@@ -49,25 +52,33 @@ class Loader:
     ) -> None:
         self.dataset, self.batch = dataset, batch
         self.micro_batch, self.pad_id = micro_batch, pad_id
-        self._positions = dataset.encoder.renderer.positions
-        feed: Any = Stream if isinstance(dataset, LazyDataset) else _Memory
-        self._feed: Stream | _Memory = feed(
-            dataset, batch=batch, length=length, packing=packing, seed=seed, shuffle=shuffle
-        )
+        self._positions: Positions | None = None
+        if isinstance(dataset, Corpus):
+            self._feed: Stream | _Memory | Steps = Steps(dataset, batch=batch)
+        else:
+            self._positions = dataset.encoder.renderer.positions
+            feed: Any = Stream if isinstance(dataset, LazyDataset) else _Memory
+            self._feed = feed(
+                dataset, batch=batch, length=length, packing=packing, seed=seed, shuffle=shuffle
+            )
         self._position = self._feed.start
         self._ready: Generator[tuple[Step, list[Batch]]] | None = None
         self._next: list[tuple[Step, list[Batch]]] = []  # a step that was looked at
         self._padding = {"rows": 0, "tokens": 0, "slots": 0}  # of the first epoch
         self._ledger_before = dataset.ledger.snapshot()  # as it was before the current buffer
-        self._about = {"method": packing, "length": length}
+        method = "end to end" if isinstance(dataset, Corpus) else packing
+        self._about = {"method": method, "length": length}
         if isinstance(self._feed, _Memory):
             self._padding = self._feed.padding(micro_batch)
+            self._book_padding()
+        elif isinstance(self._feed, Steps) and self._feed.num_rows is not None:
+            self._padding = self._feed.padding()
             self._book_padding()
 
     @property
     def num_rows(self) -> int | None:
         """Packed rows of the first epoch (all epochs alike but for mixtures); None for lazy data."""
-        return self._feed.num_rows if isinstance(self._feed, _Memory) else None
+        return None if isinstance(self._feed, Stream) else self._feed.num_rows
 
     @property
     def steps_per_epoch(self) -> int | None:
@@ -77,7 +88,7 @@ class Loader:
     @property
     def tokens_per_step(self) -> float:
         """Real tokens of an average step of the first epoch; of lazy data, an estimate from its sample."""
-        if isinstance(self._feed, Stream):
+        if not isinstance(self._feed, _Memory):
             return self._feed.tokens_per_step
         return self._padding["tokens"] / math.ceil(self._feed.num_rows / self.batch)
 
@@ -88,8 +99,10 @@ class Loader:
 
     def steps_in(self, epochs: float) -> int | None:
         """Steps of the first `epochs` passes, a last part of one rounded up; None for lazy data."""
-        if not isinstance(self._feed, _Memory):
+        if isinstance(self._feed, Stream):
             return None
+        if isinstance(self._feed, Steps):
+            return self._feed.steps_in(epochs)
         part, whole = math.modf(epochs)
         steps = [math.ceil(len(self._feed.rows(e)) / self.batch) for e in range(math.ceil(epochs))]
         # 1.1 epochs of 10 steps are 11.000000000000002 in floating point, and yet 11
@@ -144,6 +157,8 @@ class Loader:
     def close(self) -> None:
         """End the reading ahead, and the processes that tokenise lazy data."""
         self._stop()
+        if isinstance(self.dataset, Corpus):
+            self.dataset.close()
         if isinstance(self.dataset, LazyDataset):
             self.dataset.workers.close()
 
@@ -181,12 +196,38 @@ class Loader:
             self._book_padding()
             if step.after["epoch"] == 1:
                 ledger.reconcile(len(self.dataset.source))
+        if isinstance(self.dataset, Corpus):
+            self.dataset.book()
         self._position = step.after
 
     def _book_padding(self) -> None:
         rows, tokens, slots = self._padding.values()
         share = round(1 - tokens / slots, 6)
         self.dataset.ledger.packing = {**self._about, "rows": rows, "padding_share": share}
+
+
+@dataclass(frozen=True)
+class CorpusBatches:
+    """The rows of a corpus in their order, `micro_batch` per batch, made when they are asked for; with
+    `most`, so many of them, spread evenly."""
+
+    corpus: Corpus
+    micro_batch: int
+    pad_id: int
+    most: int | None = None
+
+    def __len__(self) -> int:
+        return math.ceil(len(self._rows) / self.micro_batch)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for i in range(0, len(self._rows), self.micro_batch):
+            chosen = self._rows[i : i + self.micro_batch]
+            yield collate([self.corpus.row_in_order(int(n)) for n in chosen], self.pad_id, i)
+
+    @cached_property
+    def _rows(self) -> Order:
+        total = self.corpus.num_rows or 0
+        return np.linspace(0, total - 1, min(self.most or total, total)).astype(np.int64)
 
 
 def evaluation_batches(

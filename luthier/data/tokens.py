@@ -6,15 +6,29 @@ templates put them there, once.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
+
+from transformers import PreTrainedTokenizerFast
 
 from luthier.data.truncation import Ids
 from luthier.errors import Refused
 
 PROBE = "a"
+SHORT = 8  # characters: what templates print between turns is short and always the same
+
+
+def is_plain(tokenizer: Any) -> bool:
+    """Whether calling it does nothing beside its Rust tokenizer, which alone takes a third of the time."""
+    if not isinstance(tokenizer, PreTrainedTokenizerFast) or tokenizer.split_special_tokens:
+        return False
+    kind, names = type(tokenizer), ("__call__", "_encode_plus")
+    return all(getattr(kind, name) is getattr(PreTrainedTokenizerFast, name) for name in names)
 
 
 def has_own_prompts(tokenizer: Any) -> bool:
@@ -30,6 +44,8 @@ class Tokens:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
+        self._plain = is_plain(tokenizer)
+        self._short: dict[str, Ids] = {}
         self.eos: int | None = tokenizer.eos_token_id
         self.bos: int | None = tokenizer.bos_token_id
         bare = self(PROBE)
@@ -49,8 +65,37 @@ class Tokens:
         # SentencePiece tokenizers put a blank before a text; inside a rendered conversation it is wrong
         self._newline = newline if self("\n" + PROBE)[len(newline) :] != bare else None
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of all that decides which ids a text becomes."""
+        known = self.tokenizer
+        found = hashlib.sha256(f"{self.opening} {self.end}".encode())
+        backend = getattr(known, "backend_tokenizer", None)
+        if backend is None:  # in Python: its class, its words, its model's file
+            found.update(f"{type(known).__qualname__} {sorted(known.get_vocab().items())}".encode())
+            file = getattr(known, "vocab_file", None)
+            found.update(Path(file).read_bytes() if file and Path(file).is_file() else b"")
+        else:
+            parts = json.loads(backend.to_str())
+            for name in ("padding", "truncation"):  # of the latest call
+                parts.pop(name, None)
+            found.update(json.dumps(parts, sort_keys=True).encode())
+        return found.hexdigest()
+
     def __call__(self, text: str) -> Ids:
         """Ids of a text that stands alone, without special tokens of its own."""
+        if len(text) > SHORT:
+            return self._ids(text)
+        if text not in self._short and len(self._short) < 1000:
+            self._short[text] = self._ids(text)
+        return list(self._short.get(text) or self._ids(text))
+
+    def _ids(self, text: str) -> Ids:
+        if self._plain:
+            rust = self.tokenizer.backend_tokenizer
+            # a call for a padded or cut batch, anywhere, leaves these switched on
+            if not (rust.truncation or rust.padding or rust.encode_special_tokens):
+                return rust.encode_batch_fast([text], add_special_tokens=False)[0].ids
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def ended(self, text: str) -> Ids:

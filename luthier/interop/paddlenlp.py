@@ -16,6 +16,7 @@ from typing import Any
 from luthier.config import METRICS
 from luthier.configfile import Layer
 from luthier.errors import Refused, suggest
+from luthier.interop import paddlenlp_pretrain as pretrain
 from luthier.interop.paddlenlp_arguments import FALSE, TRUE, Arguments, check, is_off
 from luthier.interop.paddlenlp_keys import PARALLEL
 from luthier.interop.paddlenlp_lengths import lengths
@@ -49,18 +50,13 @@ def translate(given: Mapping[str, Any], origins: Mapping[str, str]) -> tuple[Lay
     """Our keys for PaddleNLP's arguments (plain values or words), and remarks. Raises `Refused`."""
     arguments, remarks = check(given, origins)
     t = Translation(arguments, remarks=remarks)
-    for part in (
-        _model,
-        _data,
-        lengths,
-        adapter,
-        quantize,
-        _optim,
-        _course,
-        _evaluation,
-        _checkpoints,
-        _log,
-    ):
+    if pretrain.is_pretraining(arguments):
+        parts = (_model, pretrain.model, pretrain.data, lengths, adapter, quantize, _optim, _course)
+    else:
+        parts = (_model, _data, lengths, adapter, quantize, _optim, _course)
+    parts += (_evaluation, _checkpoints, _log)
+    parts += (pretrain.rest,) if pretrain.is_pretraining(arguments) else ()
+    for part in parts:
         part(t, arguments)
     parallel = [
         f"{name}={arguments.values[name]}"
@@ -78,6 +74,8 @@ def jobs(given: Mapping[str, Any], origins: Mapping[str, str]) -> list[str]:
     found = [] if arguments["do_train"] is False else ["finetune"]
     if not found and (arguments["do_eval"] or arguments["evaluation_strategy"] != "no"):
         found.append("evaluate")
+    if pretrain.is_pretraining(arguments):
+        return found  # its do_predict is a loss, no answers
     return found + ["predict"] * arguments["do_predict"]
 
 
@@ -165,6 +163,8 @@ def _json_object(path: Path) -> dict[str, Any] | None:
 
 
 def _data(t: Translation, a: Arguments) -> None:
+    if ignored := [n for n in ("max_seq_length", "tokenizer_name_or_path") if n in a]:
+        t.remarks.append(f"not read by run_finetune.py: {', '.join(ignored)}")
     if "dataset_name_or_path" in a:
         path = a["dataset_name_or_path"]
         # a task names a part of a built-in data set; a folder of files has none
@@ -215,6 +215,8 @@ def _optim(t: Translation, a: Arguments) -> None:
     t.copy("optim.weight_decay", "weight_decay")
     if "max_grad_norm" in a:
         t.put("optim.clip", max(a["max_grad_norm"], 0.0), "max_grad_norm")
+    if "input_dir" in a and pretrain.schedule(t, a):
+        return
     schedules = {
         name: name
         for name in ("linear", "cosine", "constant", "constant_with_warmup", "polynomial")
@@ -258,7 +260,7 @@ def _course(t: Translation, a: Arguments) -> None:
         t.remarks.append(
             "do_train is false: luthier evaluate or predict does what the file asks for"
         )
-    if a["do_predict"]:
+    if a["do_predict"] and "input_dir" not in a:
         t.remarks.append("do_predict is true: run luthier predict with this file afterwards")
 
 

@@ -79,6 +79,13 @@ READ: dict[str, tuple[type, Any]] = {
     "strategy_name": (str, None),
     "rope_scaling_factor": (float, 1.0),
     "use_pose_convert": (bool, False),
+    # pre-training
+    "input_dir": (str, None),
+    "split": (str, "949,50,1"),
+    "max_seq_length": (int, 1024),
+    "tokenizer_name_or_path": (str, None),
+    "num_hidden_layers": (int, None),
+    "min_learning_rate": (float, 1e-5),
     # optimiser
     "learning_rate": (float, 5e-5),
     "weight_decay": (float, 0.0),
@@ -148,11 +155,11 @@ ALIASES = {
 LEGACY = ("intokens", "task_name_or_path")  # spelt so only by versions without a default template
 
 INERT = names("""
-    tokenizer_name_or_path use_fast_layer_norm fuse_attention_qkv fuse_attention_ffn use_quick_lora
+    use_fast_layer_norm fuse_attention_qkv fuse_attention_ffn use_quick_lora
     use_flash_attention use_fused_rms_norm use_fused_rope use_fused_linear use_fused_dropout_add
     use_fused_linear_cross_entropy fuse_sequence_parallel_allreduce recompute_use_reentrant refined_recompute
     no_recompute_layers pp_recompute_interval offload_recompute_inputs
-    pad_to_multiple_of pad_to_max_length pad_token_id dataset_text_field max_seq_length dataset_num_proc
+    pad_to_multiple_of pad_to_max_length pad_token_id dataset_text_field dataset_num_proc
     dataset_batch_size eval_packing
     unified_checkpoint unified_checkpoint_config ckpt_quant_stage use_async_save ordered_save_group_size
     save_sharded_model load_sharded_model save_sharding_stage1_model_include_freeze_params force_reshard_pp
@@ -169,6 +176,7 @@ INERT = names("""
     shift shift_all_linears shift_sampler shift_step smooth smooth_all_linears smooth_sampler smooth_step
     smooth_piecewise_search smooth_k_piece smooth_search_piece gptq_step auto_clip awq_step autoclip_step
     do_quant_debug test_sample use_fp8
+    share_folder skip_warmup data_cache enable_linear_fused_grad_add parallel_mode
     """)
 
 # settings of several processes, with the value at which each one is off
@@ -217,6 +225,9 @@ _LATER = "is not there yet"
 _QUANTISE = "fine-tune without it; compress the result with another tool for now"
 
 OFF: dict[str, Switch] = {
+    "data_impl": Switch(
+        str, "mmap", "only memory-mapped token files are read", "write them with data_impl=mmap"
+    ),
     "rslora_plus": Switch(
         bool, False, "fine-tuning never had it", "give rslora=true and lora_plus_scale"
     ),
@@ -305,13 +316,6 @@ JOBS: tuple[tuple[str, frozenset[str]], ...] = (
         names(
             "train_dataset_path dev_dataset_path max_seq_len max_prompt_len beta desirable_weight "
             "undesirable_weight use_attn_mask_start_row_indices"
-        ),
-    ),
-    (
-        "pre-training (run_pretrain.py)",
-        names(
-            "input_dir split share_folder data_impl skip_warmup data_cache min_learning_rate "
-            "enable_linear_fused_grad_add num_hidden_layers parallel_mode"
         ),
     ),
     (

@@ -7,6 +7,7 @@ by `adapters/store.py`; what is saved here is the base.
 
 from __future__ import annotations
 
+import copy
 import logging
 import re
 from collections.abc import Iterator
@@ -130,6 +131,19 @@ def build_model(
         model.to(device).eval()  # pyright: ignore[reportCallIssue, reportArgumentType]
         attention.install(model, config.attention, train=train)
     return model
+
+
+def blueprint(config: PretrainedConfig, name: str) -> PreTrainedModel:
+    """The model of `config` without values. Refused, naming model `name`, where its family cannot build it."""
+    try:
+        with torch.device("meta"), quiet():
+            return AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    except (ValueError, TypeError, RuntimeError, AttributeError, KeyError) as error:
+        raise Refused(
+            f"model '{name}' was asked for",
+            f"no model can be built by its config.json: {folder.first_line(error)}",
+            "correct the file",
+        ) from error
 
 
 def load_config(path: str | Path, *, trust_remote_code: bool = False) -> PretrainedConfig:

@@ -25,6 +25,7 @@ from luthier.data.ledger import Ledger
 from luthier.data.sources import Split
 from luthier.errors import Failed, Refused
 from luthier.train.progress import open_progress
+from luthier.verify.corpus import verify_corpus
 
 TELL_ROWS = 200  # rows between two signs of life
 MOST_PRELUDES = 3  # different ones that are shown
@@ -53,6 +54,8 @@ def verify_data(resolved: Resolved, say: Callable[[str], object] = print) -> dic
     for remark in resolved.remarks:
         say(f"note: {remark}")
     text = open_text(config)
+    if config.train.mode == "pretrain":
+        return verify_corpus(config, text, say)
     figures: dict[str, Any] = {}
     splits: tuple[Split, ...] = ("train", "dev")
     for split in splits:

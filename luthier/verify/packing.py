@@ -20,6 +20,7 @@ from luthier.assemble import Built, Data, Text, build, name_of, open_data, open_
 from luthier.batch import IGNORE, Batch, Layout, Segment
 from luthier.config import RunConfig
 from luthier.configfile import Resolved
+from luthier.data.corpus import Corpus
 from luthier.data.dataset import Dataset
 from luthier.data.loader import collate
 from luthier.errors import Failed
@@ -136,9 +137,8 @@ def _first_pass(config: RunConfig, data: Data, pad_id: int) -> tuple[Counted, Ba
             f"one has {counted.longest} tokens",
             "report this",
         )
-    return counted, collate(
-        taken or lone, pad_id, positions_of=data.train.encoder.renderer.positions
-    )
+    positions = None if isinstance(data.train, Corpus) else data.train.encoder.renderer.positions
+    return counted, collate(taken or lone, pad_id, positions_of=positions)
 
 
 def _count(counted: Counted, batch: Batch) -> None:
@@ -175,6 +175,7 @@ def _accounted(counted: Counted, data: Data) -> str:
     dataset = data.train
     if not isinstance(dataset, Dataset) or len(dataset.source.parts) > 1:
         kind = "a mixture is drawn" if isinstance(dataset, Dataset) else "lazy data is endless"
+        kind = "verify data counts the rows" if isinstance(dataset, Corpus) else kind
         return f"the labels of {counted.steps} steps are right ({kind}: not counted against the ledger)"
     ledger = dataset.ledger
     given = (counted.documents, counted.tokens, counted.supervised)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import pickle
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import tiny_tokenizers as tiny
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from luthier.batch import IGNORE, PADDING
 from luthier.data.encode import (
@@ -24,6 +26,7 @@ from luthier.data.encode import (
     reference,
 )
 from luthier.data.formats import FORMATS, BadRow, Message
+from luthier.data.tokens import Tokens, is_plain
 from luthier.errors import Failed, Refused
 
 SAMPLES = Path(os.environ.get("LUTHIER_CONFIGS", "absent"), "paddlenlp", "_sample-data")
@@ -539,3 +542,44 @@ class TestChecks:
         labels = example.labels.copy()
         labels[-2] = IGNORE
         assert not renderer.ends_in_stop(Example(example.input_ids, labels))
+
+
+class TestTheShortWayToIds:
+    """`Tokens` asks the Rust tokenizer itself where transformers would add nothing."""
+
+    TEXTS = ("", "a", "\nA b", "ab " * 30, "x</s>y <|im_end|>\n" + "ab\n\nA" * 9, "é你" * 9)
+
+    def plainly(self, tokenizer: Any, text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def test_same_ids_as_a_call(self) -> None:
+        for tokenizer in (tiny.byte_level(), tiny.sentencepiece()):
+            tokens = Tokens(tokenizer)
+            assert is_plain(tokenizer)
+            for text in (*self.TEXTS, *self.TEXTS):  # the second time short ones are remembered
+                assert tokens(text) == self.plainly(tokenizer, text)
+
+    def test_what_is_remembered_cannot_be_changed_from_outside(self) -> None:
+        tokens = Tokens(tiny.byte_level())
+        tokens("ab").append(7)
+        assert tokens("ab") == self.plainly(tiny.byte_level(), "ab")
+
+    def test_a_batch_call_elsewhere_does_not_pad_or_cut(self) -> None:
+        tokenizer = copy.deepcopy(tiny.byte_level())
+        tokens, text = Tokens(tokenizer), "ab " * 30
+        expected = self.plainly(tokenizer, text)
+        tokenizer([text], padding="max_length", truncation=True, max_length=8)
+        assert tokens(text) == expected
+        tokenizer(["a"], padding="max_length", max_length=200)
+        assert tokens(text) == expected
+
+    def test_a_class_with_a_way_of_its_own_is_called(self) -> None:
+        class Own(PreTrainedTokenizerFast):
+            def _encode_plus(self, *args: Any, **kwargs: Any) -> Any:
+                found = super()._encode_plus(*args, **kwargs)
+                found["input_ids"] = [7, *found["input_ids"]]
+                return found
+
+        own = Own(tokenizer_object=tiny.byte_level().backend_tokenizer, eos_token="</s>")
+        assert not is_plain(own)
+        assert Tokens(own)("ab ab ab ab")[0] == 7

@@ -86,7 +86,6 @@ METHODS = {
     "rm_argument": "RM",
     "rm_flashmask_argument": "RM",
     "ppo_argument": "PPO",
-    "pretrain_argument": "pre-training",
 }
 
 
