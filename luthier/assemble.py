@@ -44,7 +44,7 @@ from luthier.data.dataset import Dataset, LazyDataset
 from luthier.data.loader import CorpusBatches, Loader, evaluation_batches
 from luthier.data.prepare import prepare
 from luthier.errors import Refused
-from luthier.models.attention import check_kernel
+from luthier.models.attention import check_kernel, why_torch
 from luthier.models.dropout import seed_dropout
 from luthier.models.families import untested
 from luthier.models.folder import find_folder, fingerprint, weight_files
@@ -174,8 +174,7 @@ def build(
     elif train:
         model.requires_grad_(True)
     if built.adapter is not None:
-        limit = num_positions(model.config)
-        method = ADAPTERS[built.adapter.method]
+        method, limit = ADAPTERS[built.adapter.method], num_positions(model.config)
         method.check_length(built.adapter, config.data.reach, limit)
     built.stage.autocast = None if chosen.autocast == "none" else getattr(torch, chosen.autocast)
     if train and built.world.sharded:
@@ -187,6 +186,7 @@ def build(
         add_noise(model, config.adapter, seed=config.train.seed)
         seed_dropout(model, config.train.seed)
         set_recompute(built.stage, config.train.recompute)
+        built.remarks += why_torch(built.kernel, built.device, model.dtype)
         if config.train.compile:
             compile_layers(built.stage)
         model.train()

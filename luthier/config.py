@@ -46,9 +46,10 @@ class ModelConfig(Section):
         description="Compute matrix products in this type over weights kept in `dtype` (the suites' O1; "
         "their O2 is half-precision `dtype` with a float32 master copy).",
     )
-    attention: Literal["auto", "math", "sdpa", "flex", "varlen", "flash"] = Field(
+    attention: Literal["auto", "math", "sdpa", "native", "flex", "varlen", "flash"] = Field(
         "auto",
-        description="Attention kernel. `auto`: `sdpa` per document on CPU, `flex` on GPU. `varlen` and "
+        description="Attention kernel. `auto`: `flex` on GPU; on CPU `native` (C++, bfloat16) where it can be built, else "
+        "`sdpa` per document. `varlen` and "
         "`flash` need a GPU, so does training with `flex`; `flash` also needs the package flash-attn.",
     )
     device: str = Field(

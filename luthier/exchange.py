@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from luthier import native
 from luthier.adapters import Adapter, fold_into
 from luthier.adapters.facts import base_for_use, read_adapter_config
 from luthier.adapters.store import load_adapter, method_of
@@ -234,13 +235,14 @@ def _convert_checkpoint(path: Path, target: Path) -> dict[str, Any]:
 
 
 def env(say: Any = print) -> dict[str, str]:
-    """Versions and devices."""
+    """Versions, devices and the native kernels."""
     facts = versions()
     facts["cpu"] = device_name(torch.device("cpu"))
     for index in range(torch.cuda.device_count()):
         facts[f"cuda:{index}"] = torch.cuda.get_device_name(index)
     if not torch.cuda.is_available():
         facts["gpu"] = "none"
+    facts["native"] = native.status()
     for name, value in facts.items():
         say(f"{name:<14}{value}")
     return facts

@@ -43,6 +43,9 @@ def main(target: str) -> int:
     if not run([*pip, "install", "-q", *constraints, "-e", f"{ROOT}[test]"]):
         print("installing failed; the lines above say why. `make setup` tries again.")
         return 1
+    # built here, so that no first run waits; without a compiler it says so, and torch computes instead
+    code = "from luthier import native; print('native kernels:', native.status())"
+    run([str(folder / "bin" / "python"), "-c", code])
     return 0
 
 

@@ -304,6 +304,7 @@ TABLE = [
     Row("train.recompute", "layer", model),
     Row("train.compile", True, model),
     Row("train.seed", 1, trained),
+    Row("train.router_loss", 1.0, trained, {"model__path": "MIXTRAL"}),
     Row("evaluate.every", 1, records),
     Row("evaluate.before", True, records),
     Row("evaluate.generate", True, records, {"evaluate__max_new_tokens": 4, "evaluate__rows": 2}),
@@ -381,10 +382,12 @@ class World:
             "GLM": zoo_folder("glm_legacy", root / "glm"),
             "TEXTS": write_rows(root / "texts.json", [{"text": "the box. seven apples"}] * 9),
             "OTHER_WORDS": root / "words",
+            "MIXTRAL": root / "mixtral",
         }
         words = copy.deepcopy(tiny_tokenizer_())
         words.eos_token = "<|user|>"
         words.save_pretrained(root / "words")
+        save_model(tiny_model_("mixtral"), root / "mixtral", tiny_tokenizer_())
         save_model(tiny_model_("llama", seed=1), root / "model", tiny_tokenizer_())
         save_model(tiny_model_("llama"), root / "remote", tiny_tokenizer_())
         remote = json.loads((root / "remote" / "config.json").read_text())

@@ -21,7 +21,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from luthier.batch import capture as capture
 from luthier.batch import current_capture, current_layout
 from luthier.errors import Refused
-from luthier.models import bloom, falcon, kernels, rotary
+from luthier.models import bloom, cpu_attention, falcon, kernels, rotary
+from luthier.models.cpu_attention import why_torch as why_torch
 from luthier.models.families import TESTED
 from luthier.models.kernels import KERNELS, LACKS, Scores, features
 
@@ -31,6 +32,7 @@ ATTENDED = {
     "sliding_attention",
     "attention",
 }  # layer types that are attention only
+FEATURES = ("softcap", "s_aux", "alibi_slopes", "alibi")  # arguments beyond plain attention
 # arguments that change what is attended to, in families that no kernel here covers
 FOREIGN = ("position_bias", "indices", "block_indices", "sinks", "head_mask")
 # model_type -> what makes such a model's layers call the attention interface
@@ -40,8 +42,8 @@ REPAIRS = {"bloom": bloom.repair, "falcon": falcon.repair}
 def install(model: PreTrainedModel, kernel: str, *, train: bool = False) -> str:
     """Make `model` attend through this file with `kernel` (`model.attention` of the config).
 
-    `auto` is `sdpa` on CPU and `flex` on GPU. Gives back what was installed, in words: layers with a
-    feature that the kernel lacks are computed by `math`, and the text says so. Refused: a family
+    `auto` is `flex` on GPU, and on CPU `native` where it can be and `sdpa` else. Gives back what was installed, in words: layers with a
+    feature that the kernel lacks are computed by another (`_instead`), and the text says so. Refused: a family
     that does not go through transformers' attention interface or mixes in other layers, a kernel that
     does not fit the device, and `varlen` or `flash` with a feature that they lack. `train`:
     gradients are needed, and the model's own attention dropout acts.
@@ -51,17 +53,31 @@ def install(model: PreTrainedModel, kernel: str, *, train: bool = False) -> str:
         REPAIRS[model.config.model_type](model)
     device = next(model.parameters()).device
     chosen = check_kernel(kernel, device, train)
+    if chosen == "native":
+        _refuse_native(device, model.dtype)
+    if kernel == "auto" and chosen == "sdpa" and cpu_attention.lacks(model.dtype) is None:
+        chosen = "native"
     layers = [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "is_causal")]
     if any(not m.is_causal for m in layers):
         raise _unsupported(model.config.model_type, "has layers that see what follows")
     asked = {feature for layer in layers for feature in _features(layer, train)}
     lacking = sorted(asked & LACKS[chosen])
     _refuse_lacking(chosen, lacking, model.config.model_type)
+    if kernel == "auto" and lacking:
+        chosen = _instead(chosen, asked)  # no layer would be faster for the first one
+        lacking = sorted(asked & LACKS[chosen])
     model.set_attn_implementation(NAME)
     rotary.per_document(model)
     for module in layers:
         module.attention_kernel = chosen  # pyright: ignore[reportArgumentType]
-    return f"{chosen} (layers with {' or '.join(lacking)}: math)" if lacking else chosen
+    other = _instead(chosen, set(lacking))
+    return f"{chosen} (layers with {' or '.join(lacking)}: {other})" if lacking else chosen
+
+
+def _instead(kernel: str, asked: set[str]) -> str:
+    """What computes a layer with these features: the kernel if it can, else the next that can."""
+    order = (kernel, "sdpa", "math") if kernel == "native" else (kernel, "math")
+    return next(name for name in order if not asked & LACKS[name])
 
 
 def check_family(cls: type[PreTrainedModel], config: Any) -> None:
@@ -76,8 +92,39 @@ def check_family(cls: type[PreTrainedModel], config: Any) -> None:
         raise _unsupported(config.model_type, f"has layers of the type {', '.join(other)}")
 
 
-@torch.compiler.disable  # the layout and the number of documents must not enter a compiled graph
 def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    **more: Any,
+) -> tuple[Tensor, None]:
+    """What a model's attention layer calls; see `_attend`. In a compiled graph, plain layers on a CPU are one
+    operator, which finds the layout when it runs; the others stay outside of the graph."""
+    kernel = getattr(module, "attention_kernel", None)
+    native = kernel == "native" and query.dtype == torch.bfloat16
+    if (
+        torch.compiler.is_compiling()
+        and kernel in ("native", "sdpa")
+        and not (dropout or any(more.get(name) is not None for name in (*FEATURES, *FOREIGN)))
+        and attention_mask is None
+        and getattr(module, "keys_values", None) is None
+        and (native or (sliding_window is None and query.shape[-1] == value.shape[-1]))
+    ):
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        out = cpu_attention.packed(query, key, value, scale, sliding_window, by_native=native)
+        return out, None
+    return _attend(
+        module, query, key, value, attention_mask, scaling, dropout, sliding_window, **more
+    )
+
+
+@torch.compiler.disable()  # the layout and the number of documents must not enter a compiled graph
+def _attend(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -92,7 +139,7 @@ def attend(
     alibi: Tensor | None = None,
     **extra: Any,
 ) -> tuple[Tensor, None]:
-    """What a model's attention layer calls: query [B, H, S, D], key and value [B, K, T, D] -> [B, S, H, D].
+    """query [B, H, S, D], key and value [B, K, T, D] -> [B, S, H, D].
 
     In a layout T = S and there is no mask. `s_aux` [H] are attention sinks. ALiBi comes as slopes [H]
     and, for plain calls, as the family's own bias of the keys [B, H, 1, T].
@@ -117,10 +164,11 @@ def attend(
     if dropout and not hasattr(module, "dropout_key"):
         raise RuntimeError("dropout inside a layout needs models.dropout.seed_dropout(model, seed)")
     chosen = getattr(module, "attention_kernel", None) or check_kernel("auto", query.device, False)
-    lacking = sorted(features(layout, scores) & LACKS[chosen])
-    _refuse_lacking(chosen, lacking, _family(module))
-    kernel = kernels.math if lacking else KERNELS[chosen]
-    return kernel(query, key, value, layout, scores), None
+    asked = features(layout, scores)
+    _refuse_lacking(chosen, sorted(asked & LACKS[chosen]), _family(module))
+    if chosen == "native" and query.dtype != torch.bfloat16:
+        chosen = "sdpa"  # a layer that is kept in a wider type
+    return KERNELS[_instead(chosen, asked)](query, key, value, layout, scores), None
 
 
 def _plain(
@@ -260,6 +308,8 @@ def check_kernel(kernel: str, device: torch.device, train: bool) -> str:
     gpu = device.type == "cuda"
     if kernel == "auto":
         return "flex" if gpu else "sdpa"
+    if kernel == "native":
+        _refuse_native(device, torch.bfloat16)
     if kernel in ("varlen", "flash") and not gpu:
         raise Refused(
             f"model.attention={kernel} was asked for",
@@ -279,6 +329,16 @@ def check_kernel(kernel: str, device: torch.device, train: bool) -> str:
             "pip install flash-attn, or use model.attention=flex",
         )
     return kernel
+
+
+def _refuse_native(device: torch.device, dtype: torch.dtype) -> None:
+    why = f"the model is on {device.type}" if device.type != "cpu" else cpu_attention.lacks(dtype)
+    if why is not None:
+        raise Refused(
+            "model.attention=native was asked for, the kernels in C++ for a CPU",
+            why,
+            "use model.attention=auto",
+        )
 
 
 def _unsupported(family: str, why: str) -> Refused:

@@ -56,7 +56,16 @@ def math(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scores: Scores) -> Ten
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scores: Scores) -> Tensor:
     """torch's scaled_dot_product_attention per document. No softcap, sinks or dropout."""
+    longest = max((s.stop - s.start for s in layout.segments), default=0)
+    plain = not features(layout, scores) and (scores.window is None or scores.window >= longest)
+    if plain and cpu_attention.helps(q, k, v):
+        return cpu_attention.packed(q, k, v, scores.scale, None, by_native=False)
     return _per_document(_sdpa_document, q, k, v, layout, scores)
+
+
+def native(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scores: Scores) -> Tensor:
+    """The kernels of `luthier/native`: bfloat16 on a CPU. No feature but windows."""
+    return cpu_attention.packed(q, k, v, scores.scale, scores.window, by_native=True)
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scores: Scores) -> Tensor:
@@ -92,14 +101,9 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scores: Scores) -> T
 
     bounds, longest = layout.cumulative_lengths
     left = -1 if scores.window is None else scores.window - 1
-    out = varlen_attn(
-        _tokens(q),
-        _tokens(k),
-        _tokens(v),
-        bounds,
-        bounds,
-        longest,
-        longest,
+    out = varlen_attn(  # pyright: ignore[reportCallIssue]
+        *(_tokens(x) for x in (q, k, v)),
+        *(bounds, bounds, longest, longest),
         scale=scores.scale,
         window_size=(left, 0),
         enable_gqa=q.shape[1] != k.shape[1],
@@ -115,13 +119,8 @@ def flash(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scores: Scores) -> Te
     bounds, longest = layout.cumulative_lengths
     left = -1 if scores.window is None else scores.window - 1
     out = flash_attn_varlen_func(
-        _tokens(q),
-        _tokens(k),
-        _tokens(v),
-        bounds,
-        bounds,
-        longest,
-        longest,
+        *(_tokens(x) for x in (q, k, v)),
+        *(bounds, bounds, longest, longest),
         softmax_scale=scores.scale,
         causal=True,
         window_size=(left, 0),
@@ -133,6 +132,7 @@ def flash(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scores: Scores) -> Te
 KERNELS: dict[str, Kernel] = {
     "math": math,
     "sdpa": sdpa,
+    "native": native,
     "flex": flex,
     "varlen": varlen,
     "flash": flash,
@@ -141,6 +141,7 @@ KERNELS: dict[str, Kernel] = {
 LACKS: dict[str, frozenset[str]] = {
     "math": frozenset(),
     "sdpa": frozenset({"softcap", "sinks", "dropout"}),
+    "native": frozenset({"softcap", "sinks", "dropout", "alibi", "prefix", "context"}),
     "flex": frozenset({"sinks", "dropout"}),
     "varlen": frozenset({"softcap", "sinks", "dropout", "alibi", "prefix", "context"}),
     "flash": frozenset({"sinks", "dropout", "alibi", "prefix", "context"}),

@@ -25,6 +25,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from luthier.batch import IGNORE, Batch, Layout, current_layout, layout_scope
 from luthier.errors import Failed, Refused
+from luthier.models import cpu_attention as cpu_attention  # registers the operator
 from luthier.models.families import family_of
 from luthier.models.zoo.glm_generation import context_mask, infilling_positions
 
@@ -37,6 +38,7 @@ _KEPT = {
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.luthier.attention.default,
 }
 # the relative error that rounding may cause in `check_stage`: far above it, far below a wrong formula
 _ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -157,7 +159,8 @@ def set_recompute(stage: Stage, mode: Literal["none", "layer", "selective"]) -> 
 def compile_layers(stage: Stage) -> None:
     """Compile each decoder layer; call it after `set_recompute`.
 
-    Attention stays outside of the graphs, so that they know no documents. Recomputation goes around the
+    Attention is one operator there, or stays outside of the graphs: they know no documents, and rows of any
+    length share them. Recomputation goes around the
     compiled layer. Refused together with `selective`, which has to see each product of a layer.
     """
     if stage.recompute == "selective":
@@ -172,7 +175,7 @@ def compile_layers(stage: Stage) -> None:
             run = partial(_run_compiled, plain)
             layer._gradient_checkpointing_func = run  # pyright: ignore[reportArgumentType]
         else:
-            layer.compile()
+            layer.compile(dynamic=True)  # rows have many lengths
 
 
 def _run_compiled(run: Callable[..., Any], layer: partial[Any], *args: Any) -> Any:
@@ -182,7 +185,7 @@ def _run_compiled(run: Callable[..., Any], layer: partial[Any], *args: Any) -> A
 
 @cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function)
+    return torch.compile(function, dynamic=True)
 
 
 def check_stage(stage: Stage) -> None:

@@ -8,6 +8,7 @@ nothing special. Losses are sums; who divides them by the step's count of superv
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from luthier import native
 from luthier.batch import IGNORE
 from luthier.errors import Failed
 
@@ -178,11 +180,14 @@ def _chunks(
 def _cross_entropy(logits: Tensor, targets: Tensor, gradient: Tensor | None = None) -> Tensor:
     """Losses [n] of logits [n, V]; `gradient` [n, V], if given, receives softmax - onehot.
 
-    On a CPU a few rows at a time, so that their float32 copy never leaves the cache.
+    On a CPU by the native kernel, or a few rows at a time, so that their float32 copy never leaves the cache.
     """
     num_rows, vocabulary = logits.shape
     wide = _wide(logits.dtype)
     losses = torch.empty(num_rows, dtype=wide, device=logits.device)
+    if by_native(logits):
+        _native(logits, targets, losses, gradient)
+        return losses
     step = max(1, BLOCK_BYTES // (4 * vocabulary)) if logits.device.type == "cpu" else num_rows
     scratch = torch.empty(min(step, num_rows), vocabulary, dtype=wide, device=logits.device)
     for start in range(0, num_rows, step):
@@ -198,6 +203,29 @@ def _cross_entropy(logits: Tensor, targets: Tensor, gradient: Tensor | None = No
             x.scatter_add_(1, target, x.new_full((1, 1), -1.0).expand_as(target))
             gradient[start:stop] = x
     return losses
+
+
+def by_native(logits: Tensor) -> bool:
+    """Whether the native kernel takes these logits; the path in torch is its reference."""
+    fits = logits.device.type == "cpu" and logits.dtype == torch.bfloat16 and logits.stride(1) == 1
+    return fits and native.library() is not None
+
+
+def _native(logits: Tensor, targets: Tensor, losses: Tensor, gradient: Tensor | None) -> None:
+    library, targets = native.library(), targets.contiguous()
+    assert library is not None
+    assert gradient is None or (gradient.dtype == logits.dtype and gradient.stride(1) == 1)
+    library.luthier_cross_entropy(
+        ctypes.c_void_p(logits.data_ptr()),
+        ctypes.c_int64(logits.stride(0)),
+        ctypes.c_void_p(targets.data_ptr()),
+        ctypes.c_int64(logits.shape[0]),
+        ctypes.c_int64(logits.shape[1]),
+        ctypes.c_void_p(losses.data_ptr()),
+        ctypes.c_void_p(None if gradient is None else gradient.data_ptr()),
+        ctypes.c_int64(0 if gradient is None else gradient.stride(0)),
+        ctypes.c_int(torch.get_num_threads()),
+    )
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -73,13 +73,14 @@ def test_half_precision_is_as_near_as_torch(heads: tuple[int, int], dtype: torch
 
 def test_it_is_taken_where_it_helps(monkeypatch: pytest.MonkeyPatch, random_batch: Any) -> None:
     """Half precision, with gradients, without features that need a mask; and never else."""
-    taken: list[torch.dtype] = []
+    taken: list[tuple[torch.dtype, int | None]] = []
+    packed = cpu_attention.packed
 
-    def watch(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        taken.append(q.dtype)
-        return causal(q, k, v, scale)
+    def watch(q: Tensor, k: Tensor, v: Tensor, scale: float, window: Any, **how: Any) -> Tensor:
+        taken.append((q.dtype, window))
+        return packed(q, k, v, scale, window, **how)
 
-    monkeypatch.setattr(cpu_attention, "causal", watch)
+    monkeypatch.setattr(cpu_attention, "packed", watch)
     layout = Layout.of(random_batch(lengths_per_row=[[5, 3]]))
 
     def attend(dtype: torch.dtype, grad: bool, **more: Any) -> None:
@@ -91,9 +92,11 @@ def test_it_is_taken_where_it_helps(monkeypatch: pytest.MonkeyPatch, random_batc
             out.sum().backward()
 
     attend(torch.bfloat16, True)
-    assert taken == [torch.bfloat16] * 2  # two documents
+    attend(torch.bfloat16, True, window=5)  # no document is longer
+    assert taken == [(torch.bfloat16, None)] * 2
     taken.clear()
     attend(torch.float32, True)
     attend(torch.bfloat16, False)
     attend(torch.bfloat16, True, window=2)
+    attend(torch.bfloat16, True, alibi=torch.ones(4))
     assert taken == []

@@ -263,11 +263,11 @@ def test_a_softcap_that_is_forgotten(
 
 
 def test_the_mean_of_the_micro_batches_means(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(self: Updater, batch: Batch, count: int) -> torch.Tensor:
+    def wrong(self: Updater, batch: Batch, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
         loss = self._loss_sum(batch) / batch.num_supervised / 4
         loss.backward()
         self.master.collect()
-        return loss.detach()
+        return loss.detach(), torch.zeros(())
 
     monkeypatch.setattr(Updater, "_backward", wrong)
     with pytest.raises(Failed, match="comparing loss and gradients: 4 micro-batches of 1 row"):

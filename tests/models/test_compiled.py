@@ -1,0 +1,74 @@
+"""Compiled layers: one graph for rows of every length and any number of documents, gradients as without."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from luthier import native
+from luthier.adapters.placing import attach
+from luthier.config_adapter import AdapterConfig
+from luthier.models import attention
+from luthier.models.stage import Stage, compile_layers, set_recompute
+from luthier.train.loss import token_loss
+
+PACKS = [[5, 9, 30], [61], [3, 3, 3, 3, 5, 20], [7, 16], [50, 2, 19], [11, 11, 40, 1]]
+kernels = ["sdpa"] + (["native"] if native.library() is not None else [])
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute"),
+]
+
+
+def adapted(make: Any, dtype: torch.dtype, kernel: str) -> Stage:
+    model = make("llama").to(dtype)
+    attention.install(model, kernel, train=True)
+    attach(model, AdapterConfig(method="lora", rank=3), seed=1)
+    draw = torch.Generator().manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_B"):
+            with torch.no_grad():
+                parameter.copy_(torch.randn(parameter.shape, generator=draw) * 0.1)
+    return Stage(model).train()
+
+
+def gradients(stage: Stage, batch: Any) -> dict[str, torch.Tensor]:
+    stage.model.zero_grad()
+    loss = token_loss(stage(batch), batch.labels, stage.head, stage.head_parameters())
+    loss.backward()
+    trained = [(n, p) for n, p in stage.model.named_parameters() if p.requires_grad]
+    return {n: p.grad.clone() for n, p in trained if p.grad is not None}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("mode", ["none", "layer"])
+@pytest.mark.parametrize("kernel", kernels)
+def test_packs_of_any_length_share_the_graphs(
+    kernel: str, mode: Any, tiny_model: Any, random_batch: Any, relative: Any
+) -> None:
+    dtype = torch.bfloat16 if kernel == "native" else torch.float32
+    plain, compiled = (adapted(tiny_model, dtype, kernel) for _ in range(2))
+    exact = adapted(tiny_model, torch.float32, "math")
+    set_recompute(compiled, mode)
+    torch._dynamo.reset()
+    counters.clear()
+    compile_layers(compiled)
+    graphs = []
+    for lengths in PACKS:
+        batch = random_batch(lengths_per_row=[lengths])
+        ours, theirs, wanted = (gradients(x, batch) for x in (compiled, plain, exact))
+        graphs.append(counters["stats"]["unique_graphs"])
+        for name, reference in wanted.items():
+            if dtype == torch.float32:
+                assert relative(ours[name], reference) < 2e-6, name
+            else:  # no further from float32 than without compilation, by more than rounding's chance
+                assert (
+                    relative(ours[name], reference) < 1.5 * relative(theirs[name], reference) + 4e-3
+                )
+    assert graphs[0] > 0
+    assert graphs == graphs[:1] * len(PACKS)
+    assert not counters["graph_break"]
