@@ -15,7 +15,11 @@ from tiny_runs import write_data, write_rows
 from luthier.parallel.world import World
 
 POSE = {"data__pose": "paper", "data__pose_window": 200, "adapter__method": "lora"}
-ROUTER = {"train__router_loss": 0.5, "adapter__dropout": 0.2, "adapter__targets": ["q_proj", "o_proj"]}
+ROUTER = {
+    "train__router_loss": 0.5,
+    "adapter__dropout": 0.2,
+    "adapter__targets": ["q_proj", "o_proj"],
+}
 CORPUS = {
     **{"train__mode": "pretrain", "data__split": "8,2,0", "data__length": 48},
     **METHODS["full"],
