@@ -179,6 +179,15 @@ def test_refused_by_the_config(make, keys, said):
         luthier.finetune(make(**keys))
 
 
+def test_a_tied_head_is_not_left_dense_in_silence(model_folder):
+    asked = Quantization(QuantizeConfig(weights="nf4", modules=["all-linear", "lm_head"]))
+    tied = ModelConfig(path=str(model_folder("qwen2")))
+    with pytest.raises(Refused, match=r"'lm_head'.*'model.embed_tokens.weight' too"):
+        build_model(tied, seed=0, quantization=asked)
+    own = build_model(ModelConfig(path=str(model_folder("llama"))), seed=0, quantization=asked)
+    assert is_quantized(own.get_submodule("lm_head"))
+
+
 def test_weights_that_are_not_finite_are_named(make, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     model.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.nan
