@@ -45,11 +45,14 @@ def plan_quantization(model: nn.Module, config: QuantizeConfig) -> dict[str, Spe
     else:
         names = select_linear(model, config.modules, "quantize.modules")
         chosen = dict.fromkeys(names, config.weights)
-    return {
-        name: _spec(model, name, scheme, config)
-        for name, scheme in chosen.items()
-        if scheme != "none"
-    }
+    chosen = {name: scheme for name, scheme in chosen.items() if scheme != "none"}
+    if config.on and not chosen:
+        raise Refused(
+            f"quantize.weights={config.weights}",
+            f"quantize.modules={config.modules} leaves no layer to quantise",
+            "name layers there, or leave the section quantize out",
+        )
+    return {name: _spec(model, name, scheme, config) for name, scheme in chosen.items()}
 
 
 def _spec(model: nn.Module, name: str, scheme: str, config: QuantizeConfig) -> Spec:
