@@ -14,7 +14,7 @@ from luthier.adapters.facts import base_for_use
 from luthier.adapters.several import HOME
 from luthier.adapters.store import load_adapter
 from luthier.bases import quantization_of
-from luthier.compress import resolve_without_data
+from luthier.compress import NO_DATA, resolve_without_data
 from luthier.models.folder import fingerprint
 from luthier.models.load import build_model
 from luthier.models.tokenizer import load_tokenizer
@@ -35,7 +35,8 @@ def load(
     """
     name = "auto" if dtype is None else str(dtype).removeprefix("torch.")
     options = {} if adapter is None else base_for_use(Path(adapter))
-    values: dict[str, Any] = {"model": {"path": str(path), "dtype": name, **options}}
+    model_keys = {"path": str(path), "dtype": name, **options}
+    values: dict[str, Any] = {"model": model_keys, "output": NO_DATA}  # nothing is written
     if quantize is not None:
         values["quantize"] = {"weights": quantize} if isinstance(quantize, str) else quantize
     asked = resolve_without_data(values).config
