@@ -55,8 +55,6 @@ OPTIONS = {
 
 def nearest_key(key: str) -> str:
     """`did you mean 'optim.lr'?`: the same name in another section, a synonym, or a near miss."""
-    if near := [o for o in OPTIONS if key == o or suggest(key, [o])]:
-        return f"--{near[0]} goes with {OPTIONS[near[0]]}"
     section, _, name = key.rpartition(".")
     twins = [known for known in KEYS if known.rpartition(".")[2] == name]
     if twins:
@@ -65,6 +63,8 @@ def nearest_key(key: str) -> str:
         return f"did you mean '{SYNONYMS[name]}'?"
     if section in SECTIONS and (near := suggest(name, SECTIONS[section].model_fields)):
         return near.replace("'", f"'{section}.", 1)
+    if near := [option for option in OPTIONS if suggest(key, [option])]:
+        return f"--{near[0]} goes with {OPTIONS[near[0]]}"
     return suggest(key, [*KEYS, *SECTIONS]) or "all keys stand in docs/reference/config.md"
 
 
