@@ -25,10 +25,12 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from luthier.adapters import attach
 from luthier.bases import refuse_training
 from luthier.batch import Batch, Layout, layout_scope
+from luthier.built import EXPERTS
 from luthier.config import RunConfig
 from luthier.errors import Refused
 from luthier.layers import features, is_linear, is_quantized
 from luthier.models import attention, rotary
+from luthier.models.dropout import seed_dropout
 from luthier.models.folder import first_line, quiet
 from luthier.models.load import load_config, resolve_device, resolve_dtype
 from luthier.models.stage import Stage, decoder_layers, set_recompute
@@ -128,8 +130,8 @@ class _Alive(TorchDispatchMode):
 
 
 def footprint(config: RunConfig) -> Footprint:
-    """The memory of `config`'s step. Refused: what training refuses of the model's folder, and models whose
-    forward depends on its values (mixtures of experts)."""
+    """The memory of `config`'s step. Refused: what training refuses of the model's folder, and mixtures
+    of experts, and other models whose forward depends on its values."""
     if prequantized(config.model) is not None or config.adapter.path is not None:
         what = "adapter.path" if config.adapter.path is not None else "model.path"
         value = config.adapter.path or config.model.path
@@ -143,6 +145,12 @@ def footprint(config: RunConfig) -> Footprint:
     if config.model.rope_scaling is not None:
         rotary.scale(made, config.model.rope_scaling)
     text = made.get_text_config()
+    if any(getattr(text, name, None) for name in EXPERTS):
+        raise Refused(
+            f"planning a run of '{config.model.path}'",
+            "it is a mixture of experts, whose memory and time depend on where its tokens go",
+            "run a few steps instead: metrics.jsonl has the memory of each",
+        )
     layers = min(config.model.num_layers or text.num_hidden_layers, text.num_hidden_layers)
     depths = [layers] if layers <= DEPTHS[-1] else list(DEPTHS)
     rehearsed = [_rehearse(config, made, depth) for depth in depths]
@@ -200,7 +208,7 @@ def _rehearse(config: RunConfig, made: PretrainedConfig, layers: int) -> Footpri
     except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError) as error:
         raise Refused(
             f"planning a run of '{config.model.path}'",
-            f"its forward cannot be rehearsed without values ({first_line(error)}), as with mixtures of experts",
+            f"its forward cannot be rehearsed without values ({first_line(error)})",
             "run a few steps instead: metrics.jsonl has the memory of each",
         ) from error
 
@@ -245,6 +253,7 @@ def _build(
         model.requires_grad_(True)
     else:
         attach(model, config.adapter, seed=0)
+    seed_dropout(model, 0)
     set_recompute(Stage(model), config.train.recompute)
     return model.train()
 

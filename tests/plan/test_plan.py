@@ -216,6 +216,15 @@ def test_thousands_of_devices(tmp_path: Path) -> None:
     assert len(made["layouts"]) == 1 + 3 * 12
 
 
+def test_dropout_is_planned_and_a_mixture_refused(tmp_path: Path) -> None:
+    gpt2 = SMALL | {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
+    gpt2 |= {"n_embd": 64, "n_layer": 5, "n_head": 4, "n_positions": 64}
+    assert footprint(config_of(tmp_path, gpt2)).saved > 0
+    mixture = SMALL | {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2}
+    with pytest.raises(Refused, match="mixture of experts"):
+        footprint(config_of(tmp_path, mixture))
+
+
 def test_layouts_and_sizes_in_words(tmp_path: Path) -> None:
     assert parse_size("--device-memory", "80GB") == 80e9
     assert parse_size("--device-memory", "24GiB") == 24 * 2**30
