@@ -27,6 +27,7 @@ usage: luthier COMMAND ...
   merge    BASE ADAPTER OUT                      fold an adapter into its base, checked before it is published
   tokenize FILE [...] [--out NAME]               pretraining: tokenise ahead, or write NAME.bin and NAME.idx
   show     FILE [...]                            the resolved config and where each value comes from
+  plan     FILE [...] [--devices N]              will it fit, which layout, how long a step; reads no weights
   preview  FILE [...] [--rows N]                 rows as coloured tokens: what is trained and what is not
   verify   CHECK FILE [...]                      prove on your model and data: data, packing, loss, layout
   convert  SOURCE OUT                            GGUF, checkpoint, PaddleNLP adapter -> Hugging Face / PEFT folder
@@ -205,6 +206,17 @@ def preview(words: list[str]) -> None:
     run(resolved, rows=rows)
 
 
+def plan(words: list[str]) -> None:
+    devices, words = _take_option(words, "--devices", 1)
+    given: dict[str, str | None] = {}
+    for name in ("device_memory", "layout", "device_flops", "bandwidth"):
+        given[name], words = _take_words(words, f"--{name.replace('_', '-')}")
+    resolved = _config("plan", words, {"data.path": "none", "output": "none"}, devices)
+    from luthier.plan import plan as run
+
+    run(resolved, devices=devices, **given)
+
+
 def tokenize(words: list[str]) -> None:
     out, words = _take_words(words, "--out")
     resolved = _config("tokenize", words)
@@ -350,6 +362,7 @@ COMMANDS: dict[str, Command] = {
     "quantize": quantize,
     "merge": merge,
     "show": show,
+    "plan": plan,
     "preview": preview,
     "tokenize": tokenize,
     "verify": verify,

@@ -47,6 +47,9 @@ QUANTISE_MARKS = (
     "<!-- quantise table: python scripts/reference.py -->",
     "<!-- end of quantise table -->",
 )
+PLANNING = ROOT / "docs" / "tasks" / "plan.md"
+PLANNED = ROOT / "benchmarks" / "plan"
+PLAN_MARKS = ("<!-- plan table: python scripts/reference.py -->", "<!-- end of plan table -->")
 README = ROOT / "README.md"
 SUPPORT = ROOT / "tests" / "conformance" / "results.json"
 SUPPORT_MARKS = (
@@ -266,6 +269,13 @@ def speed() -> str:
     return _between(SPEED, SPEED_MARKS, [page(facts, name) for name, facts in found.items()])
 
 
+def planning() -> str:
+    """The page with predicted and measured memory between its marks."""
+    table = runpy.run_path(str(PLANNED / "__main__.py"))["table"]
+    found = json.loads((PLANNED / "results" / "cpu.json").read_text("utf-8"))
+    return _between(PLANNING, PLAN_MARKS, [table(found)])
+
+
 def _between(page: Path, marks: tuple[str, str], tables: list[str]) -> str:
     before, rest = page.read_text("utf-8").split(marks[0])
     after = rest.split(marks[1])[1]
@@ -364,6 +374,7 @@ def main() -> int:
         README: _between(README, SUPPORT_MARKS, [support()]),
         FOLDER / "families.md": families(),
         LONG: long_documents(),
+        PLANNING: planning(),
         SPEED: speed(),
         FOLDER / "config.schema.json": json.dumps(json_schema(), indent=2) + "\n",
     }

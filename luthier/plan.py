@@ -1,0 +1,369 @@
+"""`luthier plan`: will a run fit, in which layout, how long is a step; before weights or rows are read.
+
+`footprint.py` finds what a step keeps in memory; here it is spread over devices as `parallel/shard.py` cuts it, for
+every layout of that many devices, and put into words. Every row counts as full (`data.length`). Times are sums of
+arithmetic and communication by given rates, nothing hidden behind anything.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from luthier.config import RunConfig
+from luthier.config_parallel import ParallelConfig
+from luthier.configfile import Resolved
+from luthier.errors import LuthierError, Refused
+from luthier.footprint import Footprint, footprint, optimizer_bytes
+from luthier.models.load import resolve_device
+from luthier.parallel.degrees import WHOLE, fit_batch, mesh_sizes
+from luthier.parallel.shard import BUCKET
+
+BEST = 4  # layouts that are shown
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "P": 10**15}
+BINARY = {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+
+
+@dataclass(frozen=True)
+class Way:
+    """A layout: copies of the model, processes that cut it, and what they cut."""
+
+    replicate: int
+    shard: int
+    stage: int
+
+    def __str__(self) -> str:
+        words = [f"replicate={self.replicate}"] if self.replicate > 1 else []
+        words += [f"shard={self.shard} stage={self.stage}"] if self.shard > 1 else []
+        return " ".join(words) or "one device"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One layout's device: bytes by item at the moment when most is alive, and what a step moves."""
+
+    way: Way
+    moment: str
+    items: dict[str, int]
+    moved: int  # bytes that each device sends and receives in a step
+    seconds: float | None  # of a step; None where a rate was not given
+
+    @property
+    def total(self) -> int:
+        return sum(self.items.values())
+
+
+def estimate(
+    config: RunConfig, found: Footprint, way: Way, *, flops: float | None, bandwidth: float | None
+) -> Estimate:
+    """What `way` costs each device. `flops` and `bandwidth` are per second and device."""
+    total, layer, shards, stage = found.total, found.layer, way.shard, way.stage
+    cut = shards if shards > 1 else 1
+    wide = 8 if found.dtype == torch.float64 else 4
+    half = total.trained_bytes < wide * total.trained
+    masters = half and config.model.master_dtype == "float32"
+    whole_gradient = total.trained_bytes
+    ranks = way.replicate * way.shard
+    accumulates = config.batch > found.rows * ranks
+    gathered = (
+        layer.trained_bytes * 2 + found.rest.trained_bytes
+    )  # of stage 3: this layer and the next
+
+    frozen = total.frozen_bytes - total.quantized_bytes
+    weights = total.trained_bytes
+    if cut > 1:
+        weights = total.trained_bytes // cut
+        weights += min(gathered, total.trained_bytes) if stage == 3 else total.trained_bytes
+        if stage == 3:
+            gathered_frozen = 2 * (layer.frozen_bytes - layer.quantized_bytes)
+            rest = found.rest.frozen_bytes - found.rest.quantized_bytes
+            frozen = frozen // cut + min(frozen, gathered_frozen + rest)
+    kept = wide if masters else total.trained_bytes / max(total.trained, 1)
+    lasting = {
+        "weights, frozen": frozen,
+        "weights, quantised": total.quantized_bytes,
+        "weights, trained": weights,
+        "float32 copies": wide * total.trained // cut if masters else 0,
+        "optimiser": optimizer_bytes(config, total.trained, round(kept)) // cut,
+    }
+    # gradients while the backward runs: of earlier micro-batches, and one layer's on its way
+    every = int(total.trained * kept)
+    if cut > 1 and not (stage == 1 and accumulates):
+        before, after = every // cut, every // cut + layer.trained * wide
+    else:
+        # half-precision gradients are widened one by one once all are there
+        before, after = every, every + (whole_gradient if masters and accumulates else 0)
+    before = before if accumulates else 0
+    if way.replicate > 1 and cut == 1:
+        after += 2 * min(BUCKET, total.trained) * wide
+    moments = {
+        "loss": {
+            "gradients": before,
+            "activations": found.saved + found.hidden,
+            "logits": found.logits,
+            "gradient of the head": found.head_gradient,
+        },
+        "backward, last layer": {
+            "gradients": before,
+            "activations": found.saved,
+            "one layer's working space": found.working,
+            "gradient of the head": found.head_gradient,
+        },
+        "backward, first layer": {
+            "gradients": after,
+            "activations": found.saved // found.layers,
+            "one layer's working space": found.working,
+            "gradient of tied embeddings": found.tied_gradient,
+        },
+    }
+    moment, items = max(moments.items(), key=lambda pair: sum(pair[1].values()))
+    moved = _moved(found, way, wide, accumulates, config.batch // (found.rows * ranks))
+    seconds = None
+    if flops is not None and (bandwidth is not None or moved == 0):
+        seconds = found.flops * config.batch / (found.rows * ranks) / flops
+        seconds += moved / bandwidth if bandwidth else 0.0
+    return Estimate(way, moment, lasting | items, moved, seconds)
+
+
+def _moved(found: Footprint, way: Way, wide: int, accumulates: bool, micro_batches: int) -> int:
+    """Bytes per device and step: rings send (n - 1) / n of what they gather or reduce, and sums twice that."""
+    total, n, r = found.total, way.shard, way.replicate
+    gradients = total.trained * wide
+    moved = 2 * (r - 1) / r * gradients / n
+    if n > 1:
+        ring = (n - 1) / n
+        if way.stage == 3:
+            weights = total.trained_bytes + total.frozen_bytes - total.quantized_bytes
+            moved += ring * (2 * weights + gradients) * micro_batches
+        else:
+            moved += ring * total.trained_bytes
+            moved += ring * gradients * (micro_batches if way.stage == 2 else 1)
+    return int(moved)
+
+
+def ways(devices: int, config: RunConfig) -> list[Way]:
+    """Every layout of so many devices that the config may be trained in."""
+    found = []
+    for shard in (n for n in range(1, devices + 1) if devices % n == 0):
+        if shard == 1:
+            found.append(Way(devices, 1, config.parallel.stage))
+        elif config.optim.name not in WHOLE:
+            found += [Way(devices // shard, shard, stage) for stage in (1, 2, 3)]
+    return found
+
+
+# ---- what the user gave
+
+
+def parse_size(option: str, text: str) -> float:
+    """`80GB`, `24GiB`, `989T`, `1e12` as a number. Refused: anything else, and what is not above zero."""
+    word = text.strip().upper().removesuffix("/S").removesuffix("FLOP").removesuffix("B")
+    number, factor = word, 1
+    for unit, value in (*BINARY.items(), *UNITS.items()):
+        if unit and word.endswith(unit):
+            number, factor = word[: -len(unit)], value
+            break
+    try:
+        value = float(number) * factor
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise Refused(f"{option} {text}", "it is no amount above zero", f"{option} 80GB")
+    return value
+
+
+def parse_layout(text: str, devices: int) -> Way:
+    """`shard=8,stage=3` of so many devices, refused where a run would refuse it."""
+    values: dict[str, Any] = {}
+    for word in text.replace(",", " ").split():
+        key, _, value = word.removeprefix("parallel.").partition("=")
+        if key not in ("replicate", "shard", "stage") or not value.isdigit() or int(value) < 1:
+            raise Refused(
+                f"--layout {text}",
+                f"'{word}' is none of replicate=N, shard=N, stage=1, 2 or 3",
+                "--layout shard=8,stage=3",
+            )
+        values[key] = int(value)
+    if values.get("stage", 1) > 3:
+        raise Refused(f"--layout {text}", "stages are 1, 2 and 3", "--layout shard=8,stage=3")
+    parallel = ParallelConfig.model_validate(values)
+    sizes = mesh_sizes(parallel, devices)
+    return Way(sizes["replicate"], sizes["shard"], parallel.stage)
+
+
+def device_bytes(device: torch.device, devices: int) -> float:
+    """Memory of this machine's device; on a CPU, a process's share."""
+    if device.type == "cuda":
+        return float(torch.cuda.get_device_properties(device).total_memory)
+    lines = Path("/proc/meminfo")
+    if not lines.is_file():
+        raise Refused(
+            "the memory of a device", "this system does not tell", "give --device-memory 16GB"
+        )
+    words = dict(line.split(":") for line in lines.read_text("ascii").splitlines())
+    return int(words["MemTotal"].split()[0]) * 1024 / devices
+
+
+def measured_flops(dtype: torch.dtype) -> float:
+    """FLOP/s of this CPU's matrix product in `dtype`: the best of a few short ones."""
+    size = 768
+    a, b = (torch.ones(size, size, dtype=dtype) for _ in range(2))
+    best, end = float("inf"), time.perf_counter() + 0.5
+    while time.perf_counter() < end:
+        begin = time.perf_counter()
+        torch.mm(a, b)
+        best = min(best, time.perf_counter() - begin)
+    return 2 * size**3 / best
+
+
+# ---- the command
+
+
+def plan(
+    resolved: Resolved,
+    *,
+    devices: int = 1,
+    device_memory: str | None = None,
+    layout: str | None = None,
+    device_flops: str | None = None,
+    bandwidth: str | None = None,
+) -> dict[str, Any]:
+    """Print what a step of the config needs on so many devices, and give it back. Nothing is written."""
+    config = resolved.config
+    if config.parallel.offload:
+        raise Refused(
+            "planning with parallel.offload=true",
+            "what lies in CPU memory then is not told apart",
+            "plan without it: it is the upper bound",
+        )
+    device = torch.device("cpu")
+    if device_memory is None:
+        device = resolve_device(config.model.device)
+        limit = device_bytes(device, devices)
+    else:
+        limit = parse_size("--device-memory", device_memory)
+    rate = None if bandwidth is None else parse_size("--bandwidth", bandwidth)
+    chosen = [parse_layout(layout, devices)] if layout else ways(devices, config)
+    config = fit_batch(config, devices)
+    found = footprint(config)
+    flops = None if device_flops is None else parse_size("--device-flops", device_flops)
+    here = flops is None and device.type == "cpu" and device_memory is None
+    if here:
+        flops = measured_flops(found.dtype)
+    estimates = _ordered(
+        [estimate(config, found, way, flops=flops, bandwidth=rate) for way in chosen], limit
+    )
+    print(_head(config, found, devices, limit, len(estimates)))
+    for one in estimates[:BEST]:
+        print(_row(one, limit))
+    best = estimates[0]
+    print(f"\n{best.way}, at the fullest moment ({best.moment}):")
+    for name, size in sorted(best.items.items(), key=lambda pair: -pair[1]):
+        if size:
+            print(f"  {name:<28}{size / 1e9:>10.3f} GB")
+    print(f"  {'together':<28}{best.total / 1e9:>10.3f} GB")
+    if best.seconds is not None:
+        where = "as measured on this machine" if here else "as given"
+        print(
+            f"  a step: {best.seconds:.3g} s at {(flops or 0) / 1e12:.3g} TFLOP/s ({where}), nothing overlapped"
+        )
+    fits = best.total <= limit
+    remedies = [] if fits else list(_remedies(config, devices, chosen, limit))
+    largest = max(best.items, key=lambda name: best.items[name])
+    if fits:
+        print(f"\nfits: {best.total / 1e9:.2f} of {limit / 1e9:.2f} GB")
+    else:
+        print(
+            f"\ndoes not fit: {best.total / 1e9:.2f} GB of {limit / 1e9:.2f}; most of it is {largest}"
+        )
+        for remedy in remedies:
+            print(f"  {remedy}")
+    return {
+        "fits": fits,
+        "limit": limit,
+        "largest": largest,
+        "remedies": remedies,
+        "layouts": [vars(e) | {"way": str(e.way), "total": e.total} for e in estimates],
+    }
+
+
+def _ordered(estimates: Sequence[Estimate], limit: float) -> list[Estimate]:
+    """Those that fit first, of them the one that moves least; else the smallest."""
+
+    def key(e: Estimate) -> tuple[bool, float, int]:
+        fits = e.total <= limit
+        return (not fits, e.moved if fits else e.total, e.total)
+
+    return sorted(estimates, key=key)
+
+
+def _head(config: RunConfig, found: Footprint, devices: int, limit: float, number: int) -> str:
+    total, what = found.total, "full fine-tuning"
+    if config.adapter.method != "none":
+        what = f"{config.adapter.method}, {total.adapter:,} adapter parameters"
+    return (
+        f"{config.model.path}: {found.layers} layers in {str(found.dtype).removeprefix('torch.')}, {what}, "
+        f"{total.trained:,} trained\n"
+        f"{devices} device{'s' * (devices > 1)} of {limit / 1e9:.1f} GB, batch {config.batch}, "
+        f"rows of {found.length} x {found.rows} per device and forward, "
+        f"recompute {config.train.recompute}\n\n"
+        f"{'layout (best ' + str(min(BEST, number)) + ' of ' + str(number) + ')':<32}{'per device':>12}"
+        f"{'moved/step':>14}{'step':>10}"
+    )
+
+
+def _row(one: Estimate, limit: float) -> str:
+    step = "-" if one.seconds is None else f"{one.seconds:.3g} s"
+    verdict = "fits" if one.total <= limit else "does not fit"
+    return (
+        f"{one.way!s:<32}{one.total / 1e9:>9.2f} GB{one.moved / 1e9:>11.2f} GB{step:>10}  {verdict}"
+    )
+
+
+def _remedies(
+    config: RunConfig, devices: int, chosen: Sequence[Way], limit: float
+) -> Iterator[str]:
+    """Changes of the config, each planned: what they come to, and whether that fits."""
+    changes: list[dict[str, dict[str, Any]]] = []
+    if len(chosen) == 1 and devices > 1:
+        chosen = ways(devices, config)
+        changes.append({})
+    layer = {"train": {"recompute": "layer"}}
+    if config.train.recompute != "layer":
+        changes.append(layer)
+    if config.micro_batch > 1:
+        changes.append({"train": {"recompute": "layer", "micro_batch": 1}})
+    least = {"train": {"recompute": "layer", "micro_batch": 1}}
+    if config.adapter.method == "none":
+        changes.append({"adapter": {"method": "lora"}} | least)
+    if not config.quantize.on:
+        stored = {"adapter": {"method": config.adapter.method}}
+        if config.adapter.method == "none":
+            stored = {"adapter": {"method": "lora"}}
+        changes.append(stored | {"quantize": {"weights": "nf4"}} | least)
+    for change in changes:
+        other = config.model_copy(
+            update={
+                section: getattr(config, section).model_copy(update=values)
+                for section, values in change.items()
+            }
+        )
+        try:
+            found = footprint(other)
+        except LuthierError:
+            continue  # the model cannot be changed so (its layers' sizes do not divide, say)
+        estimates = [estimate(other, found, w, flops=None, bandwidth=None) for w in chosen]
+        best = _ordered(estimates, limit)[0]
+        words = [
+            f"{section}.{key}={value}"
+            for section, values in change.items()
+            for key, value in values.items()
+            if value != getattr(getattr(config, section), key)
+        ]
+        verdict = "fits" if best.total <= limit else "does not fit either"
+        yield f"{' '.join(words)} ({best.way}): {best.total / 1e9:.2f} GB, {verdict}"
