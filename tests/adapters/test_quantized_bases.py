@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapter_table import METHODS, error, fill, options, run
+from adapter_table import METHODS, ZOO, error, fill, options, run
 
 from luthier.adapters import (
     adapter_parameters,
@@ -65,6 +65,22 @@ def test_outputs_and_gradients_are_those_of_the_dense_model(
     assert error(run(quantized, batch), run(dense, batch)) < 1e-13
     ours, theirs = (gradients(model, batch) for model in models)
     assert ours.keys() == theirs.keys() == adapter_parameters(quantized).keys()
+    for name, gradient in ours.items():
+        assert error(gradient, theirs[name]) < 1e-11, name
+
+
+@pytest.mark.parametrize("row", ["lora", "dora", "reft"])
+@pytest.mark.parametrize("scheme", ("nf4", "int8"))
+@pytest.mark.parametrize("family", ZOO)
+def test_the_zoo_too(
+    tiny_model: Any, random_batch: Any, row: str, scheme: str, family: str
+) -> None:
+    models = pair(tiny_model(family, torch.float64), scheme)
+    for model in models:
+        attach(model, options(row), seed=1)
+        fill(model)
+    ours, theirs = (gradients(model, random_batch()) for model in models)
+    assert ours.keys() == theirs.keys() == adapter_parameters(models[0]).keys()
     for name, gradient in ours.items():
         assert error(gradient, theirs[name]) < 1e-11, name
 
