@@ -195,7 +195,11 @@ def test_verify_proves_such_runs(texts, model_folder, tmp_path):
         ("llama", {"data__pose_window": None}, "needs data.pose_window"),
         ("llama", {"data__pose_window": 20}, "at least data.length=48"),
         ("llama", {"data__pose": None}, "pose_window has no meaning"),
-        ("llama", {"data__pose_window": 1024}, r"256 positions.*type: yarn, factor: 4\}"),
+        (
+            "llama",
+            {"data__pose_window": 1024},
+            r"256 positions.*type=yarn model.rope_scaling.factor=4",
+        ),
         ("llama", {"data__pose": "paddlenlp", "data__overlong": "split"}, "overlong=cut"),
         ("gpt2", {"data__pose_window": 1024}, "256 positions.*rotary positions only"),
         ("bloom", {}, "'bloom'. it has ALiBi"),

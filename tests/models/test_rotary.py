@@ -255,7 +255,9 @@ def test_too_long_is_refused_and_told_how(model_folder, tmp_path):
         tree = tiny_config(model_folder(family), tmp_path, tmp_path, data__length=length, **keys)
         return open_text(resolved(tree).config).model_config
 
-    with pytest.raises(Refused, match=r"256 positions.*rope_scaling=\{type: yarn, factor: 2\}"):
+    with pytest.raises(
+        Refused, match=r"256 positions.*rope_scaling.type=yarn model.rope_scaling.factor=2"
+    ):
         reads("llama", 500)
     with pytest.raises(Refused, match=r"256 positions.*rotary positions only"):
         reads("gpt2", 500)
