@@ -15,7 +15,6 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
-from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from luthier.config import QuantizeConfig
@@ -23,7 +22,7 @@ from luthier.errors import Refused
 from luthier.layers import features, is_linear
 from luthier.quantize import layouts
 from luthier.quantize.linears import QuantizedLinear, QuantizedTensor
-from luthier.quantize.loading import plan_quantization, replace, stand_in
+from luthier.quantize.loading import OwnQuantizer, plan_quantization, replace, stand_in
 from luthier.quantize.stored import Headers, Read, broken
 
 METHOD = "luthier-folder"  # our name among transformers' quantisers
@@ -135,7 +134,7 @@ class _Awaited(nn.Module):
 
 
 @register_quantizer(METHOD)
-class _FolderQuantizer(HfQuantizer):
+class _FolderQuantizer(OwnQuantizer):
     quantization_config: Prequantized
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
@@ -161,16 +160,7 @@ class _FolderQuantizer(HfQuantizer):
                 for parameter in made.parameters():
                     parameter.requires_grad_(False)
                 model.set_submodule(name, made)
-        self.remove_quantization_config(
-            model
-        )  # an ordinary model with other layers, to transformers
-
-    def is_serializable(self) -> bool:
-        return False
-
-    @property
-    def is_trainable(self) -> bool:
-        return True
+        self.remove_quantization_config(model)
 
 
 register_quantization_config(METHOD)(Prequantized)

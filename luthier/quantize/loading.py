@@ -130,8 +130,20 @@ class _Quantize(ConversionOps):
         return {}  # nothing is left for the loader to set
 
 
+class OwnQuantizer(HfQuantizer):
+    """What is ours of transformers' seam. A loaded model forgets it (`remove_quantization_config`): to transformers it
+    is an ordinary model with other layers."""
+
+    def is_serializable(self) -> bool:
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+
 @register_quantizer(METHOD)
-class _Quantizer(HfQuantizer):
+class _Quantizer(OwnQuantizer):
     quantization_config: Quantization
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
@@ -165,16 +177,7 @@ class _Quantizer(HfQuantizer):
             raise self.faults[0]
         for name in self.plan:
             vars(model.get_submodule(name)).pop("weight", None)
-        self.remove_quantization_config(
-            model
-        )  # an ordinary model with other layers, to transformers
-
-    def is_serializable(self) -> bool:
-        return False
-
-    @property
-    def is_trainable(self) -> bool:
-        return True
+        self.remove_quantization_config(model)
 
 
 register_quantization_config(METHOD)(Quantization)

@@ -49,6 +49,14 @@ def gradients(model: Any, batch: Any) -> dict[str, torch.Tensor]:
     return {n: p.grad for n, p in adapter_parameters(model).items() if p.grad is not None}
 
 
+def assert_same_gradients(models: tuple[Any, Any], batch: Any, bound: float) -> None:
+    """Every adapter tensor's gradient on codes is that on the dense model, in float64."""
+    ours, theirs = (gradients(model, batch) for model in models)
+    assert ours.keys() == theirs.keys() == adapter_parameters(models[0]).keys()
+    for name, gradient in ours.items():
+        assert error(gradient, theirs[name]) < bound, name
+
+
 @each_method
 @each_scheme
 @each_family
@@ -63,10 +71,7 @@ def test_outputs_and_gradients_are_those_of_the_dense_model(
     quantized, dense = models
     # float64: what is left is the order of sums
     assert error(run(quantized, batch), run(dense, batch)) < 1e-13
-    ours, theirs = (gradients(model, batch) for model in models)
-    assert ours.keys() == theirs.keys() == adapter_parameters(quantized).keys()
-    for name, gradient in ours.items():
-        assert error(gradient, theirs[name]) < 1e-11, name
+    assert_same_gradients(models, batch, 1e-11)
 
 
 @pytest.mark.parametrize("row", ["lora", "dora", "reft"])
@@ -79,10 +84,7 @@ def test_the_zoo_too(
     for model in models:
         attach(model, options(row), seed=1)
         fill(model)
-    ours, theirs = (gradients(model, random_batch()) for model in models)
-    assert ours.keys() == theirs.keys() == adapter_parameters(models[0]).keys()
-    for name, gradient in ours.items():
-        assert error(gradient, theirs[name]) < 1e-11, name
+    assert_same_gradients(models, random_batch(), 1e-11)
 
 
 @pytest.mark.parametrize("row", [name for name, r in METHODS.items() if r.on == "linear"])
@@ -100,10 +102,7 @@ def test_fused_experts_are_quantised_under_every_method(
         fill(model)
     quantized, dense = models
     assert error(run(quantized, batch), run(dense, batch)) < 1e-12
-    ours, theirs = (gradients(model, batch) for model in models)
-    assert ours.keys() == theirs.keys() == adapter_parameters(quantized).keys()
-    for name, gradient in ours.items():
-        assert error(gradient, theirs[name]) < 1e-10, name
+    assert_same_gradients(models, batch, 1e-10)
     if METHODS[row].folds:
         for model in models:
             fold_into(model)
