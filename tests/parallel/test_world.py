@@ -140,6 +140,8 @@ def test_a_batch_that_cannot_be_shared_out_is_refused(
 @pytest.mark.parametrize("name", ["adamw_mini", "adafactor"])
 def test_optimisers_that_need_whole_tensors(name: str) -> None:
     chosen = config(optim={"name": name})
-    check_sharding(chosen, 1)
+    check_sharding(chosen, {"shard": 1, "tensor": 1})
     with pytest.raises(Refused, match=rf"optim.name={name} with parallel.shard=2"):
-        check_sharding(chosen, 2)
+        check_sharding(chosen, {"shard": 2, "tensor": 1})
+    with pytest.raises(Refused, match=rf"optim.name={name} with parallel.tensor=2"):
+        check_sharding(chosen, {"shard": 1, "tensor": 2})
