@@ -25,7 +25,7 @@ from luthier.layers import count
 from luthier.models.cuts import cuts_of
 from luthier.models.load import build_model, save_model
 from luthier.models.rotary import config_changes
-from luthier.models.stage import Stage, decoder_layers
+from luthier.models.stage import Stage, decoder_layers, same_stage
 from luthier.parallel.shard import Sharding, assign, whole
 from luthier.parallel.tensor import check_adapters, cut_layers
 from luthier.parallel.world import World
@@ -129,8 +129,9 @@ def cut_tensor(built: Built) -> None:
     world = built.world
     found, adapters = cuts_of(built.model, world.sizes["tensor"]), adapters_of(built.model)
     check_adapters(found.layers, adapters, world)
-    cut_layers(built.model, found.layers, adapters, found.shares, world)
-    found.settle(built.model, world.mesh.get_local_rank("tensor"), world.sizes["tensor"])
+    with same_stage(built.stage):
+        cut_layers(built.model, found.layers, adapters, found.shares, world)
+        found.settle(built.model, world.mesh.get_local_rank("tensor"), world.sizes["tensor"])
 
 
 def write_model(built: Built, text: Text, folder: Path) -> None:

@@ -99,8 +99,9 @@ def cut_layers(
                 _cut(layer, "bias", Part(0, how.sizes, rank, ranks))
             layer.register_forward_pre_hook(_Entering(group), prepend=True)
         else:
-            _hide_bias(layer)
-            layer.register_forward_hook(_Leaving(group))
+            leaving = _Leaving(group)
+            layer.register_forward_pre_hook(leaving.enter)
+            layer.register_forward_hook(leaving.leave, always_call=True)
         adapter: Any = adapters.get(path)
         if adapter is None:
             continue
@@ -147,7 +148,7 @@ def _resize(layer: nn.Module, along: str, ranks: int) -> None:
 
 
 def _hide_bias(layer: nn.Module) -> None:
-    """Let the layer compute without its bias, which stays among its parameters: `_Leaving` adds it to the sum.
+    """Let the layer compute without its bias, which stays among its parameters.
 
     An instance's own attribute comes before what nn.Module looks up among the parameters.
     """
@@ -173,7 +174,13 @@ class _Leaving:
     def __init__(self, group: Any) -> None:
         self.group = group
 
-    def __call__(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Any:
+    def enter(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
+        _hide_bias(layer)
+
+    def leave(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor | None) -> Any:
+        vars(layer).pop("bias", None)
+        if output is None:  # the forward was left early: an error, or all is recomputed that is needed
+            return None
         y: Any = _SumForward.apply(output, self.group)
         bias = layer._parameters.get("bias")
         return y if bias is None else y + bias.to(y.dtype)

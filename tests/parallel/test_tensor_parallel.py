@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
-from layouts import Found, steps, worst
+from layouts import Found, config_of, steps, worst
 from ranks import run_ranks
-from tiny_runs import write_data
+from safetensors.torch import load_file
+from tiny_runs import copy_model, write_data
 
+from luthier.assemble import build
+from luthier.errors import Refused
+from luthier.models.cuts import cuts_of
+from luthier.models.load import blueprint, load_config
 from luthier.parallel.world import World
+from luthier.recipes import run_on
+from luthier.train.metrics import read_metrics
 
 KEYS = {"train__batch": 4, "train__micro_batch": 2, "data__length": 128, "optim__clip": 0.5}
 METHODS: dict[str, dict[str, Any]] = {
@@ -107,3 +116,112 @@ def test_more_layouts(
     family: str, method: str, layout: dict[str, Any], alone: Callable[..., Any]
 ) -> None:
     compared(family, method, layout, alone)
+
+
+def shapes(world: World, folders: Any, keys: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    built = build(config_of(folders, keys, "float32"), train=True, world=world)
+    return {name: tuple(p.shape) for name, p in built.model.named_parameters()}
+
+
+def test_each_rank_holds_its_part(alone: Callable[..., Any]) -> None:
+    folders, keys, theirs = alone("llama", "lora")
+    for found in run_ranks(TP2, shapes, folders, keys | {"parallel__tensor": 2}):
+        layer = "model.layers.1.self_attn."
+        assert found[layer + "q_proj.weight"] == (32, 64)
+        assert found[layer + "k_proj.weight"] == (16, 64)
+        assert found[layer + "o_proj.weight"] == (64, 32)
+        assert found[layer + "o_proj.adapter.lora_A"] == (2, 32)
+        assert found[layer + "q_proj.adapter.lora_B"] == (32, 2)
+        assert found["model.layers.0.mlp.down_proj.weight"] == (64, 48)
+        assert found["lm_head.weight"] == (320, 64)
+    assert "lora_B" in " ".join(theirs["weights"])
+
+
+def test_dropout_of_heads_and_inner_numbers(
+    model_folder: Callable[[str], Path], alone: Callable[..., Any], tmp_path: Path
+) -> None:
+    """The model's own dropout acts on attention weights of a rank's heads: the same units as in one process."""
+    folder = copy_model(model_folder("gpt2"), tmp_path / "dropping")
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    rates = {"attn_pdrop": 0.3, "resid_pdrop": 0.2, "embd_pdrop": 0.1}
+    (folder / "config.json").write_text(json.dumps(config | rates), "utf-8")
+    folders, keys = (folder, *alone("gpt2", "full")[0][1:]), {**KEYS, **METHODS["full"]}
+    theirs = steps(World(), folders, keys, 1)
+    assert theirs["loss"] != alone("gpt2", "full")[2]["loss"][:1]
+    for ours in run_ranks(TP2, steps, folders, keys | {"parallel__tensor": 2}, 1):
+        assert_same(ours, theirs)
+
+
+def whole_run(world: World, folders: Any, keys: dict[str, Any]) -> None:
+    run_on(config_of(folders, keys, "float32"), world)
+
+
+@pytest.mark.parametrize("method", ["full", "pissa"])
+def test_resume_on_another_degree(method: str, alone: Callable[..., Any], tmp_path: Path) -> None:
+    """Two tensor ranks, then one process, then two again: the losses and evaluation of one uninterrupted process."""
+    (model, data, _), keys, _ = alone("qwen3", method)
+    keys = keys | {"evaluate__every": 2, "checkpoint__every": 2, "optim__schedule": "constant"}
+    keys |= {"evaluate__generate": True, "evaluate__max_new_tokens": 4, "optim__lr": 1e-3}
+    whole_run(World(), (model, data, tmp_path / "whole"), {**keys, "train__steps": 6})
+    parts, cut = (model, data, tmp_path / "parts"), {**keys, "parallel__tensor": 2}
+    going_on = {"checkpoint__resume": "auto"}
+    run_ranks(TP2, whole_run, parts, {**cut, "train__steps": 2})
+    whole_run(World(), parts, {**keys, **going_on, "train__steps": 4})
+    run_ranks(TP2, whole_run, parts, {**cut, **going_on, "train__steps": 6})
+    found = []
+    for folder in (parts[2], tmp_path / "whole"):
+        records = read_metrics(folder / "metrics.jsonl")
+        report = json.loads((folder / "report.json").read_text("utf-8"))
+        losses = {r["step"]: r["loss"] for r in records if r["kind"] == "train"}
+        found.append((losses, report["after"]))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5) and len(found[0][0]) == 6
+    assert found[0][1] == pytest.approx(found[1][1], rel=1e-5)
+    name = "model.safetensors" if method == "full" else "adapter_model.safetensors"
+    ours, theirs = (load_file(folder / name) for folder in (parts[2], tmp_path / "whole"))
+    assert {n: t.shape for n, t in ours.items()} == {n: t.shape for n, t in theirs.items()}
+
+
+def refusal(world: World, folders: Any, keys: dict[str, Any]) -> str:
+    try:
+        run_on(config_of(folders, keys, "float32"), world)
+    except Refused as error:
+        return str(error)
+    return "nothing was refused"
+
+
+@pytest.mark.parametrize(
+    ("family", "keys", "message"),
+    [
+        ("llama", {"adapter__method": "mora"}, "adapter.method=mora with parallel.tensor=2"),
+        ("llama", {"adapter__method": "vera"}, "adapter.method=vera with parallel.tensor=2"),
+        ("llama", {"adapter__method": "reft"}, "adapter.method=reft with parallel.tensor=2"),
+        ("llama", {"adapter__dora": True}, "o_proj' is cut by its inputs"),
+        ("llama", {"quantize__weights": "nf4"}, "quantised layers cannot be cut"),
+        ("llama", {"train__compile": True}, "train.compile=true with parallel.tensor=2"),
+        ("llama", {"optim__name": "adafactor"}, "optim.name=adafactor with parallel.tensor=2"),
+        ("mixtral", {}, "the model family 'mixtral'.*moe_tp_experts|style"),
+        ("bloom", {}, "the model family 'bloom'.*cannot be cut in this version"),
+        ("phi3", {}, "the model family 'phi3'.*colwise_gather_output"),
+    ],
+)
+def test_what_cannot_be_cut_is_refused(
+    family: str,
+    keys: dict[str, Any],
+    message: str,
+    model_folder: Callable[[str], Path],
+    alone: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    folders = (model_folder(family), alone("llama", "lora")[0][1], tmp_path / "out")
+    for told in run_ranks(TP2, refusal, folders, {**KEYS, **keys, "parallel__tensor": 2}):
+        assert re.search(message, told), told
+    assert not (tmp_path / "out").exists()
+
+
+def test_heads_that_do_not_divide_are_refused(model_folder: Callable[[str], Path]) -> None:
+    model = blueprint(load_config(model_folder("llama")), "tiny")
+    assert len(cuts_of(model, 2).layers) == 14
+    with pytest.raises(Refused, match="2 heads of keys and values, which 4 ranks"):
+        cuts_of(model, 4)
+    with pytest.raises(Refused, match="4 attention heads, which 3 ranks"):
+        cuts_of(model, 3)
