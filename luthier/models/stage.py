@@ -226,7 +226,8 @@ def same_stage(stage: Stage) -> Iterator[None]:
         before = stage(batch)
     yield
     with torch.no_grad():
-        _same(stage, "hidden states cut among tensor-parallel ranks", stage(batch), before)
+        what = "hidden states cut among tensor-parallel ranks"
+        _same(stage, what, stage(batch), before, "use parallel.shard in place of parallel.tensor")
     stage.model.train(training)
 
 
@@ -278,14 +279,17 @@ def _places(count: int, axes: int) -> Tensor:
     return torch.stack([index.clamp(max=context - 1), (index - context + 1).clamp(min=0)])
 
 
-def _same(stage: Stage, what: str, ours: Tensor, plain: Tensor) -> None:
+_DO = "this family needs a row in luthier/models/families.py, or its layers mix documents; use another model"
+
+
+def _same(stage: Stage, what: str, ours: Tensor, plain: Tensor, do: str = _DO) -> None:
     """Refused unless ||ours - plain|| / ||plain|| is what rounding explains."""
     error = float((ours.double() - plain.double()).norm() / plain.double().norm())
     if not error <= _ROUNDING.get(stage.autocast or stage.model.dtype, 1e-1):
         raise Refused(
             f"model family '{stage.model.config.model_type}' was asked for",
             f"its {what} differ from the plain ones by {error:.2g} (relative)",
-            "this family needs a row in luthier/models/families.py, or its layers mix documents; use another model",
+            do,
         )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from layouts import Found, config_of, steps, worst
@@ -15,6 +16,7 @@ from ranks import run_ranks
 from safetensors.torch import load_file
 from tiny_runs import copy_model, write_data
 
+import luthier.parallel.tensor
 from luthier.assemble import build
 from luthier.errors import Refused
 from luthier.models.cuts import cuts_of
@@ -201,7 +203,7 @@ def refusal(world: World, folders: Any, keys: dict[str, Any]) -> str:
         ("llama", {"optim__name": "adafactor"}, "optim.name=adafactor with parallel.tensor=2"),
         ("mixtral", {}, "the model family 'mixtral'.*moe_tp_experts|style"),
         ("bloom", {}, "the model family 'bloom'.*cannot be cut in this version"),
-        ("phi3", {}, "the model family 'phi3'.*colwise_gather_output"),
+        ("phi3", {}, "the model family 'phi3'.*of the style"),
     ],
 )
 def test_what_cannot_be_cut_is_refused(
@@ -216,6 +218,20 @@ def test_what_cannot_be_cut_is_refused(
     for told in run_ranks(TP2, refusal, folders, {**KEYS, **keys, "parallel__tensor": 2}):
         assert re.search(message, told), told
     assert not (tmp_path / "out").exists()
+
+
+def bias_in_the_layer(world: World, folders: Any, keys: dict[str, Any]) -> str:
+    with patch.object(luthier.parallel.tensor, "_hide_bias", lambda layer: None):
+        return refusal(world, folders, keys)
+
+
+def test_a_wrong_cut_is_refused_at_the_start(
+    model_folder: Callable[[str], Path], alone: Callable[..., Any], tmp_path: Path
+) -> None:
+    """A bias on each rank: the cut model is not the whole one."""
+    folders = (model_folder("gpt2"), alone("llama", "lora")[0][1], tmp_path / "out")
+    for told in run_ranks(TP2, bias_in_the_layer, folders, {**KEYS, "parallel__tensor": 2}):
+        assert "hidden states cut among tensor-parallel ranks differ" in told
 
 
 def test_heads_that_do_not_divide_are_refused(model_folder: Callable[[str], Path]) -> None:
