@@ -55,6 +55,7 @@ from luthier.models.load import (
     resolve_device,
 )
 from luthier.models.stage import Stage, check_stage, compile_layers, set_recompute
+from luthier.parallel.tensor import check_method
 from luthier.parallel.world import World
 from luthier.positions import num_positions
 from luthier.text import Text as Text
@@ -117,6 +118,8 @@ def check_training(config: RunConfig, text: Text, tensor: int = 1) -> None:
         plan_of(model, config.adapter)
         limit = num_positions(text.model_config)
         method = ADAPTERS[config.adapter.method]
+        if tensor > 1:
+            check_method(config.adapter.method, method.follows, tensor)
         method.check_length(config.adapter, config.data.reach, limit)
 
 

@@ -40,6 +40,16 @@ class Sides(NamedTuple):
 SIDES = {"outputs": Sides("colwise", 0), "inputs": Sides("rowwise", 1)}
 
 
+def check_method(method: str, follows: Mapping[str, Any], tensor: int) -> None:
+    """Refuse an adapter method that says nothing about how it is cut (`Adapter.follows`)."""
+    if not follows:
+        raise Refused(
+            f"adapter.method={method} with parallel.tensor={tensor}",
+            "what it adds to a layer cannot be cut as the layer is",
+            "use parallel.shard in place of parallel.tensor, or adapter.method=lora",
+        )
+
+
 def check_adapters(
     layers: Mapping[str, LayerCut], adapters: Mapping[str, nn.Module], world: World
 ) -> None:
@@ -48,12 +58,7 @@ def check_adapters(
         config: Any = adapter.config
         asked = f"adapter.method={config.method} with parallel.tensor={world.sizes['tensor']}"
         follows: Any = adapter.follows
-        if not follows:
-            raise Refused(
-                asked,
-                "what it adds to a layer cannot be cut as the layer is",
-                "use parallel.shard in place of parallel.tensor, or adapter.method=lora",
-            )
+        check_method(config.method, follows, world.sizes["tensor"])
         if path not in layers:
             continue
         how = layers[path]
@@ -179,7 +184,9 @@ class _Leaving:
 
     def leave(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor | None) -> Any:
         vars(layer).pop("bias", None)
-        if output is None:  # the forward was left early: an error, or all is recomputed that is needed
+        if (
+            output is None
+        ):  # the forward was left early: an error, or all is recomputed that is needed
             return None
         y: Any = _SumForward.apply(output, self.group)
         bias = layer._parameters.get("bias")
