@@ -23,6 +23,7 @@ from luthier.config import AdapterConfig, RopeScaling, RunConfig
 from luthier.config_parallel import ParallelConfig
 from luthier.layers import count
 from luthier.models.cuts import cuts_of
+from luthier.models.folder import original_hash
 from luthier.models.load import build_model, save_model
 from luthier.models.rotary import config_changes
 from luthier.models.stage import Stage, decoder_layers, same_stage
@@ -142,6 +143,8 @@ def write_model(built: Built, text: Text, folder: Path) -> None:
             made |= {"rope_scaling": plain(built.scaling)}
             made |= {"config_changes": config_changes(built.model.config)}
         made |= {"quantize": built.quantize} if built.quantize else {}
+        if built.base_hash and (origin := original_hash(built.base)):
+            made |= {"original_hash": origin}
         save_adapter(built.model, folder, built.adapter, built.base, built.base_hash, made)
         return
     keep_stops(built.model, text.renderer.stop_ids)

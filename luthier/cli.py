@@ -243,6 +243,7 @@ def merge(words: list[str]) -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "gpu", "cuda", "auto"])
     parser.add_argument("--safe_serialization", default="true")
     parser.add_argument("--low_gpu_mem", default=None)
+    parser.add_argument("--quantized", action="store_true")
     try:
         args, unknown = parser.parse_known_args(words)
     except argparse.ArgumentError as error:
@@ -251,7 +252,7 @@ def merge(words: list[str]) -> None:
         raise Refused(
             f"luthier merge {unknown[0]}",
             "there is no such option",
-            "luthier merge BASE ADAPTER OUT [--device cpu|gpu|auto]",
+            "luthier merge BASE ADAPTER OUT [--device cpu|gpu|auto] [--quantized]",
         )
     if str(args.safe_serialization).lower() not in ("true", "1", "yes"):
         raise Refused(
@@ -276,8 +277,10 @@ def merge(words: list[str]) -> None:
             "it takes three folders",
             "luthier merge BASE ADAPTER OUT",
         )
-    from luthier.exchange import merge as run
-
+    if args.quantized:
+        from luthier.merge_quantized import merge_quantized as run
+    else:
+        from luthier.exchange import merge as run
     device = "cuda" if args.device == "gpu" else str(args.device)
     run(found.get("base"), found["adapter"], found["out"], device=device)
 

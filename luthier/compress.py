@@ -23,7 +23,7 @@ from luthier.configfile import Resolved, from_mapping
 from luthier.errors import Failed, Refused
 from luthier.files import check_writable, publish
 from luthier.interop.read import read_config
-from luthier.models.folder import find_folder, weight_files
+from luthier.models.folder import find_folder, weight_files, write_origin
 from luthier.models.load import build_model, load_config, quiet, resolve_device, save_model
 from luthier.models.tokenizer import load_tokenizer
 from luthier.prequantized import prequantized
@@ -93,6 +93,7 @@ def quantize_model(source: Source, overrides: Sequence[str] = ()) -> dict[str, A
     with publish(target, manifest=False) as partial:
         save_model(model, partial, tokenizer, pack=pack)
         method = check_written(model, partial)
+        write_origin(partial, chosen.path)
     seconds = time.perf_counter() - begin
     after = sum(file.stat().st_size for file in weight_files(target))
     rows = [cost.row(form) for form, cost in costs.items()]
@@ -195,7 +196,14 @@ def _check(config: RunConfig, target: Path) -> int:
     remote = {"trust_remote_code": model.trust_remote_code}
     with torch.device("meta"), quiet():
         blueprint: Any = AutoModelForCausalLM.from_config(copy.deepcopy(made), **remote)
-    layouts.choose(plan_quantization(blueprint, config.quantize))
+    plan = plan_quantization(blueprint, config.quantize)
+    if stacks := [name for name, spec in plan.items() if len(spec.shape) > 2]:
+        raise Refused(
+            f"quantising {model.path} into a folder",
+            f"'{stacks[0]}' is a stack of experts, for which no other program's layout has a place",
+            "name quantize.modules without the experts; for training they are quantised while they are read",
+        )
+    layouts.choose(plan)
     return sum(file.stat().st_size for file in files)
 
 

@@ -70,22 +70,7 @@ def merge(
             say(f"{adapter}: PaddleNLP's, taken as {facts['kind']}")
             result = merge(base, str(Path(made) / "adapter"), out, device=device, say=say)
         return result | {"adapter": adapter}
-    fields = read_adapter_config(folder)
-    method = method_of(fields)
-    if method.fold is Adapter.fold:
-        raise Refused(
-            f"merging {adapter}",
-            f"what an adapter of the type {fields['peft_type']} does is no change of a weight",
-            "use the base together with the adapter",
-        )
-    base = base or fields.get("base_model_name_or_path")
-    if not base:
-        raise Refused(
-            f"merging {adapter}", "it does not name its base", "luthier merge BASE ADAPTER OUT"
-        )
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise Refused(f"merging into {target}", "it exists and is not empty", "name a new folder")
-    check_writable(f"merging into {target}", target.parent)
+    base = check_merge(base, folder, target)
     resolve_device(device)
     stored = load_config(base).dtype or torch.float32
     dtype = getattr(torch, stored) if isinstance(stored, str) else stored
@@ -93,8 +78,8 @@ def merge(
         {"path": base, "dtype": "float32", "device": device, **base_for_use(folder)}
     )
     model = build_model(config, seed=0)
-    probe = _probe(model)
-    before = _logits(model, probe)
+    ids = probe(model)
+    before = logits(model, ids)
     loaded = load_adapter(model, folder, base_name=base, base_hash=fingerprint(base))
     for remark in loaded.remarks:
         say(f"note: {remark}")
@@ -102,9 +87,9 @@ def merge(
     if tokenizer is not None:
         keep_stops(model, Renderer(tokenizer).stop_ids)
 
-    adapted = _logits(model, probe)
+    adapted = logits(model, ids)
     fold_into(model)
-    folded = _logits(model, probe)
+    folded = logits(model, ids)
     error = float((folded - adapted).norm() / adapted.norm())
     effect = float((before - adapted).norm() / adapted.norm())
     if not error < min(max(FOLD_ROUNDING, FOLD_SHARE * effect), FOLD_MOST):
@@ -118,7 +103,7 @@ def merge(
         save_model(model, partial, tokenizer, dtype=dtype)
         with quiet():
             plain = AutoModelForCausalLM.from_pretrained(partial, dtype=dtype)
-        check = _compare(plain.float(), adapted.cpu(), probe.cpu(), error)
+        check = compare(plain.float(), adapted.cpu(), ids.cpu(), error)
         limit = ROUNDING_KL.get(dtype, 0.02)
         if not check.kl < limit:
             raise Failed(
@@ -147,7 +132,28 @@ def merge(
     }
 
 
-def _probe(model: PreTrainedModel) -> Tensor:
+def check_merge(base: str | None, folder: Path, target: Path) -> str:
+    """Refuse what can be refused before weights are read; gives the base, which the adapter may name."""
+    fields = read_adapter_config(folder)
+    method = method_of(fields)
+    if method.fold is Adapter.fold:
+        raise Refused(
+            f"merging {folder}",
+            f"what an adapter of the type {fields['peft_type']} does is no change of a weight",
+            "use the base together with the adapter",
+        )
+    base = base or fields.get("base_model_name_or_path")
+    if not base:
+        raise Refused(
+            f"merging {folder}", "it does not name its base", "luthier merge BASE ADAPTER OUT"
+        )
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise Refused(f"merging into {target}", "it exists and is not empty", "name a new folder")
+    check_writable(f"merging into {target}", target.parent)
+    return base
+
+
+def probe(model: PreTrainedModel) -> Tensor:
     """Sample rows [4, 48]: ids drawn from the whole vocabulary, the same in every run."""
     draw = torch.Generator().manual_seed(0)
     vocab = model.config.get_text_config().vocab_size
@@ -155,14 +161,14 @@ def _probe(model: PreTrainedModel) -> Tensor:
     return ids.to(next(model.parameters()).device)
 
 
-def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
+def logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
     with torch.no_grad():
         inputs = plain_inputs(model.eval(), ids)
         return model(**inputs, use_cache=False).logits.float()  # [4, 48, V]
 
 
-def _compare(plain: PreTrainedModel, adapted: Tensor, ids: Tensor, error: float) -> MergeCheck:
-    merged = _logits(plain, ids)
+def compare(plain: PreTrainedModel, adapted: Tensor, ids: Tensor, error: float) -> MergeCheck:
+    merged = logits(plain, ids)
     wanted, found = adapted.log_softmax(-1), merged.log_softmax(-1)
     kl = (wanted.exp() * (wanted - found)).sum(-1).mean()
     same = (adapted.argmax(-1) == merged.argmax(-1)).float().mean()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any, TypeGuard
 
 import torch
@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from luthier.errors import Refused, suggest
 from luthier.parts import whole_numel
-from luthier.stacks import linear_of, own_stacks
+from luthier.stacks import own_stacks, shape_of
 
 ALL_LINEAR = "all-linear"
 
@@ -104,28 +104,28 @@ def head_name(model: nn.Module) -> str | None:
     return next((name for name, module in model.named_modules() if module is head), None)
 
 
-def select_linear(
-    model: nn.Module, wanted: str | Iterable[str], key: str, *, stacks: bool = False
-) -> list[str]:
+def select_linear(model: nn.Module, wanted: str | Iterable[str], key: str) -> list[str]:
     """Paths of the linear layers that `wanted`, the value of the config's `key`, asks for, in the model's order.
 
     `all-linear` is every one but the output layer and those with a single input or output. Anything else is
     a name, compared with the end of the path at a dot ("q_proj", "mlp.c_proj"), or else a regular expression
-    for the whole path; a list is their union. `stacks`: fused experts' matrices count too. Refused when one of them matches no linear layer.
+    for the whole path; a list is their union. Fused experts count as the linear layers they are. Refused when one of
+    them matches no linear layer.
     """
     modules = dict(model.named_modules())
-    linear = []
+    sizes: dict[str, Collection[int]] = {}
     for name, module in modules.items():
         if is_linear(module):
-            linear.append(name)
-        elif stacks:
-            linear += [f"{name}.{stack}".removeprefix(".") for stack in own_stacks(module)]
+            sizes[name] = features(module)
+        for stack in own_stacks(module):
+            sizes[f"{name}.{stack}".removeprefix(".")] = shape_of(module, stack)[1:]
+    linear = list(sizes)
     chosen: set[str] = set()
     for item in [wanted] if isinstance(wanted, str) else wanted:
         if item == ALL_LINEAR:
             head = head_name(model)
             # a gate with one output would be no less as an update than as a layer
-            found = {n for n in linear if n != head and min(features(linear_of(model, n))) > 1}
+            found = {n for n in linear if n != head and min(sizes[n]) > 1}
         else:
             found = matches(item, linear, key)
         if not found:

@@ -2,16 +2,18 @@
 
 They are no layers; to an adapter each matrix is shown as a linear layer (`stand_in`). A stack is named by the
 path of its parameter ("model.layers.0.mlp.experts.down_proj"). Which modules are meant is told by what
-transformers' `use_experts_implementation` leaves on them. How adapters act on stacks is
-`adapters/experts.py`'s.
+transformers' `use_experts_implementation` leaves on them. A quantised stack is a module in the parameter's place,
+and the experts then compute by `run`, expert by expert. How adapters act on stacks is `adapters/experts.py`'s.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 STACKS = ("gate_up_proj", "up_proj", "down_proj")  # in the order of use
 
@@ -25,6 +27,20 @@ def stacks_of(model: nn.Module) -> list[str]:
     ]
 
 
+def shape_of(experts: Any, stack: str) -> tuple[int, int, int]:
+    """(E, out, in) of a stack."""
+    held = getattr(experts, stack)
+    if coded(held):
+        return held.spec.shape
+    number, rows, columns = held.shape
+    return (number, columns, rows) if experts.is_transposed else (number, rows, columns)
+
+
+def coded(held: Any) -> bool:
+    """Whether it is kept as codes and scales (`quantize.linears`)."""
+    return hasattr(held, "multiply_back")
+
+
 def linear_of(model: nn.Module, name: str) -> nn.Module:
     """The linear layer `name`, or the stand-in of a stack's first matrix."""
     path, _, last = name.rpartition(".")
@@ -35,22 +51,73 @@ def linear_of(model: nn.Module, name: str) -> nn.Module:
 
 
 def stand_in(experts: Any, stack: str, number: int) -> nn.Linear:
-    """A linear layer without bias whose weight is matrix `number` of the stack, not a copy of it."""
+    """A linear layer without bias whose weight is matrix `number` of the stack, not a copy of it (of a quantised
+    one: its dequantised matrix)."""
     weight = matrix(experts, stack, number)
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     layer.weight = nn.Parameter(weight, requires_grad=False)
     return layer
 
 
-def matrix(experts: Any, stack: str, number: int | torch.Tensor) -> torch.Tensor:
+def matrix(experts: Any, stack: str, number: int) -> Tensor:
     """Matrix `number` of the stack as [out, in], whatever its orientation in the parameter."""
-    weight = getattr(experts, stack)[number]
-    return weight.t() if experts.is_transposed else weight
+    held = getattr(experts, stack)
+    if coded(held):
+        if held.device.type == "meta":
+            return torch.empty(held.spec.shape[1:], dtype=held.dtype, device="meta")
+        return held.dequantize(index=number)
+    return held[number].t() if experts.is_transposed else held[number]
+
+
+Product = Callable[[str, Tensor, int], Tensor]
+"""(stack, x [n, in], number of the expert) -> [n, out], bias and all."""
+
+
+@torch.compiler.disable  # which experts are used is data
+def run(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """The experts' forward: x [N, D], for each token its experts [N, K] and their weights [N, K] -> [N, D].
+
+    `experts.products(experts)`, where it is set, gives the `Product` of this forward.
+    """
+    product: Product = vars(experts).get("products", _plain)(experts)
+    out = torch.zeros_like(hidden_states)
+    for e in top_k_index.unique().tolist():
+        token, slot = (top_k_index == e).nonzero(as_tuple=True)
+        x = hidden_states[token]  # [n, D]
+        x = product("gate_up_proj" if experts.has_gate else "up_proj", x, e)
+        x = experts._apply_gate(x) if experts.has_gate else experts.act_fn(x)
+        x = product("down_proj", x, e)
+        if experts.has_post_expert_norm:
+            x = experts.post_expert_norm(x)
+        x = x * top_k_weights[token, slot, None]
+        out.index_add_(0, token, x.to(out.dtype))
+    return out
+
+
+def _plain(experts: Any) -> Product:
+    return partial(plain_product, experts)
+
+
+def plain_product(
+    experts: Any, stack: str, x: Tensor, number: int, delta: Tensor | None = None
+) -> Tensor:
+    """delta [n, out] + x W^T + bias; delta and product are rounded once."""
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    held = getattr(experts, stack)
+    if coded(held):
+        y = held.product(x, delta, number)
+    else:
+        weight = matrix(experts, stack, number).t().to(x.dtype)  # [in, out]
+        y = x @ weight if delta is None else torch.addmm(delta.to(x.dtype), x, weight)
+    return y + getattr(experts, f"{stack}_bias")[number].to(y.dtype) if experts.has_bias else y
 
 
 def own_stacks(module: nn.Module) -> list[str]:
     """Names of the stacks that the module itself holds, in the order of use; none if it is no experts' module."""
     if not (hasattr(module, "has_gate") and hasattr(module, "is_transposed")):
         return []
-    own = dict(module.named_parameters(recurse=False))
-    return [name for name in STACKS if name in own and own[name].ndim == 3]
+    own = {**module._parameters, **module._modules}
+    return [
+        name for name in STACKS if coded(own.get(name)) or getattr(own.get(name), "ndim", 0) == 3
+    ]

@@ -69,6 +69,7 @@ COLUMNS = {
         "reft_tiny",
     ),
     "prefix, prompt": ("prefix", "prompt", "prefix_network"),
+    "quantised base": ("nf4", "fp4", "int8", "int4"),
     "generation": ("generation",),
 }
 FAMILIES = """\

@@ -2,7 +2,7 @@
 
 One entry a family and check ("passed" or "failed"), with the versions of the packages. `scripts/reference.py`
 makes the support tables of README and docs from it; `tests/conformance/test_support.py` fails where the file does
-not name every check of the suite. `make support` runs this: the whole product, some minutes.
+not name every check of the suite. `make support` runs this: the whole product, some minutes. With arguments of pytest (-k nf4) that part is run anew and the rest kept.
 """
 
 import json
@@ -43,10 +43,15 @@ class Collector:
 
 
 def main() -> int:
+    sys.path.insert(0, str(ROOT))  # tests import each other by the root
     collector = Collector()
-    code = pytest.main([str(SUITE), "-p", "no:cacheprovider"], plugins=[collector])
+    code = pytest.main([str(SUITE), "-p", "no:cacheprovider", *sys.argv[1:]], plugins=[collector])
     versions = {name: version(name) for name in ("torch", "transformers")}
-    families = {name: dict(sorted(c.items())) for name, c in sorted(collector.found.items())}
+    found = collector.found
+    if sys.argv[1:]:  # a part of the suite was run: the rest stays
+        kept = json.loads(RESULTS.read_text("utf-8"))["families"]
+        found = {name: {**kept.get(name, {}), **found.get(name, {})} for name in {*kept, *found}}
+    families = {name: dict(sorted(checks.items())) for name, checks in sorted(found.items())}
     text = json.dumps({"versions": versions, "families": families}, indent=1)
     RESULTS.write_text(text + "\n", "utf-8")
     print(f"wrote {RESULTS}; now: python scripts/reference.py")

@@ -14,12 +14,15 @@ from tiny_runs import copy_model, tiny_config, write_data
 from transformers import AutoModelForCausalLM
 
 import luthier
+from luthier.adapters import fold_into
 from luthier.bases import quantization_of
 from luthier.config import AdapterConfig, ModelConfig, QuantizeConfig
-from luthier.errors import Refused
+from luthier.errors import Failed, Refused
 from luthier.layers import dense_weight, is_quantized
+from luthier.merge_quantized import merge_quantized
 from luthier.models.load import build_model
 from luthier.quantize.loading import Quantization
+from luthier.stacks import stacks_of
 
 SCHEMES = ("nf4", "fp4", "int8", "int4")
 
@@ -51,6 +54,24 @@ def test_a_run_trains_and_is_evaluated_on_the_base_it_trained_on(make, tmp_path,
     assert all("lora" in name for name in load_file(tmp_path / "run" / "adapter_model.safetensors"))
 
 
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "qwen3_moe", "deepseek_v3"])
+def test_fused_experts_are_quantised_while_they_are_read(make, model_folder, tmp_path, family):
+    folder = copy_model(model_folder(family), tmp_path / family)
+    plain = build_model(ModelConfig(path=str(folder)), seed=0)
+    asked = Quantization(QuantizeConfig(weights="int8"))
+    model = build_model(ModelConfig(path=str(folder)), seed=0, quantization=asked)
+    stacks = [n for n in stacks_of(model)]
+    assert stacks == stacks_of(plain) and stacks
+    for name in stacks:
+        held, wanted = model.get_submodule(name), plain.get_parameter(name).detach()
+        wanted = wanted.mT if held.transposed else wanted
+        assert (held.dequantize() - wanted).norm() < 0.01 * wanted.norm()
+    config = make(f"{family}-run", model__path=str(folder), train__steps=2, optim__lr=1e-2)
+    result = luthier.finetune(config)
+    assert luthier.evaluate(config)["loss"] == pytest.approx(result["after"]["loss"], rel=1e-6)
+    luthier.merge(str(folder), str(tmp_path / f"{family}-run"), str(tmp_path / "merged"))
+
+
 @pytest.mark.parametrize("pissa", [False, True])
 def test_resuming_gives_the_same_bits(make, tmp_path, pissa):
     keys = {"adapter__pissa": pissa, "checkpoint__every": 2, "optim__lr": 1e-2}
@@ -74,6 +95,65 @@ def test_merging_goes_into_the_original_weights(make, tmp_path):
     factors = [tensors[f"base_model.model.{name}.lora_{x}.weight"] for x in "BA"]
     wanted = base.get_submodule(name).weight + 2 * factors[0] @ factors[1]  # alpha / rank = 2
     assert (merged.get_submodule(name).weight - wanted).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("scheme", ["nf4", "int8"])
+def test_merging_into_the_codes_tells_its_cost(make, tmp_path, scheme):
+    luthier.finetune(make(quantize__weights=scheme, train__steps=8, optim__lr=3e-2))
+    folders = [str(tmp_path / name) for name in ("model", "run", "merged")]
+    told = merge_quantized(*folders, say=lambda text: None)
+    assert 0 < told["kl"] < told["kl_of_adapter"]
+    merged, _ = luthier.load(folders[2])
+    base, _ = luthier.load(folders[0], folders[1], quantize=scheme)
+    name = "model.layers.0.self_attn.q_proj"
+    layer = merged.get_submodule(name)
+    assert is_quantized(layer) and layer.scheme == scheme
+    wanted = dense_weight(base.get_submodule(name)) + base.get_submodule(name).adapter.update()
+    step = {"nf4": 0.15, "int8": 0.01}[scheme]  # quantised again
+    assert (dense_weight(layer) - wanted).norm() < step * wanted.norm()
+
+
+def test_an_adapter_of_a_quantised_folder_fits_the_original_too(make, tmp_path):
+    luthier.quantize_model(
+        {
+            "model": {"path": str(tmp_path / "model")},
+            "quantize": {"weights": "nf4"},
+            "output": str(tmp_path / "small"),
+        }
+    )
+    config = make(model__path=str(tmp_path / "small"), quantize__weights=None, train__steps=8)
+    luthier.finetune({**config, "optim": {"lr": 3e-2}})
+    luthier.merge(str(tmp_path / "model"), str(tmp_path / "run"), str(tmp_path / "merged"))
+    folders = [str(tmp_path / name) for name in ("small", "run", "codes")]
+    assert merge_quantized(*folders, say=lambda text: None)["layout"] == "bitsandbytes"
+    other = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    other.model.norm.weight.data += 1
+    copy_model(tmp_path / "model", tmp_path / "other")
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(Refused, match="other weights"):
+        luthier.merge(str(tmp_path / "other"), str(tmp_path / "run"), str(tmp_path / "m2"))
+
+
+def test_merging_into_codes_needs_an_adapter_of_codes(make, tmp_path):
+    luthier.finetune(make(quantize__weights=None))
+    with pytest.raises(Refused, match="trained on a base in full precision"):
+        merge_quantized(*(str(tmp_path / name) for name in ("model", "run", "merged")))
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_merge_that_loses_more_than_the_adapter_gave_is_not_published(
+    make, tmp_path, monkeypatch
+):
+    luthier.finetune(make(train__steps=2))
+
+    def spoil(model):
+        fold_into(model)
+        model.get_submodule("model.layers.0.mlp.up_proj").absmax.mul_(1.5)
+
+    monkeypatch.setattr("luthier.merge_quantized.fold_into", spoil)
+    with pytest.raises(Failed, match="loses more"):
+        merge_quantized(*(str(tmp_path / name) for name in ("model", "run", "merged")))
+    assert not (tmp_path / "merged").exists()
 
 
 def test_another_base_is_refused_by_its_hash(make, tmp_path):
@@ -118,6 +198,7 @@ def test_what_was_read_was_quantised_at_once(tmp_path):
 import resource, torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from luthier.config import ModelConfig, QuantizeConfig
+from luthier.merge_quantized import merge_quantized
 from luthier.models.load import build_model
 from luthier.quantize.loading import Quantization
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

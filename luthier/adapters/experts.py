@@ -2,7 +2,7 @@
 
 It is the method's own class, made for one matrix; `expert` lets it be, for a moment, the adapter of matrix e. The
 experts' module gets a forward of its own, expert by expert, so that a delta enters its matrix product before
-that is rounded, as in `fused.py`. Methods that add nothing to an output (DoRA, (IA)^3) act through their folded
+that is rounded, as in `fused.py` (`stacks.run`). Methods that add nothing to an output (DoRA, (IA)^3) act through their folded
 matrix, made on the fly. Also here: PEFT's names and shapes of LoRA on parameters (`target_parameters`).
 """
 
@@ -20,7 +20,18 @@ from luthier import seeding
 from luthier.adapters.base import Adapter, Additive, Placed, Removable, wide
 from luthier.config import AdapterConfig
 from luthier.errors import Refused
-from luthier.stacks import STACKS, linear_of, matrix, stacks_of, stand_in
+from luthier.stacks import (
+    STACKS,
+    Product,
+    coded,
+    linear_of,
+    matrix,
+    plain_product,
+    run,
+    shape_of,
+    stacks_of,
+    stand_in,
+)
 
 NESTED = "base_layer."  # PEFT wraps an experts' module once for each of its adapted parameters
 
@@ -29,7 +40,7 @@ def make(
     method: type[Adapter], model: nn.Module, name: str, config: AdapterConfig, seed: int
 ) -> Adapter:
     """The adapter of the stack `name`, without values; every tensor [E, ...] of one matrix' adapter."""
-    number = len(model.get_parameter(name))
+    number = number_of(model, name)
     adapter = method(linear_of(model, name), config, name=name, seed=seed)
     adapter.stacked = number
     for tensors in _held(adapter):
@@ -40,10 +51,19 @@ def make(
     return adapter
 
 
-def place(experts: Any, adapters: Mapping[str, Adapter]) -> Removable:
+def number_of(model: nn.Module, name: str) -> int:
+    """How many experts the stack `name` has."""
+    path, _, stack = name.rpartition(".")
+    return shape_of(model.get_submodule(path), stack)[0]
+
+
+def place(experts: Any, adapters: Mapping[str, Adapter]) -> list[Removable]:
     """Put adapters on the stacks of an experts' module: name of the stack -> adapter."""
     experts.adapter = nn.ModuleDict(dict(adapters)).train(experts.training)
-    return Placed(experts, "forward", MethodType(_forward, experts))
+    handles: list[Removable] = [Placed(experts, "products", _products)]
+    if "forward" not in vars(experts):  # a quantised one has it already
+        handles.append(Placed(experts, "forward", MethodType(run, experts)))
+    return handles
 
 
 def initialise(model: nn.Module, adapter: Adapter, seed: int) -> None:
@@ -74,12 +94,15 @@ def take(adapter: Adapter, tensors: Mapping[str, Tensor]) -> None:
 
 def fold(experts: Any, stack: str, adapter: Adapter) -> None:
     """Fold the adapter into every matrix of the stack, in place; each is rounded once."""
-    bias = getattr(experts, f"{stack}_bias", None)
+    held, bias = getattr(experts, stack), getattr(experts, f"{stack}_bias", None)
+    dense = held.dequantize(torch.float32) if coded(held) else None  # [E, out, in]
     for e, _ in _each(adapter):
-        weight = matrix(experts, stack, e)
+        weight = matrix(experts, stack, e) if dense is None else dense[e]
         weight.copy_(adapter.fold(weight.to(wide(weight.dtype))))
         if bias is not None:
             bias[e].copy_(adapter.fold_bias(bias[e].to(wide(bias.dtype))))
+    if dense is not None:
+        held.load_from(dense)
 
 
 @contextmanager
@@ -123,47 +146,29 @@ def _each(adapter: Adapter) -> Iterator[tuple[int, Adapter]]:
                 yield e, adapter
 
 
-@torch.compiler.disable  # which experts are used is data
-def _forward(
-    experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
-) -> Tensor:
-    """x [N, D], for each token its experts [N, K] and their weights [N, K] -> [N, D]."""
+def _products(experts: Any) -> Product:
+    """The products of one forward, in which adapters are taken apart once."""
     parts = {name: _apart(adapter) for name, adapter in experts.adapter.items()}
-    out = torch.zeros_like(hidden_states)
-    for e in top_k_index.unique().tolist():
-        token, slot = (top_k_index == e).nonzero(as_tuple=True)
-        x = hidden_states[token]  # [n, D]
-        up = "gate_up_proj" if experts.has_gate else "up_proj"
-        x = _product(experts, up, x, e, parts.get(up))
-        x = experts._apply_gate(x) if experts.has_gate else experts.act_fn(x)
-        x = _product(experts, "down_proj", x, e, parts.get("down_proj"))
-        if experts.has_post_expert_norm:
-            x = experts.post_expert_norm(x)
-        x = x * top_k_weights[token, slot, None]
-        out.index_add_(0, token, x.to(out.dtype))
-    return out
 
-
-def _product(experts: Any, stack: str, x: Tensor, e: int, parts: Any) -> Tensor:
-    """x [n, in] times matrix e of the stack, with its adapter and bias -> [n, out]."""
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    weight = matrix(experts, stack, e)  # [out, in]
-    bias = getattr(experts, f"{stack}_bias")[e] if experts.has_bias else None
-    if parts is None:
-        y = x @ weight.t().to(x.dtype)
-    else:
+    def product(stack: str, x: Tensor, e: int) -> Tensor:
+        if stack not in parts:
+            return plain_product(experts, stack, x, e)
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         adapter = experts.adapter[stack]
-        with expert(adapter, parts, e):
+        with expert(adapter, parts[stack], e):
             if adds(adapter):
                 delta = adapter.delta(x)
             else:
-                exact = weight.to(wide(weight.dtype))
+                exact = matrix(experts, stack, e)
+                exact = exact.to(wide(exact.dtype))
                 delta = x @ (adapter.fold(exact) - exact).t().to(x.dtype)
-                if bias is not None:
-                    bias = adapter.fold_bias(bias)
-        y = torch.addmm(delta, x, weight.t().to(x.dtype))
-    return y if bias is None else y + bias.to(y.dtype)
+                if experts.has_bias:
+                    bias = getattr(experts, f"{stack}_bias")[e]
+                    delta = delta + (adapter.fold_bias(bias) - bias).to(x.dtype)
+            return plain_product(experts, stack, x, e, delta)
+
+    return product
 
 
 def adds(adapter: Adapter) -> bool:
@@ -218,7 +223,7 @@ def from_file(
         path, _, stack = name.rpartition(".")
         later = STACKS[STACKS.index(stack) + 1 :]
         depth = sum(f"{path}.{other}" in chosen for other in later)
-        number = len(model.get_parameter(name))
+        number = number_of(model, name)
         for suffix in ("lora_A.weight", "lora_B.weight"):
             tensor = found.pop(f"{path}.{NESTED * depth}{suffix}", None)
             if tensor is None:

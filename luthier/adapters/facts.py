@@ -79,9 +79,13 @@ def own_options(folder: Path, fields: Mapping[str, Any]) -> AdapterConfig | None
 def check_base(
     folder: Path, made_for: Any, base_name: str | None, base_hash: str | None
 ) -> list[str]:
-    """Refuse a base of another hash than the one recorded in `folder`; another name is a remark."""
+    """Refuse a base of another hash than the one recorded in `folder`; another name is a remark.
+
+    An adapter of a quantised folder fits the original, too, that this was made of.
+    """
     recorded = _facts(folder).get("base_hash")
-    if recorded and base_hash and recorded != base_hash:
+    original = base_options(folder).get("original_hash")
+    if recorded and base_hash and base_hash not in (recorded, original):
         raise Refused(
             f"the adapter {folder} on {base_name or 'this base'}",
             f"it was trained on a base with other weights (hash {recorded[:12]}, here {base_hash[:12]})",

@@ -128,7 +128,8 @@ def _install_stacks(model: nn.Module, adapters: Mapping[str, Adapter]) -> list[R
     for name, adapter in adapters.items():
         owner, _, stack = name.rpartition(".")
         owners.setdefault(owner, {})[stack] = adapter
-    return [experts.place(model.get_submodule(owner), own) for owner, own in owners.items()]
+    placed = (experts.place(model.get_submodule(owner), own) for owner, own in owners.items())
+    return [handle for handles in placed for handle in handles]
 
 
 def initialise(model: nn.Module, *, seed: int) -> None:
@@ -163,7 +164,9 @@ def fold_into(model: nn.Module) -> None:
     for name, adapter in adapters.items():
         if type(adapter).fold is Adapter.fold:
             adapter.fold(torch.empty(0))  # refuses, with the method's reason
-        if not adapter.stacked and is_quantized(model.get_submodule(name)):
+        owner, _, last = name.rpartition(".")
+        holder = model.get_submodule(owner)
+        if is_quantized(getattr(holder, last)):
             continue  # codes are of one layer
         paths = names_of(model, model.get_parameter(name if adapter.stacked else f"{name}.weight"))
         if len(paths) > 1:

@@ -295,7 +295,7 @@ def _sort(
             layer = path.removesuffix(f".{suffix}")
             if layer not in modules and layer not in stacks:
                 found.misfits[name] = "the base has no such layer"
-            elif layer in modules and not method.accepts(modules[layer]):
+            elif layer not in stacks and not method.accepts(modules[layer]):
                 found.misfits[name] = f"this layer is a {type(modules[layer]).__name__}"
             else:
                 found.parts.setdefault(layer, {})[suffix] = tensor

@@ -30,7 +30,7 @@ def select_targets(
     As `select_linear` reads them. `layers` keeps those of these decoder layers only. Refused when one of the
     targets matches no linear layer, or when there is no such decoder layer.
     """
-    found = select_linear(model, targets, "adapter.targets", stacks=True)
+    found = select_linear(model, targets, "adapter.targets")
     if layers is None:
         return found
     stems = tuple(f"{decoders(model, layers)[number]}." for number in sorted(layers))

@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers.utils import logging as hf_logging
 
 from luthier.errors import Refused, suggest
+from luthier.files import write_json
 from luthier.models.zoo import MODEL_TYPES, VOCABULARIES
 
 SINGLE = ("model.safetensors", "pytorch_model.bin")  # in the order of preference
@@ -217,6 +218,23 @@ def fingerprint(path: str | Path) -> str:
         except (SafetensorError, RuntimeError, ValueError) as error:
             raise _broken(file, first_line(error)) from error
     return hashlib.sha256(b"".join(parts[name] for name in sorted(parts))).hexdigest()
+
+
+ORIGIN = "luthier.json"  # in a folder that `luthier quantize` wrote: what it was made of
+
+
+def write_origin(folder: Path, path: str | Path) -> None:
+    """Record in `folder` that it was made of the model `path`."""
+    write_json(
+        folder / ORIGIN, {"format": 1, "original": str(path), "original_hash": fingerprint(path)}
+    )
+
+
+def original_hash(path: str | Path) -> str | None:
+    """`fingerprint` of the model that a quantised folder was made of; None where none is recorded."""
+    file = find_folder(path) / ORIGIN
+    found = read_json(file, file.parent).get("original_hash") if file.is_file() else None
+    return found if isinstance(found, str) else None
 
 
 def _load_bin(file: Path) -> dict[str, Tensor]:

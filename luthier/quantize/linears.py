@@ -30,6 +30,7 @@ class QuantizedTensor(nn.Module):
 
     codes: nn.Parameter
     absmax: nn.Parameter
+    transposed = False  # the weight it stands for is [..., in, out]
 
     def __init__(
         self,

@@ -9,6 +9,7 @@ is handed a `Quantization` as a plain value.
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import torch
@@ -22,7 +23,8 @@ from luthier.config import QuantizeConfig
 from luthier.errors import Refused
 from luthier.layers import ALL_LINEAR, features, is_quantized, select_linear
 from luthier.quantize.codes import Spec, make_spec
-from luthier.quantize.linears import QuantizedLinear
+from luthier.quantize.linears import QuantizedLinear, QuantizedTensor
+from luthier.stacks import own_stacks, run, shape_of
 
 METHOD = "luthier"  # our name among transformers' quantisers
 
@@ -52,16 +54,17 @@ def plan_quantization(model: nn.Module, config: QuantizeConfig) -> dict[str, Spe
 
 
 def _spec(model: nn.Module, name: str, scheme: str, config: QuantizeConfig) -> Spec:
-    layer = model.get_submodule(name)
+    owner, last = _held(model, name)
+    layer: Any = getattr(owner, last)
     if is_quantized(layer):
         raise Refused(
             f"quantize.weights={scheme}",
             f"layer '{name}' is quantised already, in {layer.scheme}",
             "leave quantize.weights out, or start from the model in its original precision",
         )
-    num_in, num_out = features(layer)
+    shape = shape_of(owner, last) if last in own_stacks(owner) else features(layer)[::-1]
     double = config.double_quant and scheme not in ("int8", "int4")
-    return make_spec(scheme, (num_out, num_in), config.block_size, double)
+    return make_spec(scheme, shape, config.block_size, double)
 
 
 class Quantization(QuantizationConfigMixin):
@@ -88,7 +91,10 @@ class Quantization(QuantizationConfigMixin):
         plan = plan_quantization(model, self.config)
         split = None if self.split_of is None else self.split_of(model)
         for name, spec in plan.items():
-            replace(model, name, spec, model.get_submodule(name).get_parameter("weight"), split)
+            owner, last = _held(model, name)
+            held: Any = getattr(owner, last)
+            weight: Any = held.weight if isinstance(held, nn.Module) else held
+            replace(model, name, spec, weight, split)
 
 
 class _Quantize(ConversionOps):
@@ -106,7 +112,7 @@ class _Quantize(ConversionOps):
     ) -> dict[str, Tensor]:
         for name, found in input_dict.items():
             weight = found[0] if isinstance(found, list) else found
-            self.quantizer.take(model, name.removesuffix(".weight"), weight)
+            self.quantizer.take(model, self.quantizer.layer_of(name), weight)
             if missing_keys is not None:
                 missing_keys.discard(name)
         return {}  # nothing is left for the loader to set
@@ -123,8 +129,11 @@ class _Quantizer(HfQuantizer):
         self.faults: list[Refused] = []
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
-        path, _, last = param_name.rpartition(".")
-        return last == "weight" and path in self.plan
+        return self.layer_of(param_name) in self.plan
+
+    def layer_of(self, parameter: str) -> str:
+        """The layer that a weight belongs to; a stack of experts is its own."""
+        return parameter if parameter in self.plan else parameter.removesuffix(".weight")
 
     def get_quantize_ops(self) -> ConversionOps:
         return _Quantize(self)
@@ -134,7 +143,7 @@ class _Quantizer(HfQuantizer):
             replace(model, name, self.plan[name], weight, self.split)
             if (seen := self.quantization_config.seen) is not None:
                 layer: Any = model.get_submodule(name)
-                seen(layer, weight.t() if layer.transposed else weight)
+                seen(layer, weight.mT if layer.transposed else weight)
             stand_in(model.get_submodule(name))
         except Refused as refused:  # the loader would swallow it
             self.faults.append(Refused(f"layer '{name}': {refused}"))
@@ -171,7 +180,11 @@ def replace(
     model: nn.Module, name: str, spec: Spec, weight: Tensor, split: Split | None = None
 ) -> None:
     """Put the quantised form of linear layer `name`, whose weight is `weight` in its orientation, in its place."""
-    layer: Any = model.get_submodule(name)
+    owner, last = _held(model, name)
+    if last in own_stacks(owner):
+        _replace_stack(owner, last, spec, weight)
+        return
+    layer: Any = getattr(owner, last)
     made = QuantizedLinear.like(layer, spec.scheme, spec.block_size, spec.double_quant)
     if weight.device.type != "meta":
         if split is not None:
@@ -184,7 +197,37 @@ def replace(
         made.load_from(weight)
     if layer.bias is not None and layer.bias.device.type != "meta":
         made.bias = nn.Parameter(layer.bias.detach(), requires_grad=False)
-    for parameter in made.parameters():
-        # or else the loader, which knows no such tensors, would draw them anew
-        parameter._is_hf_initialized = parameter.device.type != "meta"  # pyright: ignore[reportAttributeAccessIssue]
+    _mark(made)
     model.set_submodule(name, made)
+
+
+def _replace_stack(experts: nn.Module, stack: str, spec: Spec, weight: Tensor) -> None:
+    """Fused experts [E, out, in], or transposed as their module has them."""
+    made = QuantizedTensor(
+        spec.shape,
+        spec.scheme,
+        spec.block_size,
+        spec.double_quant,
+        dtype=weight.dtype,
+        device="meta",
+    )
+    made.transposed = bool(getattr(experts, "is_transposed", False))
+    if weight.device.type != "meta":
+        made.load_from(weight.mT if made.transposed else weight)
+    _mark(made)
+    vars(made)["_is_hf_initialized"] = True  # families draw initial values for it by its name
+    delattr(experts, stack)
+    setattr(experts, stack, made)
+    vars(experts)["forward"] = MethodType(run, experts)
+
+
+def _mark(made: nn.Module) -> None:
+    """Or else the loader, which knows no such tensors, would draw them anew."""
+    for parameter in made.parameters():
+        parameter._is_hf_initialized = parameter.device.type != "meta"  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _held(model: nn.Module, name: str) -> tuple[Any, str]:
+    """The module that has the layer, or the stack of experts, `name`; and its name there."""
+    path, _, last = name.rpartition(".")
+    return model.get_submodule(path), last

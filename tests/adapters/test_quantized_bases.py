@@ -37,8 +37,10 @@ def pair(model: Any, scheme: str) -> tuple[Any, Any]:
     for name, layer in model.named_modules():
         if is_quantized(layer):
             weight = dense_weight(layer)
-            target = dense.get_submodule(name).weight
-            target.data.copy_(weight.t() if is_transposed(layer) else weight)
+            owner, _, last = name.rpartition(".")
+            target = getattr(dense.get_submodule(owner), last)
+            target = target.weight if isinstance(target, torch.nn.Module) else target  # experts
+            target.data.copy_(weight.mT if is_transposed(layer) else weight)
     return model, dense
 
 
@@ -65,6 +67,35 @@ def test_outputs_and_gradients_are_those_of_the_dense_model(
     assert ours.keys() == theirs.keys() == adapter_parameters(quantized).keys()
     for name, gradient in ours.items():
         assert error(gradient, theirs[name]) < 1e-11, name
+
+
+@pytest.mark.parametrize("row", [name for name, r in METHODS.items() if r.on == "linear"])
+@pytest.mark.parametrize(("family", "scheme"), [("mixtral", "nf4"), ("gpt_oss", "int8")])
+def test_fused_experts_are_quantised_under_every_method(
+    tiny_model: Any, random_batch: Any, row: str, family: str, scheme: str
+) -> None:
+    """Mixtral's stacks, and gpt-oss's, which are transposed and have biases; folded they are the same again."""
+    batch = random_batch()
+    models = pair(tiny_model(family, torch.float64), scheme)
+    stacks = [name for name, _ in models[0].named_modules() if name.endswith("experts.down_proj")]
+    assert all(is_quantized(models[0].get_submodule(name)) for name in stacks) and stacks
+    for model in models:
+        attach(model, options(row), seed=1)
+        fill(model)
+    quantized, dense = models
+    assert error(run(quantized, batch), run(dense, batch)) < 1e-12
+    ours, theirs = (gradients(model, batch) for model in models)
+    assert ours.keys() == theirs.keys() == adapter_parameters(quantized).keys()
+    for name, gradient in ours.items():
+        assert error(gradient, theirs[name]) < 1e-10, name
+    if METHODS[row].folds:
+        for model in models:
+            fold_into(model)
+        for name in stacks:
+            found = dense_weight(quantized.get_submodule(name))
+            wanted = dense.get_parameter(name)
+            wanted = wanted.mT if is_transposed(quantized.get_submodule(name)) else wanted
+            assert error(found, wanted) < (0.02 if scheme == "int8" else 0.15), name
 
 
 @each_method

@@ -8,6 +8,7 @@ from pathlib import Path
 import test_conformance
 import test_conformance_adapters
 import test_conformance_runs
+import test_conformance_storage
 from tiny_families import FAMILIES, MORE, model_type
 
 from luthier.models.families import TESTED
@@ -20,7 +21,11 @@ def checks() -> set[str]:
     modules = (test_conformance, test_conformance_runs)
     named = {name for module in modules for name in vars(module) if name.startswith("test_")}
     methods = {*test_conformance_adapters.METHODS, *test_conformance_adapters.FORMS}
-    return {name.removeprefix("test_") for name in named} | methods
+    return (
+        {name.removeprefix("test_") for name in named}
+        | methods
+        | {*test_conformance_storage.SCHEMES}
+    )
 
 
 def test_the_results_are_those_of_the_suite() -> None:

@@ -380,7 +380,7 @@ def test_tokenizer_that_cannot_be_read(copy):
 def test_tokenizer_that_needs_sentencepiece(copy, monkeypatch):
     (copy / "tokenizer.json").unlink()
     (copy / "tokenizer.model").write_bytes(b"\x0a\x0e")
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("luthier.models.tokenizer.find_spec", lambda name: None)
     with pytest.raises(Refused, match=r"pip install 'luthier\[tokenizers\]'"):
         load_tokenizer(copy)
 
