@@ -8,15 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from transformers import PreTrainedModel
 
 from luthier.adapters.facts import base_for_use
 from luthier.adapters.several import HOME
 from luthier.adapters.store import load_adapter
 from luthier.bases import quantization_of
-from luthier.config import ModelConfig, QuantizeConfig
-from luthier.errors import Refused
+from luthier.compress import NO_DATA, resolve_without_data
 from luthier.models.folder import fingerprint
 from luthier.models.load import build_model
 from luthier.models.tokenizer import load_tokenizer
@@ -37,24 +35,16 @@ def load(
     """
     name = "auto" if dtype is None else str(dtype).removeprefix("torch.")
     options = {} if adapter is None else base_for_use(Path(adapter))
-    config = ModelConfig.model_validate({"path": str(path), "dtype": name, **options})
-    stored = _quantize_config(quantize)
-    model = build_model(config, seed=0, quantization=quantization_of(stored, adapter, model=config))
+    model_keys = {"path": str(path), "dtype": name, **options}
+    values: dict[str, Any] = {"model": model_keys, "output": NO_DATA}  # nothing is written
+    if quantize is not None:
+        values["quantize"] = {"weights": quantize} if isinstance(quantize, str) else quantize
+    asked = resolve_without_data(values).config
+    config = asked.model
+    quantization = quantization_of(asked.quantize, adapter, model=config)
+    model = build_model(config, seed=0, quantization=quantization)
     # for `Adapters`, which compares the base's hash when it loads one
     vars(model)[HOME] = (str(path), partial(fingerprint, path))
     if adapter is not None:
         load_adapter(model, adapter, base_name=str(path), base_hash=fingerprint(path))
     return model, load_tokenizer(path)
-
-
-def _quantize_config(value: str | Mapping[str, Any] | None) -> QuantizeConfig:
-    keys = {"weights": value} if isinstance(value, str) else dict(value or {})
-    try:
-        return QuantizeConfig.model_validate(keys)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        raise Refused(
-            f"load(quantize={value!r})",
-            f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}",
-            "give nf4, fp4, int8 or int4, or the keys of the config's section quantize",
-        ) from error

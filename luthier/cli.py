@@ -35,7 +35,7 @@ usage: luthier COMMAND ...
   env                                            versions and devices
   --version
 
-  --nproc N [--max-restarts N] after finetune, evaluate, predict or verify runs it in N processes.
+  --nproc N [--max-restarts N] after finetune, evaluate, predict or verify layout runs it in N processes.
   --debug after any command shows the traceback of an error.
 """
 
@@ -98,6 +98,12 @@ def _run(words: list[str]) -> int:
         restarts, rest = _take_option(rest, "--max-restarts", 0)
         processes, rest = _take_option(rest, "--nproc", 1)
         if processes > 1:
+            if name == "verify" and rest[:1] != ["layout"]:
+                raise Refused(
+                    f"luthier verify {' '.join(rest[:1])} --nproc {processes}",
+                    "each process would check the same alone; only `verify layout` compares several",
+                    "leave --nproc out, or luthier verify layout FILE --nproc 2",
+                )
             return _launch(name, rest, processes, restarts)
     COMMANDS[name](rest)
     return 0

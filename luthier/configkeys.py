@@ -45,8 +45,18 @@ SYNONYMS = {
 }
 
 
+# options of commands that are no keys, for who mistypes one or gives it to another command
+OPTIONS = {
+    "nproc": "finetune, evaluate, predict and verify",
+    "rows": "preview",
+    "max-restarts": "finetune",
+}
+
+
 def nearest_key(key: str) -> str:
     """`did you mean 'optim.lr'?`: the same name in another section, a synonym, or a near miss."""
+    if near := [o for o in OPTIONS if key == o or suggest(key, [o])]:
+        return f"--{near[0]} goes with {OPTIONS[near[0]]}"
     section, _, name = key.rpartition(".")
     twins = [known for known in KEYS if known.rpartition(".")[2] == name]
     if twins:

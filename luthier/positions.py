@@ -55,7 +55,7 @@ def check_positions(config: Any, length: int, asked: str) -> None:
             for e in rope_entries(config.get_text_config()).values()
         ]
         factor = math.ceil(length / (recorded[-1] or limit))
-        shorter += f", or stretch its rotary positions: model.rope_scaling={{type: yarn, factor: {factor}}}"
+        shorter += f", or stretch its rotary positions: model.rope_scaling.type=yarn model.rope_scaling.factor={factor}"
     else:
         shorter += "; there are no others to learn from, and model.rope_scaling is for rotary positions only"
     raise Refused(asked, f"the model has {limit} positions", shorter)

@@ -236,6 +236,8 @@ def _llama(folder: Path, width: int, layers: int) -> None:
         ({"quantize__weights": "int4", "quantize__block_size": 48}, "does not divide the 64 inputs"),
         ({"quantize__modules": "embed_tokens"}, r"quantize.modules 'embed_tokens'.*\(Embedding\)"),
         ({"quantize__modules": "q_prj"}, "did you mean 'q_proj'"),
+        ({"quantize__modules": []}, "leaves no layer to quantise"),
+        ({"quantize__modules": {"all-linear": "none"}}, "leaves no layer to quantise"),
         ({"adapter__modules_to_save": ["q_proj"], "adapter__targets": "v_proj"}, "is quantised"),
     ],
 )  # fmt: skip
@@ -260,6 +262,15 @@ def test_refused_by_the_config(make, keys, said):
         luthier.finetune(make(**keys))
 
 
+def test_a_tied_head_is_not_left_dense_in_silence(model_folder):
+    asked = Quantization(QuantizeConfig(weights="nf4", modules=["all-linear", "lm_head"]))
+    tied = ModelConfig(path=str(model_folder("qwen2")))
+    with pytest.raises(Refused, match=r"'lm_head'.*'model.embed_tokens.weight' too"):
+        build_model(tied, seed=0, quantization=asked)
+    own = build_model(ModelConfig(path=str(model_folder("llama"))), seed=0, quantization=asked)
+    assert is_quantized(own.get_submodule("lm_head"))
+
+
 def test_weights_that_are_not_finite_are_named(make, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     model.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.nan
@@ -268,6 +279,19 @@ def test_weights_that_are_not_finite_are_named(make, tmp_path):
         luthier.finetune(make())
 
 
-def test_load_names_a_wrong_scheme(tmp_path, model_folder):
-    with pytest.raises(Refused, match="nf4, fp4, int8 or int4"):
-        luthier.load(model_folder("llama"), quantize="4bit")
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        (
+            {"quantize": "4bit"},
+            r"quantize\.weights=4bit.*expected one of none, nf4, fp4, int8, int4",
+        ),
+        ({"quantize": 4}, r"quantize=4"),
+        ({"quantize": {"wieghts": "nf4"}}, r"quantize\.wieghts.*did you mean"),
+        ({"quantize": {"modules": {"q_proj": "nf5"}}}, r"name: one of none, nf4"),
+        ({"dtype": torch.float64}, r"model\.dtype=float64"),
+    ],
+)
+def test_load_refuses_as_the_config_does(model_folder, keys, said):
+    with pytest.raises(Refused, match=said):
+        luthier.load(model_folder("llama"), **keys)

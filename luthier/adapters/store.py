@@ -29,11 +29,13 @@ from luthier.adapters.facts import (
     read_adapter_config,
     write_facts,
 )
+from luthier.adapters.facts import base_options as base_options_of
 from luthier.adapters.peft_lora import LORA
 from luthier.adapters.placing import adapters_of, build, install, names_of, whole_parameters
 from luthier.adapters.targets import options_of, shortest_targets
 from luthier.config import AdapterConfig
 from luthier.errors import Refused
+from luthier.layers import is_quantized
 from luthier.stacks import stacks_of
 
 WEIGHTS = "adapter_model.safetensors"
@@ -144,6 +146,12 @@ def load_adapter(
     made_for = fields.get("base_model_name_or_path")
     remarks = check_base(folder, made_for, base_name, base_hash)
     check_positions_of(folder, getattr(model, "config", None))
+    stored = (base_options_of(folder).get("quantize") or {}).get("weights")
+    if stored and not any(is_quantized(module) for module in model.modules()):
+        remarks.append(
+            f"the adapter was trained on the base in {stored}, here the base is in full precision; "
+            f"quantize.weights={stored} gives what was trained"
+        )
     tensors = read_tensors(folder)
     contents = _sort(
         _by_stack(tensors, model, fields), model, method, fields.get("modules_to_save") or ()

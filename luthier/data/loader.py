@@ -204,7 +204,7 @@ class Loader:
             self._ledger_before = ledger.snapshot()
             ledger.merge(later)
         if isinstance(self.dataset, LazyDataset) and self._position["epoch"] == 0:
-            sizes = [sum(len(ids) for ids, _ in row) for row in step.rows]
+            sizes = [sum(len(ids) for ids, *_ in row) for row in step.rows]
             self._padding["rows"] += len(sizes)
             self._padding["tokens"] += sum(sizes)
             self._padding["slots"] += _slots(sizes, self.micro_batch)
@@ -294,8 +294,8 @@ def _filler(step: Step, pad_id: int, positions_of: Positions | None) -> Batch:
 
     A real one: the forward has to reach every weight, as on the other ranks.
     """
-    ids, labels = step.rows[0][0]
-    row = [(ids, np.full_like(labels, IGNORE))]
+    ids, labels, *places = step.rows[0][0]
+    row = [(ids, np.full_like(labels, IGNORE), *places)]
     return replace(collate([row], pad_id, 0, positions_of), rows=(FILLER,))
 
 

@@ -55,18 +55,17 @@ def _find() -> Found:
     if "avx2" not in _instructions():
         return Found(None, "off: this CPU has no AVX2")
     compiler = shutil.which(os.environ.get("CXX", "g++"))
-    built = sorted(_folder().glob(f"{_key()}.so"))
-    if not built and compiler is None:
-        return Found(None, "off: not built, and there is no C++ compiler (g++)")
-    path = _folder() / f"{_key()}.so"
     try:
-        if not built:
-            _build(str(compiler), path)
+        path = _folder() / f"{_key()}.so"
+        if not path.is_file():
+            if compiler is None:
+                return Found(None, "off: not built, and there is no C++ compiler (g++)")
+            _build(compiler, path)
         # torch's own OpenMP threads serve the kernels: torch has to be loaded first
         import torch  # noqa: F401
 
         loaded = ctypes.CDLL(str(path))
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: no home
         said = getattr(error, "stderr", None) or str(error)
         first = next((line for line in said.splitlines() if "error" in line), said.strip())
         return Found(None, f"off: building failed: {first[:200]}")

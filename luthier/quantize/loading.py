@@ -36,7 +36,8 @@ which finds them as the layer's `split`. None: the weight itself is quantised.""
 def plan_quantization(model: nn.Module, config: QuantizeConfig) -> dict[str, Spec]:
     """Paths of the linear layers to quantise -> how; `model` may be on meta.
 
-    Refused: names that match no linear layer, and what `make_spec` refuses for a layer's shape.
+    Refused: names that match no linear layer, layers whose weight is another's too (a tied head), and what
+    `make_spec` refuses for a layer's shape.
     """
     chosen: dict[str, str] = {}
     if isinstance(config.modules, dict):
@@ -46,11 +47,14 @@ def plan_quantization(model: nn.Module, config: QuantizeConfig) -> dict[str, Spe
     else:
         names = select_linear(model, config.modules, "quantize.modules")
         chosen = dict.fromkeys(names, config.weights)
-    return {
-        name: _spec(model, name, scheme, config)
-        for name, scheme in chosen.items()
-        if scheme != "none"
-    }
+    chosen = {name: scheme for name, scheme in chosen.items() if scheme != "none"}
+    if config.on and not chosen:
+        raise Refused(
+            f"quantize.weights={config.weights}",
+            f"quantize.modules={config.modules} leaves no layer to quantise",
+            "name layers there, or leave the section quantize out",
+        )
+    return {name: _spec(model, name, scheme, config) for name, scheme in chosen.items()}
 
 
 def _spec(model: nn.Module, name: str, scheme: str, config: QuantizeConfig) -> Spec:
@@ -61,6 +65,14 @@ def _spec(model: nn.Module, name: str, scheme: str, config: QuantizeConfig) -> S
             f"quantize.weights={scheme}",
             f"layer '{name}' is quantised already, in {layer.scheme}",
             "leave quantize.weights out, or start from the model in its original precision",
+        )
+    # by transformers' table: while weights are read they are not tied yet
+    other = getattr(model, "all_tied_weights_keys", {}).get(f"{name}.weight")
+    if other is not None:
+        raise Refused(
+            f"quantize.weights={scheme} for layer '{name}'",
+            f"its weight is '{other}' too, which stays in full precision",
+            "leave it out of quantize.modules: tied, it takes no memory of its own",
         )
     shape = shape_of(owner, last) if last in own_stacks(owner) else features(layer)[::-1]
     double = config.double_quant and scheme not in ("int8", "int4")

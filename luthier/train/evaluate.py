@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -69,20 +70,20 @@ def evaluate_loss(
     values. Raises Failed without supervised tokens and for a loss that is no finite number.
     """
     world = world or World()
-    batches = list(batches)
     losses, correct, tokens = [], 0, 0
+    coming = iter(batches)  # a corpus's may not fit in memory: no more of them than there are ranks
     with evaluating(stage):
-        for first in range(0, len(batches), world.data_size):
+        while group := list(islice(coming, world.data_size)):
             # a rank for which none is left runs one again: forwards gather weights, and all must take part
-            own = first + world.data_rank < len(batches)
-            batch = batches[first + world.data_rank if own else first].to(device)
+            own = world.data_rank < len(group)
+            batch = group[world.data_rank if own else 0].to(device)
             loss, hits, count = token_stats(stage(batch), batch.labels, stage.head)
             if own:
                 losses.append(loss)
                 correct += hits
                 tokens += count
             if progress:
-                progress(min(world.data_size, len(batches) - first))
+                progress(len(group))
     parts = world.of_data(world.gather([losses, correct, tokens]))
     losses = [loss for part in parts for loss in part[0]]
     correct, tokens = (sum(part[i] for part in parts) for i in (1, 2))

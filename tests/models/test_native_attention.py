@@ -169,6 +169,19 @@ def test_a_machine_without_a_compiler_says_so(tmp_path: Path) -> None:
     assert "no C++ compiler" in done.stdout or "Linux" in done.stdout or "AVX2" in done.stdout
 
 
+def test_a_user_without_a_home_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container may run as a user that has none: torch computes instead."""
+
+    def home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(native.Path, "home", home)
+    monkeypatch.setattr(native, "_instructions", lambda: frozenset({"avx2"}))
+    found = native._find.__wrapped__()
+    assert found.library is None and found.status.startswith("off: ")
+
+
 @built
 def test_a_broken_build_is_told(tmp_path: Path) -> None:
     compiler = tmp_path / "compiler"

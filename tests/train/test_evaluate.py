@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -74,6 +76,20 @@ def test_mean_over_tokens_whatever_the_batches(tiny_model, random_batch) -> None
     assert parts["loss"] == pytest.approx(whole["loss"], rel=1e-6)
     assert (parts["accuracy"], parts["tokens"]) == (whole["accuracy"], whole["tokens"])
     assert told == [1] * len(counts)
+
+
+def test_batches_are_not_held(tiny_model, random_batch) -> None:
+    """Of a corpus that does not fit in memory, one batch is there at a time."""
+    made: list[weakref.ref[Batch]] = []
+
+    def batches() -> Iterator[Batch]:
+        for _ in range(4):
+            assert sum(ref() is not None for ref in made) <= 1
+            batch = random_batch(lengths_per_row=LENGTHS)
+            made.append(weakref.ref(batch))
+            yield batch
+
+    assert evaluate_loss(Stage(tiny_model("llama")), batches(), "cpu")["tokens"] and len(made) == 4
 
 
 def test_only_supervised_positions_reach_the_head(tiny_model, random_batch, monkeypatch) -> None:

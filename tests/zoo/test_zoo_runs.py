@@ -12,8 +12,10 @@ import pytest
 import torch
 
 import luthier.models.stage
+from luthier.api import load
 from luthier.assemble import build, open_data, open_text
 from luthier.batch import IGNORE, Layout
+from luthier.compress import quantize_model
 from luthier.errors import Refused
 from luthier.exchange import merge
 from luthier.models.stage import Stage, check_stage
@@ -242,3 +244,24 @@ def test_rows_of_the_embedding_without_a_token_are_no_text(
     ids = text.tokenizer("the box", add_special_tokens=False)["input_ids"]
     last = text.model_config.vocab_size - 1
     assert text.renderer.decode([*ids, last]) == text.renderer.decode(ids)
+
+
+@pytest.mark.parametrize("family", LENGTH)
+@pytest.mark.parametrize("scheme", ["nf4", "int4"])
+def test_a_quantised_folder_is_the_model_quantised_while_read(
+    family: str, scheme: str, checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """int4 too, whose layout has tensors of the names that the original ChatGLM code gives to its own."""
+    asked = {"weights": scheme}
+    quantize_model(
+        {
+            "model": {"path": str(checkpoint(family))},
+            "quantize": asked,
+            "output": str(tmp_path / "out"),
+        }
+    )
+    written, wanted = load(tmp_path / "out")[0], load(checkpoint(family), quantize=asked)[0]
+    theirs = wanted.state_dict()
+    for name, tensor in written.state_dict().items():
+        # scales are written as scale, not as absmax
+        assert torch.allclose(tensor.double(), theirs[name].double(), rtol=1e-6, atol=0), name

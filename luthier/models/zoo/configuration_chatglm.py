@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from transformers import PretrainedConfig
 
 from luthier.errors import Refused
-from luthier.models.folder import read_header
+from luthier.models.folder import read_header, read_json
 
 ORIGINAL_TYPE = "chatglm"  # what config.json says
 # config keys that only one of the two families of model_type "chatglm" has
@@ -209,7 +209,9 @@ def refuse_weights(path: Any, family: str, mark: str) -> None:
     files = sorted(Path(path).glob("model*.safetensors")) if path and Path(path).is_dir() else []
     names = [name for file in files for name in read_header(file)]
     asked = f"{family} weights were asked for from '{path}'"
-    if any(name.endswith("weight_scale") for name in names):
+    # quantised folders of other layouts, whose names they may share, say so in their config.json
+    own = names and "quantization_config" not in read_json(Path(path) / "config.json", Path(path))
+    if own and any(name.endswith("weight_scale") for name in names):
         raise Refused(
             asked,
             "they are quantised by the original code (weight_scale)",
