@@ -34,7 +34,7 @@ from luthier.adapters.store import load_adapter
 from luthier.bases import quantization_of, refuse_training
 from luthier.batch import Batch
 from luthier.built import Built as Built
-from luthier.built import cut
+from luthier.built import cut, cut_tensor
 from luthier.built import name_of as name_of
 from luthier.built import read_model as read_model
 from luthier.built import write_model as write_model
@@ -45,6 +45,7 @@ from luthier.data.loader import CorpusBatches, Loader, evaluation_batches
 from luthier.data.prepare import prepare
 from luthier.errors import Refused
 from luthier.models.attention import check_kernel, why_torch
+from luthier.models.cuts import cuts_of
 from luthier.models.dropout import seed_dropout
 from luthier.models.families import untested
 from luthier.models.folder import find_folder, fingerprint, weight_files
@@ -54,6 +55,7 @@ from luthier.models.load import (
     resolve_device,
 )
 from luthier.models.stage import Stage, check_stage, compile_layers, set_recompute
+from luthier.parallel.tensor import check_method
 from luthier.parallel.world import World
 from luthier.positions import num_positions
 from luthier.text import Text as Text
@@ -91,9 +93,9 @@ def flat(config: RunConfig) -> dict[str, Any]:
 # ---- model
 
 
-def check_training(config: RunConfig, text: Text) -> None:
-    """Refuse what the model's folder and config tell before rows are tokenised and weights are read: a
-    missing or broken shard, a kernel that does not fit the device, targets, rank."""
+def check_training(config: RunConfig, text: Text, tensor: int = 1) -> None:
+    """Refuse what the model's folder and config tell before rows are tokenised and weights are read: a missing
+    or broken shard, a kernel that does not fit the device, targets, rank, layers that `tensor` does not divide."""
     code = config.model.trust_remote_code
     refuse_training(config, config.adapter.path)
     if config.model.init == "pretrained":
@@ -102,14 +104,22 @@ def check_training(config: RunConfig, text: Text) -> None:
     model: Any = None if code else blueprint(text.model_config, config.model.path)
     if config.adapter.path is not None:
         read_adapter_config(Path(config.adapter.path))
-    if model is None or (config.adapter.method == "none" and not config.quantize.on):
+    if model is None or (
+        config.adapter.method == "none" and not config.quantize.on and tensor == 1
+    ):
         return
     if (quantization := quantization_of(config.quantize, None, model=config.model)) is not None:
         quantization.convert(model)
+    if tensor > 1:
+        cuts_of(model, tensor)
+    if config.adapter.method == "none":
+        return
     if config.adapter.path is None:
         plan_of(model, config.adapter)
         limit = num_positions(text.model_config)
         method = ADAPTERS[config.adapter.method]
+        if tensor > 1:
+            check_method(config.adapter.method, method.follows, tensor)
         method.check_length(config.adapter, config.data.reach, limit)
 
 
@@ -177,6 +187,8 @@ def build(
         method, limit = ADAPTERS[built.adapter.method], num_positions(model.config)
         method.check_length(built.adapter, config.data.reach, limit)
     built.stage.autocast = None if chosen.autocast == "none" else getattr(torch, chosen.autocast)
+    if train and built.world.sizes["tensor"] > 1:
+        cut_tensor(built)
     if train and built.world.sharded:
         cut(built, config.parallel)
     check_stage(built.stage)

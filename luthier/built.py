@@ -22,12 +22,15 @@ from luthier.adapters.store import load_tensors, save_adapter
 from luthier.config import AdapterConfig, RopeScaling, RunConfig
 from luthier.config_parallel import ParallelConfig
 from luthier.layers import count
+from luthier.models.cuts import cuts_of
 from luthier.models.folder import original_hash
 from luthier.models.load import build_model, save_model
 from luthier.models.rotary import config_changes
-from luthier.models.stage import Stage, decoder_layers
+from luthier.models.stage import Stage, decoder_layers, same_stage
 from luthier.parallel.shard import Sharding, assign, whole
+from luthier.parallel.tensor import check_adapters, cut_layers
 from luthier.parallel.world import World
+from luthier.parts import whole_numel
 from luthier.text import Text
 
 # names under which the families of transformers say that they are mixtures of experts
@@ -65,7 +68,9 @@ class Built:
 
     def held(self) -> AbstractContextManager[None]:
         """Rank 0 has the whole model inside, on the CPU, to write it; every rank enters."""
-        return whole(self.model, keep=self.world.is_main) if self.sharding else nullcontext()
+        if self.sharding is None and self.world.sizes["tensor"] == 1:
+            return nullcontext()
+        return whole(self.model, world=self.world, keep=self.world.is_main)
 
     @property
     def kernel(self) -> str:
@@ -86,11 +91,11 @@ class Built:
 
     @property
     def num_trained(self) -> int:
-        return sum(p.numel() for _, p in self.trained)
+        return sum(whole_numel(p) for _, p in self.trained)
 
     @property
     def num_base(self) -> int:
-        added = (p.numel() for n, p in self.model.named_parameters() if ".adapter." in f".{n}")
+        added = (whole_numel(p) for n, p in self.model.named_parameters() if ".adapter." in f".{n}")
         return count(self.model)[1] - sum(added)
 
     @property
@@ -120,6 +125,16 @@ def cut(built: Built, parallel: ParallelConfig) -> None:
     )
 
 
+def cut_tensor(built: Built) -> None:
+    """Cut the model's layers, and the adapters on them, over the tensor axis of its world."""
+    world = built.world
+    found, adapters = cuts_of(built.model, world.sizes["tensor"]), adapters_of(built.model)
+    check_adapters(found.layers, adapters, world)
+    with same_stage(built.stage):
+        cut_layers(built.model, found.layers, adapters, found.shares, world)
+        found.settle(built.model, world.mesh.get_local_rank("tensor"), world.sizes["tensor"])
+
+
 def write_model(built: Built, text: Text, folder: Path) -> None:
     """The trained thing as others read it: a PEFT folder, or a Hugging Face folder with its tokenizer."""
     if built.adapter is not None:
@@ -141,7 +156,7 @@ def read_model(built: Built, config: RunConfig, folder: Path) -> None:
     if built.adapter is not None:
         owners = [name.rpartition(".")[0] for name in whole_parameters(built.model)]
         modules = [*adapters_of(built.model).values(), *map(built.model.get_submodule, owners)]
-        with whole(*modules, write=True):
+        with whole(*modules, world=built.world, write=True):
             load_tensors(built.model, folder)
         return
     again = config.model.model_copy(
@@ -150,7 +165,7 @@ def read_model(built: Built, config: RunConfig, folder: Path) -> None:
     )
     saved = build_model(again, seed=config.train.seed).state_dict()
     with torch.no_grad():
-        for name, tensor in built.model.state_dict().items():
+        for name, tensor in built.model.state_dict(keep_vars=True).items():
             assign(tensor, saved[name])
 
 

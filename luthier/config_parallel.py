@@ -30,9 +30,14 @@ class ParallelConfig(Section):
     offload: bool = Field(
         False, description="Keep the parts that are cut in CPU memory; the optimiser runs there."
     )
-    tensor: Degree = Field(1, description="Tensor parallelism; only 1 works in this version.")
+    tensor: Degree = Field(
+        1,
+        description="Processes that share each layer's heads and inner numbers; they read the same rows.",
+    )
     sequence: bool = Field(
-        True, description="Sequence parallelism beside tensor parallelism; acts with `tensor`."
+        True,
+        description="Sequence parallelism beside tensor parallelism; this version has none, and "
+        "refuses it where it is asked for.",
     )
     context: Degree = Field(1, description="Context parallelism; only 1 works in this version.")
     context_method: Literal["auto", "ring", "gather", "heads"] = Field(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from luthier.errors import Refused, suggest
+from luthier.parts import whole_numel
 from luthier.stacks import own_stacks, shape_of
 
 ALL_LINEAR = "all-linear"
@@ -91,8 +92,8 @@ def count(model: nn.Module) -> tuple[int, int]:
             if name in stored or id(parameter) in seen:
                 continue
             seen.add(id(parameter))
-            total += parameter.numel()
-            trained += parameter.numel() if parameter.requires_grad else 0
+            total += whole_numel(parameter)
+            trained += whole_numel(parameter) if parameter.requires_grad else 0
     return trained, total
 
 

@@ -11,6 +11,8 @@ import hashlib
 
 import torch
 
+from luthier.parts import Part
+
 
 def derive(seed: int, *names: object) -> int:
     """A 63-bit integer that depends on every argument; equal on every machine."""
@@ -26,18 +28,27 @@ def generator(seed: int, *names: object, device: torch.device | str = "cpu") -> 
 
 
 def dropout(
-    x: torch.Tensor, p: float, *, seed: int, name: str, rows: tuple[int, ...]
+    x: torch.Tensor,
+    p: float,
+    *,
+    seed: int,
+    name: str,
+    rows: tuple[int, ...],
+    part: Part | None = None,
 ) -> torch.Tensor:
     """Inverted dropout of x [B, ...] whose mask depends on (seed, name, serial number of the row).
 
     The same row drops the same units in any micro-batch, after a resume and when recomputed. `rows` are
-    the B serial numbers of `Batch.rows`; they must match x's first axis.
+    the B serial numbers of `Batch.rows`; they must match x's first axis. `part`: what of the mask is x's, where x
+    is cut among tensor-parallel ranks (`dim` from the end).
     """
     if p == 0.0:
         return x
     if len(rows) != x.shape[0]:
         raise ValueError(f"dropout '{name}': {len(rows)} row numbers for {x.shape[0]} rows")
-    keep = torch.empty_like(x, dtype=torch.bool)
+    shape = x.shape if part is None else part.whole_shape(x.shape)
+    keep = torch.empty(shape, dtype=torch.bool, device=x.device)
     for i, row in enumerate(rows):
         keep[i].bernoulli_(1 - p, generator=generator(seed, "dropout", name, row, device=x.device))
+    keep = keep if part is None else part.of(keep)
     return x * keep / (1 - p)

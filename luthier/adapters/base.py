@@ -27,6 +27,7 @@ from luthier.batch import current_layout
 from luthier.config import AdapterConfig
 from luthier.errors import Failed, Refused
 from luthier.layers import dense_weight, features, is_double, is_linear, is_transposed
+from luthier.parts import Part
 from luthier.registry import Registry
 from luthier.stacks import linear_of
 
@@ -87,6 +88,9 @@ class Adapter(nn.Module):
 
     may_idle: frozenset[str] = frozenset()
     """Parameters that the loss may not depend on at all (an edit of early tokens in the last layer)."""
+
+    entering: Part | None = None
+    """What of its whole inputs a tensor-parallel rank's layer has, where they are cut (last axis)."""
 
     def __init__(self, layer: nn.Module, config: AdapterConfig, *, name: str, seed: int) -> None:
         """Make the parameters, on the layer's device, without values; `name` is the layer's path."""
@@ -242,7 +246,9 @@ class Adapter(nn.Module):
             )
         x = x.unflatten(0, (batch, width)) if flat else x
         rows = layout.rows or tuple(range(batch))
-        x = seeding.dropout(x, p, seed=self.seed, name=f"{self.name}.adapter", rows=rows)
+        x = seeding.dropout(
+            x, p, seed=self.seed, name=f"{self.name}.adapter", rows=rows, part=self.entering
+        )
         return x.flatten(0, 1) if flat else x
 
 

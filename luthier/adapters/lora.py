@@ -44,7 +44,7 @@ class LoRA(Additive):
         }
     )
     follows: ClassVar = {
-        "colwise": {"lora_B": 0, "first_B": 0, MAGNITUDE: 0},
+        "colwise": {"lora_B": 0, "first_B": 0, MAGNITUDE: 0, "norms": 0},
         "rowwise": {"lora_A": 1, "first_A": 1},
     }
     peft_types = (peft_lora.LORA, peft_lora.MIXER)

@@ -155,6 +155,7 @@ def _attend(
         sinks=s_aux,
         dropout=dropout,
         dropout_key=getattr(module, "dropout_key", (0, "")),
+        heads=getattr(module, "heads_here", None),
         alibi=alibi_slopes,
         prefix=None if prefix is None else prefix(module.layer_idx),
     )

@@ -212,6 +212,7 @@ _PLANS: dict[str, Plan] = {
         norm="transformer.ln_f",
         adds=("transformer.wpe",),
         first=("transformer.drop",),
+        counts=("split_size",),
     ),
     "opt": Plan(
         cuts={
@@ -224,6 +225,7 @@ _PLANS: dict[str, Plan] = {
         layers="model.decoder.layers",
         norm="model.decoder.final_layer_norm",
         adds=("model.decoder.embed_positions",),
+        counts=("num_heads",),
     ),
     "qwen": Plan(
         cuts={

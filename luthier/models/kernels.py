@@ -35,6 +35,7 @@ class Scores:
     sinks: Tensor | None = None  # [H]: one more score per head that takes weight and gives no value
     dropout: float = 0.0  # of the attention weights
     dropout_key: tuple[int, str] = (0, "")  # (seed, name of the layer)
+    heads: Any = None  # the Part of all heads that is here (axis -3), under tensor parallelism
     alibi: Tensor | None = None  # [H] slopes: score + slope * (j - i) (arXiv:2108.12409, section 3)
     prefix: PrefixKeys | None = None  # P keys before each document's own, at j = -P, ..., -1
 
@@ -205,10 +206,9 @@ def _math_products(
     if scores.dropout:
         seed, layer = scores.dropout_key
         # the name holds the place in the row: each document of the row draws its own mask
-        name = f"{layer}@{document.start}"
-        weights = seeding.dropout(
-            weights[None], scores.dropout, seed=seed, name=name, rows=(document.row,)
-        )[0]
+        name, rows = f"{layer}@{document.start}", (document.row,)
+        drop = partial(seeding.dropout, seed=seed, name=name, rows=rows, part=scores.heads)
+        weights = drop(weights[None], scores.dropout)[0]
     out = weights.view(groups, -1, k.shape[0]) @ v.transpose(0, 1)  # [K, H/K * L, D]
     return out.view(heads, length, -1).transpose(0, 1)
 

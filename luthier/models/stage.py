@@ -196,16 +196,9 @@ def check_stage(stage: Stage) -> None:
     """
     model = stage.model
     training = model.training
-    vocab = model.config.get_text_config().vocab_size
     device = next(model.parameters()).device
-    ids = (torch.arange(13, device=device) * 7919 + 11) % vocab
-    cuts = (5, 8)
-    places = [_places(n, stage._family.position_axes).to(device) for n in cuts]
-    documents = torch.repeat_interleave(
-        torch.arange(len(cuts), device=device), torch.tensor(cuts, device=device)
-    )
-    labels = torch.full_like(ids, IGNORE)
-    batch = Batch(ids[None], labels[None], torch.cat(places, -1)[None], documents[None], (0,))
+    batch, cuts = _trial(stage)
+    ids = batch.input_ids[0]
     seen: list[Tensor] = []
     hook = _output_layer(model).register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     model.eval()
@@ -221,6 +214,35 @@ def check_stage(stage: Stage) -> None:
     finally:
         hook.remove()
         model.train(training)
+
+
+@contextmanager
+def same_stage(stage: Stage) -> Iterator[None]:
+    """Refused unless the hidden states of two short documents are the same after what is done inside as before."""
+    training = stage.model.training
+    batch, _ = _trial(stage)
+    stage.model.eval()
+    with torch.no_grad():
+        before = stage(batch)
+    yield
+    with torch.no_grad():
+        what = "hidden states cut among tensor-parallel ranks"
+        _same(stage, what, stage(batch), before, "use parallel.shard in place of parallel.tensor")
+    stage.model.train(training)
+
+
+def _trial(stage: Stage) -> tuple[Batch, tuple[int, ...]]:
+    """A row of two short documents of the model's own ids, and their lengths."""
+    device = next(stage.model.parameters()).device
+    vocab = stage.model.config.get_text_config().vocab_size
+    ids = (torch.arange(13, device=device) * 7919 + 11) % vocab
+    cuts = (5, 8)
+    places = [_places(n, stage._family.position_axes).to(device) for n in cuts]
+    documents = torch.repeat_interleave(
+        torch.arange(len(cuts), device=device), torch.tensor(cuts, device=device)
+    )
+    labels = torch.full_like(ids, IGNORE)
+    return Batch(ids[None], labels[None], torch.cat(places, -1)[None], documents[None], (0,)), cuts
 
 
 def plain_inputs(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
@@ -257,14 +279,17 @@ def _places(count: int, axes: int) -> Tensor:
     return torch.stack([index.clamp(max=context - 1), (index - context + 1).clamp(min=0)])
 
 
-def _same(stage: Stage, what: str, ours: Tensor, plain: Tensor) -> None:
+_DO = "this family needs a row in luthier/models/families.py, or its layers mix documents; use another model"
+
+
+def _same(stage: Stage, what: str, ours: Tensor, plain: Tensor, do: str = _DO) -> None:
     """Refused unless ||ours - plain|| / ||plain|| is what rounding explains."""
     error = float((ours.double() - plain.double()).norm() / plain.double().norm())
     if not error <= _ROUNDING.get(stage.autocast or stage.model.dtype, 1e-1):
         raise Refused(
             f"model family '{stage.model.config.model_type}' was asked for",
-            f"its {what} differ from its plain forward's by {error:.2g} (relative)",
-            "this family needs a row in luthier/models/families.py, or its layers mix documents; use another model",
+            f"its {what} differ from the plain ones by {error:.2g} (relative)",
+            do,
         )
 
 

@@ -6,13 +6,13 @@ Pure arithmetic, done before any work; the mesh itself is made by `world.py`.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from luthier.config import RunConfig
 from luthier.config_parallel import ParallelConfig
 from luthier.errors import Refused
 
 ABSENT = {
-    "tensor": "tensor parallelism",
     "context": "context parallelism",
     "pipeline": "pipeline parallelism",
 }
@@ -37,7 +37,6 @@ def mesh_sizes(parallel: ParallelConfig, processes: int) -> dict[str, int]:
                 "use parallel.shard (with parallel.stage=3 for models that do not fit) or parallel.replicate",
             )
     beside = {  # says how an absent axis works
-        "sequence": (parallel.sequence, "tensor"),
         "context_method": (parallel.context_method, "context"),
         "virtual_stages": (parallel.virtual_stages, "pipeline"),
         "schedule": (parallel.schedule, "pipeline"),
@@ -49,6 +48,12 @@ def mesh_sizes(parallel: ParallelConfig, processes: int) -> dict[str, int]:
                 f"it says how {ABSENT[axis]} works, which is not there in this version of Luthier",
                 "leave it out",
             )
+    if sizes["tensor"] != 1 and parallel.sequence and "sequence" in parallel.model_fields_set:
+        raise Refused(
+            "parallel.sequence=true",
+            "sequence parallelism is not there in this version of Luthier",
+            "leave it out: parallel.tensor works without it",
+        )
     fixed = math.prod(size for size in sizes.values() if size != -1)
     rest = [axis for axis, size in sizes.items() if size == -1]
     given = ", ".join(f"parallel.{a}={s}" for a, s in sizes.items() if s not in (-1, 1))
@@ -71,13 +76,20 @@ def mesh_sizes(parallel: ParallelConfig, processes: int) -> dict[str, int]:
     return sizes
 
 
-def check_sharding(config: RunConfig, shards: int) -> None:
-    """Refuse what cannot be cut over several shards."""
-    if shards > 1 and config.optim.name in WHOLE:
+def check_sharding(config: RunConfig, sizes: Mapping[str, int]) -> None:
+    """Refuse what cannot be cut over several shards or tensor ranks."""
+    for axis in ("shard", "tensor"):
+        if sizes[axis] > 1 and config.optim.name in WHOLE:
+            raise Refused(
+                f"optim.name={config.optim.name} with parallel.{axis}={sizes[axis]}",
+                "its moments are shared by rows of a tensor that would lie on different ranks",
+                f"use optim.name=adamw, or parallel.replicate in place of parallel.{axis}",
+            )
+    if sizes["tensor"] > 1 and config.train.compile:
         raise Refused(
-            f"optim.name={config.optim.name} with parallel.shard={shards}",
-            "its moments are shared by rows of a tensor that would lie on different ranks",
-            "use optim.name=adamw, or parallel.replicate in place of parallel.shard",
+            f"train.compile=true with parallel.tensor={sizes['tensor']}",
+            "layers that are cut are not compiled in this version",
+            "leave train.compile out",
         )
 
 

@@ -27,6 +27,7 @@ from torch.nn import Parameter
 
 from luthier.errors import Refused
 from luthier.parallel.world import World
+from luthier.parts import cut_of, is_share, marked
 
 BUCKET = 2**25  # numbers that are summed over the replicas at once
 
@@ -65,6 +66,7 @@ class Sharding:
             "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32 if half else None),
             "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
         }
+        names = {name: p for name, p in root.named_parameters()}
         inside = {id(p) for layer in layers for p in layer.parameters()}
         rest = [p for p in root.parameters() if id(p) not in inside]
         for group in (*(list(layer.parameters()) for layer in layers), rest):
@@ -72,6 +74,8 @@ class Sharding:
         for layer in layers:
             fully_shard(layer, reshard_after_forward=stage == 3, **options)
         fully_shard(root, reshard_after_forward=False, **options)
+        for name, p in root.named_parameters():
+            marked(p, names[name])
         self.root: Any = root
         self.parts: list[Any] = [m for m in root.modules() if isinstance(m, FSDPModule)]
         for part in self.parts:
@@ -123,14 +127,24 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def full(tensor: Tensor) -> Tensor:
-    """The whole of a sharded tensor (all ranks must ask); any other tensor as it is."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+def full(tensor: Tensor, world: World) -> Tensor:
+    """The whole of a sharded or cut tensor (all ranks must ask); any other tensor as it is."""
+    one = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    how = cut_of(tensor)
+    if how is None:
+        return one
+    one = one.detach().contiguous()
+    parts = [torch.empty_like(one) for _ in range(how.ranks)]
+    torch.distributed.all_gather(parts, one, group=world.mesh.get_group("tensor"))
+    return how.join(parts)
 
 
 @torch.no_grad()
 def part_of(tensor: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor cut as `like` is, without communication; `tensor` itself if that is not sharded."""
+    """A whole tensor cut as `like` is, without communication; `tensor` itself if that is whole."""
+    how = cut_of(like)
+    if how is not None and tensor.shape == how.whole_shape(like.shape):
+        tensor = how.of(tensor)
     if not isinstance(like, DTensor) or isinstance(tensor, DTensor) or tensor.shape != like.shape:
         return tensor
     mine = tensor
@@ -159,30 +173,34 @@ def assign(target: Tensor, value: Tensor) -> None:
 
 
 @contextmanager
-def whole(*modules: nn.Module, keep: bool = True, write: bool = False) -> Iterator[None]:
-    """Inside, the modules' sharded parameters are whole plain tensors; all ranks must enter.
+def whole(
+    *modules: nn.Module, world: World, keep: bool = True, write: bool = False
+) -> Iterator[None]:
+    """Inside, the modules' sharded or cut parameters and buffers are whole plain tensors; all ranks must enter.
 
     Tensors are gathered one by one, onto the CPU if `keep` says that this rank wants them, else to be
     dropped. With `write`, what is changed inside goes into the parts (every rank must change it alike).
     """
-    swapped: list[tuple[nn.Module, str, Parameter]] = []
-    made: dict[int, Parameter] = {}
-    for owner in (part for module in modules for part in module.modules()):
-        for name, p in owner._parameters.items():
-            if not isinstance(p, DTensor):
-                continue
-            if id(p) not in made:
-                one = full(p.detach())
-                one = one if write else one.cpu() if keep else one.to("meta")
-                made[id(p)] = Parameter(one, requires_grad=p.requires_grad)
-            swapped.append((owner, name, p))
-    for owner, name, p in swapped:
-        owner._parameters[name] = made[id(p)]
+    swapped: list[tuple[dict[str, Any], str, Tensor]] = []
+    made: dict[int, Tensor] = {}
+    for owner in (inner for module in modules for inner in module.modules()):
+        for table in (owner._parameters, owner._buffers):
+            for name, p in table.items():
+                if p is None or not (isinstance(p, DTensor) or cut_of(p) is not None):
+                    continue
+                if id(p) not in made:
+                    one = full(marked(p.detach(), p), world)
+                    one = one if write else one.cpu() if keep else one.to("meta")
+                    is_parameter = isinstance(p, Parameter)
+                    made[id(p)] = Parameter(one, p.requires_grad) if is_parameter else one
+                swapped.append((table, name, p))
+    for table, name, p in swapped:
+        table[name] = made[id(p)]
     try:
         yield
     finally:
-        for owner, name, p in swapped:
-            changed, owner._parameters[name] = owner._parameters[name], p
+        for table, name, p in swapped:
+            changed, table[name] = table[name], p
             if write and changed is not None and id(p) in made:
                 assign(p, made.pop(id(p)).detach())
 
@@ -191,36 +209,52 @@ def whole(*modules: nn.Module, keep: bool = True, write: bool = False) -> Iterat
 
 
 def reduce(parameters: Sequence[Parameter], world: World) -> None:
-    """Sum the gradients of tensors that every rank holds whole over the data ranks.
+    """Sum the gradients of tensors that are not sharded over the data ranks, and shares over the tensor ranks.
 
     A rank whose rows did not reach a tensor has none for it: zero, if another rank has one. The gradients of
     sharded tensors were summed in their backward.
     """
     own = [p for p in parameters if not isinstance(p, DTensor)]
-    if world.data_size == 1 or not own:
-        return
+    if world.data_size > 1 and own:
+        _fill(own, world)
+        groups = [None]
+        if world.sizes["tensor"] > 1:  # those that see other rows, not those that cut the layers
+            axes = [axis for axis in ("replicate", "shard") if world.sizes[axis] > 1]
+            groups = [world.mesh.get_group(axis) for axis in axes]
+        for group in groups:
+            _sum_buckets([p.grad for p in own if p.grad is not None], group)
+    if world.sizes["tensor"] > 1:
+        shares = [local(p.grad) for p in parameters if is_share(p) and p.grad is not None]
+        _sum_buckets(shares, world.mesh.get_group("tensor"))
+
+
+def _fill(own: list[Parameter], world: World) -> None:
+    """Zero for the gradient that a rank has not and another one has."""
     reached = world.vectors([float(p.grad is not None) for p in own])
     for p, flags in zip(own, zip(*reached, strict=True), strict=True):
         if p.grad is None and any(flags):
             p.grad = torch.zeros_like(p)
+
+
+def _sum_buckets(gradients: Iterable[Tensor], group: Any) -> None:
     bucket: list[Tensor] = []
-    for gradient in [p.grad for p in own if p.grad is not None]:
+    for gradient in gradients:
         if bucket and (
             sum(g.numel() for g in bucket) + gradient.numel() > BUCKET
             or (bucket[0].dtype, bucket[0].device) != (gradient.dtype, gradient.device)
         ):
-            _all_reduce(bucket)
+            _all_reduce(bucket, group)
             bucket = []
         bucket.append(gradient)
     if bucket:
-        _all_reduce(bucket)
+        _all_reduce(bucket, group)
 
 
-def _all_reduce(tensors: list[Tensor]) -> None:
-    """Sum tensors of one type over all ranks, in place; half precision is added in float32."""
+def _all_reduce(tensors: list[Tensor], group: Any) -> None:
+    """Sum tensors of one type over a group of ranks, in place; half precision is added in float32."""
     wide = torch.promote_types(tensors[0].dtype, torch.float32)
     flat = torch.cat([t.reshape(-1).to(wide) for t in tensors])
-    torch.distributed.all_reduce(flat)
+    torch.distributed.all_reduce(flat, group=group)
     for tensor, total in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
         tensor.copy_(total.view_as(tensor))
 
@@ -234,18 +268,18 @@ def peaks(tensors: Mapping[str, Tensor | None], world: World) -> dict[str, Tenso
     return {**dict.fromkeys(tensors), **dict(zip(names, most, strict=True))}
 
 
-def gathered(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
+def gathered(tensors: Mapping[str, Tensor], world: World, *, keep: bool) -> dict[str, Tensor]:
     """The whole of each tensor on the CPU, one after the other; nothing where `keep` is False. All must ask."""
     out = {}
     for name, tensor in tensors.items():
-        one = full(tensor)
+        one = full(tensor, world)
         if keep:
             out[name] = one.cpu()
     return out
 
 
 def total_norm(gradients: Sequence[Tensor], world: World) -> float:
-    """The L2 norm of all gradients together, of which some are sharded; NaN or infinite if one is.
+    """The L2 norm of all gradients together, of which some are sharded or cut; NaN or infinite if one is.
 
     Squares are summed in float64, so that neither the number of ranks nor their order shows.
     """
@@ -257,9 +291,14 @@ def total_norm(gradients: Sequence[Tensor], world: World) -> float:
         norms = torch._foreach_norm(tensors, 2, wide)  # pyright: ignore[reportPrivateImportUsage]
         return float(torch.stack([n.double() for n in norms]).square().sum())
 
-    plain = square([g for g in gradients if not isinstance(g, DTensor)])
-    parts = square([g.to_local() for g in gradients if isinstance(g, DTensor)])
+    kinds: dict[tuple[bool, bool], list[Tensor]] = {}
+    for g in gradients:
+        kinds.setdefault((isinstance(g, DTensor), cut_of(g) is not None), []).append(local(g))
+    both = [square(kinds.get(kind, [])) for kind in ((True, True), (True, False), (False, True))]
     # each replica of a part has the same gradient: count the parts of one replica
-    shards = world.sizes["shard"]
-    own = world.values(parts)[world.rank // shards * shards :][:shards]
-    return (plain + sum(own)) ** 0.5
+    tensor = world.sizes["tensor"]
+    size = world.sizes["shard"] * tensor
+    rows = world.vectors(both)[world.rank // size * size :][:size]
+    parts = sum(row[0] for row in rows) + sum(row[1] for row in rows[::tensor])
+    parts += sum(row[2] for row in rows[:tensor])
+    return (square(kinds.get((False, False), [])) + parts) ** 0.5

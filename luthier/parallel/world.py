@@ -207,7 +207,11 @@ class World:
 
     def sum(self, value: float) -> float:
         """The sum of `value` over the data ranks; the same bits on each."""
-        return math.fsum(self.values(value))
+        return math.fsum(self.of_data(self.values(value)))
+
+    def of_data(self, values: list[T]) -> list[T]:
+        """Of one value per rank, one per data rank: the ranks that cut a model's layers see the same rows."""
+        return values[:: self.size // self.data_size]
 
     def max(self, value: float) -> float:
         return max(self.values(value))

@@ -84,7 +84,7 @@ def evaluate_loss(
                 tokens += count
             if progress:
                 progress(len(group))
-    parts = world.gather([losses, correct, tokens])
+    parts = world.of_data(world.gather([losses, correct, tokens]))
     losses = [loss for part in parts for loss in part[0]]
     correct, tokens = (sum(part[i] for part in parts) for i in (1, 2))
     if not tokens:
@@ -170,7 +170,7 @@ def generate_all(
     share = (world.data_rank, world.data_size)
     mine = generate(model, prompts, options, share=share, **how)
     # an answer is empty on all ranks but the one that gave it
-    parts = zip(*world.gather(mine), strict=True)
+    parts = zip(*world.of_data(world.gather(mine)), strict=True)
     return [[token for part in answers for token in part] for answers in parts]
 
 

@@ -257,7 +257,7 @@ class Trainer:
         self.metrics.activity("saving")
         self.metrics.flush()  # metrics.jsonl must not be behind the checkpoint
         with self.held():
-            tensors = gathered(live, keep=self.world.is_main)
+            tensors = gathered(live, self.world, keep=self.world.is_main)
             path = self.checkpoints.path(self.done)
             self.world.lead(
                 lambda: (

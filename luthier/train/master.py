@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from luthier.errors import Failed, Refused
+from luthier.parts import marked
 from luthier.train.optim import multiply
 
 HALF = (torch.float16, torch.bfloat16)
@@ -47,7 +48,7 @@ class MasterWeights:
         self._pairs: list[tuple[str, Parameter, Parameter]] = []  # name, model's, master
         for name, p in named_parameters:
             if master_dtype == "float32" and p.dtype in HALF:
-                master = Parameter(p.detach().float())
+                master = marked(Parameter(p.detach().float()), p)
                 self._pairs.append((name, p, master))
                 self.named.append((name, master))
             else:
@@ -85,7 +86,7 @@ class MasterWeights:
 
     def tensors(self) -> dict[str, Tensor]:
         """The masters by parameter name, to be saved; empty if there are none."""
-        return {name: master.detach() for name, _, master in self._pairs}
+        return {name: marked(master.detach(), master) for name, _, master in self._pairs}
 
     @torch.no_grad()
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:

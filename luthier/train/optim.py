@@ -20,6 +20,7 @@ from luthier.config import OptimConfig
 from luthier.errors import Refused
 from luthier.parallel.shard import local, total_norm
 from luthier.parallel.world import World
+from luthier.parts import cut_of, marked
 from luthier.train.adamw_mini import AdamWMini
 
 Named = Sequence[tuple[str, Parameter]]
@@ -115,10 +116,10 @@ def clip_gradients(
     summed in float32 (float64 for float64) whatever the type of the gradients. Sharded gradients count with
     their parts on all ranks of `world`.
     """
-    gradients = [p.grad for p in parameters if p.grad is not None]
+    gradients = [marked(p.grad, p) for p in parameters if p.grad is not None]
     if not gradients:
         return 0.0
-    if any(isinstance(g, DTensor) for g in gradients):
+    if any(isinstance(g, DTensor) or cut_of(g) is not None for g in gradients):
         norm = total_norm(gradients, world or World())
     else:
         double = any(g.dtype == torch.float64 for g in gradients)
@@ -136,7 +137,8 @@ def optimizer_tensors(optimizer: Optimizer, named_parameters: Named) -> dict[str
     for name, parameter in named_parameters:
         for key, value in optimizer.state.get(parameter, {}).items():
             if value is not None:  # sgd without momentum keeps None
-                out[f"{key}/{name}"] = value.detach()
+                like = parameter if value.shape == parameter.shape else value
+                out[f"{key}/{name}"] = marked(value.detach(), like)
     return out
 
 

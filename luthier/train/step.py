@@ -133,7 +133,8 @@ class Updater:
             float(sum(batch.num_real_tokens for batch in real)),
             float(sum(batch.input_ids.numel() for batch in real)),
         ]
-        return [int(sum(column)) for column in zip(*self.world.vectors(ours), strict=True)]
+        theirs = self.world.of_data(self.world.vectors(ours))
+        return [int(sum(column)) for column in zip(*theirs, strict=True)]
 
     def _everywhere(self) -> dict[str, Tensor | None]:
         """Gradients by name; with several ranks what there is of each on any of them."""
@@ -192,7 +193,7 @@ class Updater:
                 if not self._loss_sum(rows[i % len(rows)]).isfinite() and i < len(rows):
                     bad.append(rows[i].rows[0])
         every = [row.rows[0] for row in rows if not row.is_filler]
-        found = self.world.gather([bad, every])
+        found = self.world.of_data(self.world.gather([bad, every]))
         weights: dict[str, Tensor] = dict(self.stage.model.named_parameters())
         if self.world.size > 1:
             weights = {n: t for n, t in peaks(weights, self.world).items() if t is not None}

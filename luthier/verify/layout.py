@@ -21,6 +21,7 @@ from luthier.errors import Failed, Refused
 from luthier.parallel.degrees import check_sharding, fit_batch
 from luthier.parallel.shard import gathered, whole
 from luthier.parallel.world import World
+from luthier.parts import marked
 from luthier.train.optim import make_optimizer
 from luthier.verify.loss import EXACT, Difference, Measured, compare, show_differences, wake
 from luthier.verify.packing import open_training
@@ -54,7 +55,7 @@ def compare_layout(config: RunConfig, world: World, say: Callable[[str], object]
         }
     )
     config = fit_batch(config, world.data_size)
-    check_sharding(config, world.sizes["shard"])
+    check_sharding(config, world.sizes)
     ours, norm, built = _first_step(config, world)
     say(
         f"{world.words}, stage {config.parallel.stage}; {config.batch} rows in micro-batches of "
@@ -93,7 +94,7 @@ def _first_step(config: RunConfig, world: World) -> tuple[Measured, float, Built
     finally:
         data.loader.close()
     built = build(config, train=True, world=world)
-    with whole(*adapters_of(built.model).values(), write=True):
+    with whole(*adapters_of(built.model).values(), world=world, write=True):
         wake(built, config.train.seed)
     updater = make_updater(config, built)
     updater.gate, updater.clip = (
@@ -105,8 +106,9 @@ def _first_step(config: RunConfig, world: World) -> tuple[Measured, float, Built
     kept: dict[str, Tensor] = {}
 
     def keep(*_: Any) -> None:
-        live = {n: p.grad.detach() for n, p in updater.master.named if p.grad is not None}
-        kept.update({n: g.clone() for n, g in gathered(live, keep=world.is_main).items()})
+        named = [(n, p, p.grad) for n, p in updater.master.named if p.grad is not None]
+        live = {n: marked(g.detach(), p) for n, p, g in named}
+        kept.update({n: g.clone() for n, g in gathered(live, world, keep=world.is_main).items()})
 
     updater.optimizer.register_step_pre_hook(keep)
     report = updater.update(micro_batches, step=1, lr=0.0)

@@ -14,6 +14,7 @@ from luthier.configfile import from_mapping
 from luthier.parallel.degrees import fit_batch
 from luthier.parallel.shard import gathered
 from luthier.parallel.world import World
+from luthier.parts import marked
 
 Found = dict[str, Any]
 
@@ -42,8 +43,8 @@ def steps(
     gradients: list[dict[str, np.ndarray]] = []
 
     def record(*_: Any) -> None:
-        live = {name: p.grad for name, p in updater.master.named if p.grad is not None}
-        whole = gathered(live, keep=True)
+        named = [(name, p, p.grad) for name, p in updater.master.named if p.grad is not None]
+        whole = gathered({name: marked(g, p) for name, p, g in named}, world, keep=True)
         gradients.append({name: g.numpy().copy() for name, g in whole.items()})
 
     updater.optimizer.register_step_pre_hook(record)
@@ -57,7 +58,7 @@ def steps(
         found["tokens"].append((report.num_supervised, report.num_tokens))
         found["rows"].append([row for b in micro if not b.is_filler for row in b.rows])
     data.loader.close()
-    weights = gathered(dict(updater.weights()), keep=True)
+    weights = gathered(dict(updater.weights()), world, keep=True)
     found["weights"] = {name: w.detach().numpy().copy() for name, w in weights.items()}
     found["gradients"] = gradients
     return found
