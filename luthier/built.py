@@ -21,14 +21,19 @@ from luthier.adapters.facts import plain
 from luthier.adapters.store import load_tensors, save_adapter
 from luthier.config import AdapterConfig, RopeScaling, RunConfig
 from luthier.config_parallel import ParallelConfig
+from luthier.errors import Refused
 from luthier.layers import count
 from luthier.models.cuts import cuts_of
 from luthier.models.folder import original_hash
 from luthier.models.load import build_model, save_model
 from luthier.models.rotary import config_changes
+from luthier.models.sequence import tokens_of
 from luthier.models.stage import Stage, decoder_layers, same_stage
+from luthier.parallel.collectives import Axis
+from luthier.parallel.sequence import split_sequence
 from luthier.parallel.shard import Sharding, assign, whole
-from luthier.parallel.tensor import check_adapters, cut_layers
+from luthier.parallel.tensor import by_heads, cut_layers
+from luthier.parallel.vocabulary import cut_vocabulary
 from luthier.parallel.world import World
 from luthier.parts import whole_numel
 from luthier.text import Text
@@ -56,6 +61,7 @@ class Built:
     remarks: list[str] = field(default_factory=list)
     world: World = field(default_factory=World)
     sharding: Sharding | None = None
+    tokens: tuple[int, int] = (0, 1)  # which stretch of a row's tokens is here between the layers
 
     def settle(self) -> None:
         """Free what a forward without backward left gathered."""
@@ -125,14 +131,38 @@ def cut(built: Built, parallel: ParallelConfig) -> None:
     )
 
 
-def cut_tensor(built: Built) -> None:
-    """Cut the model's layers, and the adapters on them, over the tensor axis of its world."""
-    world = built.world
-    found, adapters = cuts_of(built.model, world.sizes["tensor"]), adapters_of(built.model)
-    check_adapters(found.layers, adapters, world)
+def cut_tensor(built: Built, parallel: ParallelConfig) -> None:
+    """Cut the model's layers and vocabulary, and the adapters on them, over the tensor axis of its world; with
+    `parallel.sequence` also the tokens between the layers, where the family can."""
+    model, axis = built.model, Axis.of(built.world)
+    found, adapters = cuts_of(model, axis.ranks), adapters_of(model)
+    tokens = tokens_of(model, found) if parallel.sequence else None
+    if isinstance(tokens, str):
+        asked = f"parallel.sequence=true for the model family '{model.config.model_type}'"
+        if "sequence" in parallel.model_fields_set:
+            raise Refused(asked, tokens, "leave parallel.sequence out")
+        built.remarks.append(f"parallel.sequence is off: {tokens}")
+        tokens = None
     with same_stage(built.stage):
-        cut_layers(built.model, found.layers, adapters, found.shares, world)
-        found.settle(built.model, world.mesh.get_local_rank("tensor"), world.sizes["tensor"])
+        edges = [
+            None if p is None else model.get_submodule(p) for p in (found.embedding, found.head)
+        ]
+        cut_layers(
+            model,
+            found.layers,
+            adapters,
+            found.shares,
+            axis,
+            by_tokens=tokens is not None,
+            whole=[found.head] if found.head else [],
+        )
+        built.stage.vocabulary = cut_vocabulary(*edges, axis, tied=found.tied)
+        by_heads(adapters, axis)
+        if tokens is not None:
+            layers = list(decoder_layers(model))
+            split_sequence(model, layers, tokens.entries, tokens.shares, axis)
+            built.tokens = (axis.rank, axis.ranks)
+        found.settle(model, axis.rank, axis.ranks)
 
 
 def write_model(built: Built, text: Text, folder: Path) -> None:

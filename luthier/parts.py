@@ -24,25 +24,48 @@ class Part:
     """The part that rank `rank` of `ranks` has of a tensor along `dim`.
 
     `sizes`: what lies one after the other along `dim` in the whole tensor (queries, keys and values, say), each cut
-    into `ranks` equal stretches; a rank has one stretch of each.
+    into stretches that are equal, or one longer for the first ranks; a rank has one stretch of each.
+    `copies`: so many neighbouring ranks have the same part (heads of keys and values, of which there are fewer than ranks).
     """
 
     dim: int
     sizes: tuple[int, ...]
     rank: int
     ranks: int
+    copies: int = 1
 
     def of(self, whole: Tensor) -> Tensor:
         """This rank's part, contiguous."""
+        number = self.ranks // self.copies
         pieces = whole.split(self.sizes, self.dim)
-        mine = [piece.chunk(self.ranks, self.dim)[self.rank] for piece in pieces]
+        mine = [piece.tensor_split(number, self.dim)[self.rank // self.copies] for piece in pieces]
         return torch.cat(mine, self.dim).contiguous()
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
         """The whole of every rank's part, in the ranks' order."""
-        own = [size // self.ranks for size in self.sizes]
-        pieces = zip(*(part.split(own, self.dim) for part in parts), strict=True)
-        return torch.cat([piece for group in pieces for piece in group], self.dim)
+        pieces = [
+            part.split(self._lengths(rank), self.dim)
+            for rank, part in enumerate(parts)
+            if rank % self.copies == 0
+        ]
+        groups = zip(*pieces, strict=True)
+        return torch.cat([piece for group in groups for piece in group], self.dim)
+
+    def length(self, rank: int) -> int:
+        """How long the part of a rank is along `dim`; no rank's is longer than that of rank 0."""
+        return sum(self._lengths(rank))
+
+    @property
+    def start(self) -> int:
+        """Where this rank's part begins in a tensor of one size."""
+        return sum(
+            self.length(rank)
+            for rank in range(0, self.rank // self.copies * self.copies, self.copies)
+        )
+
+    def _lengths(self, rank: int) -> list[int]:
+        number, place = self.ranks // self.copies, rank // self.copies
+        return [size // number + (place < size % number) for size in self.sizes]
 
     def whole_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """The shape of the whole, of a part's."""

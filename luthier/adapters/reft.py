@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -135,7 +135,6 @@ class ReFT(Adapter):
     """The edits of one decoder layer's output."""
 
     uses = frozenset({"rank", "positions", "tied", "act_fn", "add_bias", "dropout"})
-    follows: ClassVar = {}  # a decoder layer as a whole has no tensor-parallel style
     peft_types = ("LUTHIER_REFT",)
     suffixes = tuple(
         f"{part}.{name}.weight"

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache, partial
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from luthier.errors import Failed, Refused
 from luthier.models import cpu_attention as cpu_attention  # registers the operator
 from luthier.models.families import family_of
 from luthier.models.zoo.glm_generation import context_mask, infilling_positions
+from luthier.parts import Part
 
 # results that `selective` recomputation keeps: matrix products are dear to redo, the rest is cheap
 _KEPT = {
@@ -44,6 +45,14 @@ _KEPT = {
 _ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
+class Vocabulary(Protocol):
+    """`parallel.vocabulary.Vocabulary`: the columns of the logits that this rank has."""
+
+    @property
+    def part(self) -> Part: ...
+    def columns(self) -> AbstractContextManager[None]: ...
+
+
 class Stage(nn.Module):
     """The whole model as one stage; `model` is the untouched `PreTrainedModel`."""
 
@@ -52,6 +61,7 @@ class Stage(nn.Module):
         self.model = model
         self.recompute = "none"  # see `set_recompute`
         self.autocast: torch.dtype | None = None  # type of matrix products over wider weights
+        self.vocabulary: Vocabulary | None = None  # where embedding and head are cut by tokens
         self._family = family_of(model.config.model_type)
         self._randomness_checked = False
 
@@ -87,8 +97,10 @@ class Stage(nn.Module):
         return out[0]
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Logits [N, V] of hidden states [N, D], with all that the family does after its output layer."""
-        with self._products(hidden.device):
+        """Logits [N, V] of hidden states [N, D], with all that the family does after its output layer; of a head
+        that is cut, this rank's columns."""
+        own = nullcontext() if self.vocabulary is None else self.vocabulary.columns()
+        with self._products(hidden.device), own:
             logits = _output_layer(self.model)(hidden)
         config, family = self.model.config, self._family
         if family.multiply:
@@ -210,7 +222,7 @@ def check_stage(stage: Stage) -> None:
                 with stage._products(device):
                     out = model(**plain_inputs(model, part[None]), use_cache=False)
                 _same(stage, "hidden states in a packed row", hidden, seen[0][0])
-                _same(stage, "logits", stage.head(seen[0][0]), out.logits[0])
+                _same(stage, "logits", stage.head(seen[0][0]), _columns(stage, out.logits[0]))
     finally:
         hook.remove()
         model.train(training)
@@ -218,17 +230,25 @@ def check_stage(stage: Stage) -> None:
 
 @contextmanager
 def same_stage(stage: Stage) -> Iterator[None]:
-    """Refused unless the hidden states of two short documents are the same after what is done inside as before."""
+    """Refused unless the hidden states of two short documents, and the logits of the same states, are after what is
+    done inside what they were before."""
     training = stage.model.training
     batch, _ = _trial(stage)
     stage.model.eval()
     with torch.no_grad():
         before = stage(batch)
+        logits = stage.head(before[0])
     yield
+    what, do = "cut among tensor-parallel ranks", "use parallel.shard in place of parallel.tensor"
     with torch.no_grad():
-        what = "hidden states cut among tensor-parallel ranks"
-        _same(stage, what, stage(batch), before, "use parallel.shard in place of parallel.tensor")
+        _same(stage, f"hidden states {what}", stage(batch), before, do)
+        _same(stage, f"logits {what}", stage.head(before[0]), _columns(stage, logits), do)
     stage.model.train(training)
+
+
+def _columns(stage: Stage, logits: Tensor) -> Tensor:
+    """Of all logits [N, V], those that `Stage.head` gives."""
+    return logits if stage.vocabulary is None else stage.vocabulary.part.of(logits)
 
 
 def _trial(stage: Stage) -> tuple[Batch, tuple[int, ...]]:

@@ -48,12 +48,6 @@ def mesh_sizes(parallel: ParallelConfig, processes: int) -> dict[str, int]:
                 f"it says how {ABSENT[axis]} works, which is not there in this version of Luthier",
                 "leave it out",
             )
-    if sizes["tensor"] != 1 and parallel.sequence and "sequence" in parallel.model_fields_set:
-        raise Refused(
-            "parallel.sequence=true",
-            "sequence parallelism is not there in this version of Luthier",
-            "leave it out: parallel.tensor works without it",
-        )
     fixed = math.prod(size for size in sizes.values() if size != -1)
     rest = [axis for axis, size in sizes.items() if size == -1]
     given = ", ".join(f"parallel.{a}={s}" for a, s in sizes.items() if s not in (-1, 1))
@@ -85,12 +79,6 @@ def check_sharding(config: RunConfig, sizes: Mapping[str, int]) -> None:
                 "its moments are shared by rows of a tensor that would lie on different ranks",
                 f"use optim.name=adamw, or parallel.replicate in place of parallel.{axis}",
             )
-    if sizes["tensor"] > 1 and config.train.compile:
-        raise Refused(
-            f"train.compile=true with parallel.tensor={sizes['tensor']}",
-            "layers that are cut are not compiled in this version",
-            "leave train.compile out",
-        )
 
 
 def fit_batch(config: RunConfig, data_ranks: int) -> RunConfig:

@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
 from luthier.errors import Refused
+from luthier.parallel.collectives import all_parts
 from luthier.parallel.world import World
 from luthier.parts import cut_of, is_share, marked
 
@@ -133,10 +134,7 @@ def full(tensor: Tensor, world: World) -> Tensor:
     how = cut_of(tensor)
     if how is None:
         return one
-    one = one.detach().contiguous()
-    parts = [torch.empty_like(one) for _ in range(how.ranks)]
-    torch.distributed.all_gather(parts, one, group=world.mesh.get_group("tensor"))
-    return how.join(parts)
+    return all_parts(one.detach(), world.mesh.get_group("tensor"), how)
 
 
 @torch.no_grad()
@@ -226,6 +224,21 @@ def reduce(parameters: Sequence[Parameter], world: World) -> None:
     if world.sizes["tensor"] > 1:
         shares = [local(p.grad) for p in parameters if is_share(p) and p.grad is not None]
         _sum_buckets(shares, world.mesh.get_group("tensor"))
+        _sum_copies(parameters, world)
+
+
+def _sum_copies(parameters: Sequence[Parameter], world: World) -> None:
+    """Sum the gradients of parts that several tensor ranks have: heads of keys and values that they share."""
+    for p in parameters:
+        how = cut_of(p)
+        if how is None or how.copies == 1 or p.grad is None:
+            continue
+        gradient = local(p.grad)
+        # a place for each different part, so that one sum over all ranks does
+        places = gradient.new_zeros(how.ranks // how.copies, *gradient.shape)
+        places[how.rank // how.copies] = gradient
+        _all_reduce([places], world.mesh.get_group("tensor"))
+        gradient.copy_(places[how.rank // how.copies])
 
 
 def _fill(own: list[Parameter], world: World) -> None:
@@ -291,14 +304,21 @@ def total_norm(gradients: Sequence[Tensor], world: World) -> float:
         norms = torch._foreach_norm(tensors, 2, wide)  # pyright: ignore[reportPrivateImportUsage]
         return float(torch.stack([n.double() for n in norms]).square().sum())
 
-    kinds: dict[tuple[bool, bool], list[Tensor]] = {}
+    # of each kind (sharded, cut) the gradients, by the number of tensor ranks that have the same part
+    kinds: dict[tuple[bool, bool], dict[int, list[Tensor]]] = {}
     for g in gradients:
-        kinds.setdefault((isinstance(g, DTensor), cut_of(g) is not None), []).append(local(g))
-    both = [square(kinds.get(kind, [])) for kind in ((True, True), (True, False), (False, True))]
+        how = cut_of(g)
+        kind = kinds.setdefault((isinstance(g, DTensor), how is not None), {})
+        kind.setdefault(1 if how is None else how.copies, []).append(local(g))
+
+    def squares(kind: tuple[bool, bool]) -> float:
+        return sum(square(tensors) / copies for copies, tensors in kinds.get(kind, {}).items())
+
+    both = [squares(kind) for kind in ((True, True), (True, False), (False, True))]
     # each replica of a part has the same gradient: count the parts of one replica
     tensor = world.sizes["tensor"]
     size = world.sizes["shard"] * tensor
     rows = world.vectors(both)[world.rank // size * size :][:size]
     parts = sum(row[0] for row in rows) + sum(row[1] for row in rows[::tensor])
     parts += sum(row[2] for row in rows[:tensor])
-    return (square(kinds.get((False, False), [])) + parts) ** 0.5
+    return (squares((False, False)) + parts) ** 0.5

@@ -3,23 +3,25 @@
 A layer cut by its outputs takes whole inputs, whose gradient is summed in the backward; one cut by its inputs
 gives a partial sum, which is added up in the forward, and its bias once. Between the two, heads and inner numbers are
 a rank's own. Weights stay plain tensors of the rank's part (`parts.py`), so that adapters, recomputation and
-sharding work on them as on any other. Embedding, norms and head are whole on every rank. Which layers are cut,
-and how, is told by `models/cuts.py`.
+sharding work on them as on any other. Embedding and head are cut by rows of the vocabulary (`vocabulary.py`);
+between the layers a rank may hold its own tokens only (`sequence.py`). Which layers are cut, and how, is told
+by `models/cuts.py`; adapters that cannot be cut are told their part by `beside.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 
-from luthier.errors import Refused
+from luthier.batch import current_layout
 from luthier.layers import is_transposed
-from luthier.parallel.world import World
+from luthier.parallel.beside import Columns, Rows
+from luthier.parallel.collectives import Axis, sum_backward, sum_forward, sum_tokens, total
 from luthier.parts import Part, mark_part, mark_share
 
 
@@ -30,6 +32,8 @@ class LayerCut(Protocol):
     def along(self) -> str: ...  # "outputs" or "inputs"
     @property
     def sizes(self) -> tuple[int, ...]: ...  # what lies one after the other along that side
+    @property
+    def copies(self) -> int: ...  # ranks that have the same part
 
 
 class Sides(NamedTuple):
@@ -40,101 +44,94 @@ class Sides(NamedTuple):
 SIDES = {"outputs": Sides("colwise", 0), "inputs": Sides("rowwise", 1)}
 
 
-def check_method(method: str, follows: Mapping[str, Any], tensor: int) -> None:
-    """Refuse an adapter method that says nothing about how it is cut (`Adapter.follows`)."""
-    if not follows:
-        raise Refused(
-            f"adapter.method={method} with parallel.tensor={tensor}",
-            "what it adds to a layer cannot be cut as the layer is",
-            "use parallel.shard in place of parallel.tensor, or adapter.method=lora",
-        )
-
-
-def check_adapters(
-    layers: Mapping[str, LayerCut], adapters: Mapping[str, nn.Module], world: World
-) -> None:
-    """Refuse adapters that cannot be cut as their layers are. `adapters`: path of the layer -> its adapter."""
-    for path, adapter in adapters.items():
-        config: Any = adapter.config
-        asked = f"adapter.method={config.method} with parallel.tensor={world.sizes['tensor']}"
-        follows: Any = adapter.follows
-        check_method(config.method, follows, world.sizes["tensor"])
-        if path not in layers:
-            continue
-        how = layers[path]
-        if SIDES[how.along].style not in follows:
-            raise Refused(
-                asked,
-                f"layer '{path}' is cut by its {how.along}, and with these options of the adapter "
-                "the other side is needed whole",
-                f"leave '{path.rpartition('.')[2]}' out of adapter.targets, or use parallel.shard",
-            )
-        for name, axis in follows[SIDES[how.along].style].items():
-            tensor = getattr(adapter, name, None)
-            if tensor is not None and not _sizes(tensor.shape[axis], how, world.sizes["tensor"]):
-                raise Refused(
-                    asked,
-                    f"{name} of layer '{path}' has {tensor.shape[axis]} rows or columns, which cannot be "
-                    f"shared out as the layer's {sum(how.sizes)} {how.along} are",
-                    "leave the layer out of adapter.targets, or use parallel.shard",
-                )
-
-
 def cut_layers(
     model: nn.Module,
     layers: Mapping[str, LayerCut],
     adapters: Mapping[str, nn.Module],
     shares: Iterable[str],
-    world: World,
+    axis: Axis,
+    *,
+    by_tokens: bool = False,
+    whole: Iterable[str] = (),
 ) -> None:
     """Cut the linear layers of `model` at these paths, and the adapters on them, to this rank's part.
 
     All values are there and whole before: they depend on no rank. `shares`: modules between the cuts whose
-    parameters are whole on each rank and whose gradients are summed.
+    parameters are whole on each rank and whose gradients are summed. `by_tokens`: in a layout, tokens are gathered
+    before the layers and scattered behind them; the layers of `whole` (the head) are outside of that.
     """
-    rank, ranks = world.mesh.get_local_rank("tensor"), world.sizes["tensor"]
-    group = world.mesh.get_group("tensor")
+    kept = set(whole)
     for path, how in layers.items():
         layer, sides = model.get_submodule(path), SIDES[how.along]
-        axis = 1 - sides.weight if is_transposed(layer) else sides.weight
-        _cut(layer, "weight", Part(axis, how.sizes, rank, ranks))
-        _resize(layer, how.along, ranks)
+        dim = 1 - sides.weight if is_transposed(layer) else sides.weight
+        cut_tensor(layer, "weight", part_of(dim, how, axis))
         if how.along == "outputs":
             if layer._parameters.get("bias") is not None:
-                _cut(layer, "bias", Part(0, how.sizes, rank, ranks))
-            layer.register_forward_pre_hook(_Entering(group), prepend=True)
+                cut_tensor(layer, "bias", part_of(0, how, axis))
+            entering = _Entering(axis, by_tokens and path not in kept)
+            layer.register_forward_pre_hook(entering, prepend=True)
         else:
-            leaving = _Leaving(group)
+            leaving = _Leaving(axis, by_tokens)
             layer.register_forward_pre_hook(leaving.enter)
             layer.register_forward_hook(leaving.leave, always_call=True)
-        adapter: Any = adapters.get(path)
-        if adapter is None:
-            continue
-        if how.along == "inputs":
-            adapter.entering = Part(-1, how.sizes, rank, ranks)
-        axes = adapter.follows[sides.style]
-        for name, tensor in (*adapter.named_parameters(), *adapter.named_buffers()):
-            if name in axes:
-                sizes = _sizes(tensor.shape[axes[name]], how, ranks)
-                assert sizes is not None  # `check_adapters`
-                _cut(adapter, name, Part(axes[name], sizes, rank, ranks))
-            elif isinstance(tensor, Parameter):
-                mark_share(tensor)
+        _resize(layer, how.along)
+        if path in adapters:
+            _cut_adapter(adapters[path], how, axis)
     for path in shares:
         for parameter in model.get_submodule(path).parameters():
             mark_share(parameter)
 
 
-def _sizes(length: int, how: LayerCut, ranks: int) -> tuple[int, ...] | None:
+def by_heads(adapters: Mapping[str, nn.Module], axis: Axis) -> None:
+    """Give adapters that have heads of keys and values for all layers (prefixes) this rank's of them."""
+    for adapter in adapters.values():
+        one: Any = adapter
+        if not one.by_heads:
+            continue
+        copies = max(1, axis.ranks // one.kv_heads)
+        one.heads_here = Part(1, (one.kv_heads,), axis.rank, axis.ranks, copies)
+        for parameter in one.parameters():
+            mark_share(parameter)
+
+
+def part_of(dim: int, how: LayerCut, axis: Axis) -> Part:
+    return Part(dim, how.sizes, axis.rank, axis.ranks, how.copies)
+
+
+def _cut_adapter(adapter: Any, how: LayerCut, axis: Axis) -> None:
+    """Cut an adapter as its layer is; one that cannot be stays whole, and takes its part of what it gives.
+
+    All that is whole then has a share of its gradient on each rank.
+    """
+    style = SIDES[how.along].style
+    if how.along == "inputs":
+        adapter.entering = part_of(-1, how, axis)
+        adapter.total = partial(total, axis=axis)
+    axes = adapter.follows.get(style)
+    named = [*adapter.named_parameters(), *adapter.named_buffers()]
+    sizes = {n: _sizes(t.shape[axes[n]], how, axis) for n, t in named if axes and n in axes}
+    if axes is None or None in sizes.values():
+        adapter.beside = (Columns if how.along == "outputs" else Rows)(how.sizes, how.copies, axis)
+        axes, sizes = {}, {}
+    for name, tensor in named:
+        if name in sizes:
+            own: Any = sizes[name]
+            cut_tensor(adapter, name, Part(axes[name], own, axis.rank, axis.ranks, how.copies))
+        elif isinstance(tensor, Parameter):
+            mark_share(tensor)
+
+
+def _sizes(length: int, how: LayerCut, axis: Axis) -> tuple[int, ...] | None:
     """How a side of an adapter's tensor is cut beside a layer; None if it cannot be."""
     if length == sum(how.sizes):
         return how.sizes
-    plain = len(how.sizes) == 1 and length % ranks == 0 and how.sizes[0] % length == 0
-    return (length,) if plain else None
+    number, first = axis.ranks // how.copies, how.sizes[0]
+    even = length % number == 0 and first % number == 0 and first % length == 0
+    return (length,) if len(how.sizes) == 1 and even else None
 
 
 @torch.no_grad()
-def _cut(owner: nn.Module, name: str, how: Part) -> None:
+def cut_tensor(owner: nn.Module, name: str, how: Part) -> None:
     """Put the rank's part in the place of a parameter or buffer."""
     old = getattr(owner, name)
     mine = how.of(old.detach()).clone()
@@ -144,12 +141,14 @@ def _cut(owner: nn.Module, name: str, how: Part) -> None:
     mark_part(mine, how)
 
 
-def _resize(layer: nn.Module, along: str, ranks: int) -> None:
+def _resize(layer: nn.Module, along: str) -> None:
     """The layer's own record of its sizes."""
     names = {"outputs": ("out_features", "nf"), "inputs": ("in_features", "nx")}[along]
+    side = SIDES[along].weight
+    length = layer.get_parameter("weight").shape[1 - side if is_transposed(layer) else side]
     for name in names:
         if hasattr(layer, name):
-            setattr(layer, name, getattr(layer, name) // ranks)
+            setattr(layer, name, length)
 
 
 def _hide_bias(layer: nn.Module) -> None:
@@ -166,58 +165,54 @@ def _hide_bias(layer: nn.Module) -> None:
 class _Entering:
     """Whole inputs of a layer that is cut by its outputs."""
 
-    def __init__(self, group: Any) -> None:
-        self.group = group
+    def __init__(self, axis: Axis, by_tokens: bool) -> None:
+        self.axis, self.by_tokens = axis, by_tokens
 
+    @torch.compiler.disable
     def __call__(self, layer: nn.Module, args: tuple[Any, ...]) -> Any:
-        return (_SumBackward.apply(args[0], self.group), *args[1:])
+        if self.by_tokens and current_layout() is not None:
+            return None  # the gradient is summed where the tokens were gathered
+        return (sum_backward(args[0], self.axis), *args[1:])
 
 
 class _Leaving:
     """The sum of the ranks' outputs of a layer that is cut by its inputs, and its bias."""
 
-    def __init__(self, group: Any) -> None:
-        self.group = group
+    def __init__(self, axis: Axis, by_tokens: bool) -> None:
+        self.axis, self.by_tokens = axis, by_tokens
 
+    @torch.compiler.disable
     def enter(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
         _hide_bias(layer)
 
+    @torch.compiler.disable
     def leave(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor | None) -> Any:
         vars(layer).pop("bias", None)
         if (
             output is None
         ):  # the forward was left early: an error, or all is recomputed that is needed
             return None
-        y: Any = _SumForward.apply(output, self.group)
+        layout = current_layout()
+        by_tokens = self.by_tokens and layout is not None
+        if by_tokens:
+            rows = (
+                output.unflatten(0, (len(layout.document_ids), -1)) if output.ndim == 2 else output
+            )
+            y = sum_tokens(rows, self.axis)
+            y = y.flatten(0, 1) if output.ndim == 2 else y
+        else:
+            y = sum_forward(output, self.axis)
         bias = layer._parameters.get("bias")
-        return y if bias is None else y + bias.to(y.dtype)
+        if bias is None:
+            return y
+        adapter: Any = getattr(layer, "adapter", None)
+        if adapter is not None:
+            bias = adapter.fold_bias(bias)
+            # what the adapter has from here is whole on each rank, and of its own tokens only where they are cut
+            bias = bias if by_tokens else _shared(bias, self.axis.ranks)
+        return y + bias.to(y.dtype)
 
 
-class _SumBackward(torch.autograd.Function):
-    """x -> x; the gradients of the ranks are summed."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
-        ctx.group = group
-        return x.view_as(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        total = gradient.clone(memory_format=torch.contiguous_format)
-        torch.distributed.all_reduce(total, group=ctx.group)
-        return total, None
-
-
-class _SumForward(torch.autograd.Function):
-    """The ranks' y -> their sum; each gets the gradient of the sum."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, group: Any) -> Tensor:
-        total = y.clone(memory_format=torch.contiguous_format)
-        torch.distributed.all_reduce(total, group=group)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return gradient, None
+def _shared(x: Tensor, ranks: int) -> Tensor:
+    """x, of whose gradient each rank counts an equal share."""
+    return x.detach() + (x - x.detach()) / ranks if x.requires_grad else x

@@ -77,7 +77,9 @@ def evaluate_loss(
             # a rank for which none is left runs one again: forwards gather weights, and all must take part
             own = world.data_rank < len(group)
             batch = group[world.data_rank if own else 0].to(device)
-            loss, hits, count = token_stats(stage(batch), batch.labels, stage.head)
+            loss, hits, count = token_stats(
+                stage(batch), batch.labels, stage.head, vocabulary=stage.vocabulary
+            )
             if own:
                 losses.append(loss)
                 correct += hits

@@ -48,6 +48,8 @@ class Stage(Protocol):
 
     @property
     def model(self) -> Module: ...
+    @property
+    def vocabulary(self) -> Any: ...
     def __call__(self, batch: Batch, /) -> Tensor: ...
     def head(self, hidden: Tensor, /) -> Tensor: ...
     def head_parameters(self) -> list[Parameter]: ...
@@ -179,7 +181,13 @@ class Updater:
 
     def _loss_sum(self, batch: Batch) -> Tensor:
         hidden = self.stage(batch)  # [B, S, D]
-        return token_loss(hidden, batch.labels, self.stage.head, self.stage.head_parameters())
+        return token_loss(
+            hidden,
+            batch.labels,
+            self.stage.head,
+            self.stage.head_parameters(),
+            vocabulary=self.stage.vocabulary,
+        )
 
     def _raise_non_finite(
         self, loss: float, norm: float, step: int, micro_batches: Sequence[Batch]
