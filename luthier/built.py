@@ -144,9 +144,10 @@ def cut_tensor(built: Built, parallel: ParallelConfig) -> None:
         built.remarks.append(f"parallel.sequence is off: {tokens}")
         tokens = None
     with same_stage(built.stage):
-        edges = [
-            None if p is None else model.get_submodule(p) for p in (found.embedding, found.head)
-        ]
+        embedding, head = (
+            None if path is None else model.get_submodule(path)
+            for path in (found.embedding, found.head)
+        )
         cut_layers(
             model,
             found.layers,
@@ -156,7 +157,7 @@ def cut_tensor(built: Built, parallel: ParallelConfig) -> None:
             by_tokens=tokens is not None,
             whole=[found.head] if found.head else [],
         )
-        built.stage.vocabulary = cut_vocabulary(*edges, axis, tied=found.tied)
+        built.stage.vocabulary = cut_vocabulary(embedding, head, axis, tied=found.tied)
         by_heads(adapters, axis)
         if tokens is not None:
             layers = list(decoder_layers(model))

@@ -86,16 +86,16 @@ def cuts_of(model: PreTrainedModel, ranks: int) -> Cuts:
 def _with_vocabulary(model: PreTrainedModel, found: Cuts) -> Cuts:
     """Embedding and head cut by rows; both or none of them where they are one tensor."""
     paths = {id(module): path for path, module in model.named_modules()}
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    embedding: Any = model.get_input_embeddings()
+    head: Any = model.get_output_embeddings()
     plain = isinstance(embedding, nn.Embedding) and embedding.max_norm is None
     linear = head is not None and is_linear(head) and not is_quantized(head)
-    tied = linear and head.get_parameter("weight") is embedding.get_parameter("weight")
+    tied = linear and head.weight is embedding.weight
     if (tied and not plain) or (plain and head is embedding):
         return found
     if linear:
-        path = paths[id(head)]
-        found.layers[path] = LayerCut("outputs", (features(head)[1],))
-        found = replace(found, head=path, tied=tied)
+        found.layers[paths[id(head)]] = LayerCut("outputs", (features(head)[1],))
+        found = replace(found, head=paths[id(head)], tied=tied)
     return replace(found, embedding=paths[id(embedding)]) if plain else found
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache, partial
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,6 @@ from luthier.errors import Failed, Refused
 from luthier.models import cpu_attention as cpu_attention  # registers the operator
 from luthier.models.families import family_of
 from luthier.models.zoo.glm_generation import context_mask, infilling_positions
-from luthier.parts import Part
 
 # results that `selective` recomputation keeps: matrix products are dear to redo, the rest is cheap
 _KEPT = {
@@ -45,14 +44,6 @@ _KEPT = {
 _ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
-class Vocabulary(Protocol):
-    """`parallel.vocabulary.Vocabulary`: the columns of the logits that this rank has."""
-
-    @property
-    def part(self) -> Part: ...
-    def columns(self) -> AbstractContextManager[None]: ...
-
-
 class Stage(nn.Module):
     """The whole model as one stage; `model` is the untouched `PreTrainedModel`."""
 
@@ -61,7 +52,9 @@ class Stage(nn.Module):
         self.model = model
         self.recompute = "none"  # see `set_recompute`
         self.autocast: torch.dtype | None = None  # type of matrix products over wider weights
-        self.vocabulary: Vocabulary | None = None  # where embedding and head are cut by tokens
+        self.vocabulary: Any = (
+            None  # `parallel.vocabulary.Vocabulary` where the head is cut by tokens
+        )
         self._family = family_of(model.config.model_type)
         self._randomness_checked = False
 

@@ -52,13 +52,13 @@ class _Splitting:
     def __init__(self, axis: Axis) -> None:
         self.axis = axis
 
-    @torch.compiler.disable
+    @torch.compiler.disable()
     def enter(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if current_layout() is None:
             return None
         return _first(args, kwargs, lambda x: split_tokens(x, self.axis))
 
-    @torch.compiler.disable
+    @torch.compiler.disable()
     def leave(self, layer: nn.Module, args: Any, output: Any) -> Any:
         if current_layout() is None:
             return None
@@ -71,7 +71,7 @@ class _Joining:
     def __init__(self, axis: Axis) -> None:
         self.axis = axis
 
-    @torch.compiler.disable
+    @torch.compiler.disable()
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         layout = current_layout()
         if layout is None:
@@ -93,7 +93,7 @@ class _Rejoining:
     def __init__(self, axis: Axis) -> None:
         self.axis = axis
 
-    @torch.compiler.disable
+    @torch.compiler.disable()
     def __call__(self, layer: nn.Module, args: Any, output: Any) -> Any:
         layout = current_layout()
         if layout is None:

@@ -168,7 +168,7 @@ class _Entering:
     def __init__(self, axis: Axis, by_tokens: bool) -> None:
         self.axis, self.by_tokens = axis, by_tokens
 
-    @torch.compiler.disable
+    @torch.compiler.disable()
     def __call__(self, layer: nn.Module, args: tuple[Any, ...]) -> Any:
         if self.by_tokens and current_layout() is not None:
             return None  # the gradient is summed where the tokens were gathered
@@ -181,20 +181,19 @@ class _Leaving:
     def __init__(self, axis: Axis, by_tokens: bool) -> None:
         self.axis, self.by_tokens = axis, by_tokens
 
-    @torch.compiler.disable
+    @torch.compiler.disable()
     def enter(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
         _hide_bias(layer)
 
-    @torch.compiler.disable
+    @torch.compiler.disable()
     def leave(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor | None) -> Any:
         vars(layer).pop("bias", None)
         if (
             output is None
         ):  # the forward was left early: an error, or all is recomputed that is needed
             return None
-        layout = current_layout()
-        by_tokens = self.by_tokens and layout is not None
-        if by_tokens:
+        layout = current_layout() if self.by_tokens else None
+        if layout is not None:
             rows = (
                 output.unflatten(0, (len(layout.document_ids), -1)) if output.ndim == 2 else output
             )
@@ -209,7 +208,7 @@ class _Leaving:
         if adapter is not None:
             bias = adapter.fold_bias(bias)
             # what the adapter has from here is whole on each rank, and of its own tokens only where they are cut
-            bias = bias if by_tokens else _shared(bias, self.axis.ranks)
+            bias = _shared(bias, self.axis.ranks) if layout is None else bias
         return y + bias.to(y.dtype)
 
 
