@@ -81,6 +81,7 @@ class Footprint:
     tied: bool  # the head is the embedding
     keys: int  # one layer's keys and values
     heads: int  # of queries
+    waiting: int = 0  # in `saved`: of micro-batches on their way through later stages
     dtype: torch.dtype
     rows: int  # rows per micro-batch
     length: int

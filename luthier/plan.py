@@ -194,7 +194,7 @@ def _head(config: RunConfig, found: Footprint, devices: int, limit: float, numbe
         f"{devices} device{'s' * (devices > 1)} of {limit / 1e9:.1f} GB, batch {config.batch}, "
         f"rows of {found.length} x {found.rows} per device and forward, "
         f"recompute {config.train.recompute}\n\n"
-        f"{'layout (best ' + str(min(BEST, number)) + ' of ' + str(number) + ')':<32}{'per device':>12}"
+        f"{'layout (best ' + str(min(BEST, number)) + ' of ' + str(number) + ')':<46}{'per device':>12}"
         f"{'moved/step':>14}{'step':>10}"
     )
 
@@ -203,7 +203,7 @@ def _row(one: Estimate, limit: float) -> str:
     step = "-" if one.seconds is None else f"{one.seconds:.3g} s"
     verdict = "fits" if one.total <= limit else "does not fit"
     return (
-        f"{one.way!s:<32}{one.total / 1e9:>9.2f} GB{one.moved / 1e9:>11.2f} GB{step:>10}  {verdict}"
+        f"{one.way!s:<46}{one.total / 1e9:>9.2f} GB{one.moved / 1e9:>11.2f} GB{step:>10}  {verdict}"
     )
 
 

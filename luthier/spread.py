@@ -113,7 +113,8 @@ def device_share(
     in_flight = 1.0 if last else float(min(p, micro_batches))
     if (virtual := config.parallel.virtual_stages) > 1:
         in_flight *= 1 + (p - 1) / (p * virtual)
-    saved = saved * in_flight * layers / found.layers / c
+    one = saved * layers / found.layers / c
+    saved = one * in_flight
     working = found.working / t / c
     working += 2 * found.hidden / c * (t > 1)  # gathered inputs, or inputs that are whole
     working += found.keys / t * (c > 1)  # keys and values of all ranks
@@ -125,6 +126,7 @@ def device_share(
         rest=rest,
         total=stack + rest,
         saved=int(saved),
+        waiting=int(saved - one),
         peak=int(saved + working),
         hidden=int(found.hidden / c),
         logits=int(found.logits * heads),
@@ -220,7 +222,7 @@ def _moments(
         },
         "backward, first layer": {
             "gradients": after,
-            "activations": found.saved // found.layers,
+            "activations": found.waiting + (found.saved - found.waiting) // found.layers,
             "one layer's working space": found.working,
             "gradient of tied embeddings": found.tied_gradient,
         },
