@@ -81,11 +81,11 @@ class Footprint:
     tied: bool  # the head is the embedding
     keys: int  # one layer's keys and values
     heads: int  # of queries
-    waiting: int = 0  # in `saved`: of micro-batches on their way through later stages
     dtype: torch.dtype
     rows: int  # rows per micro-batch
     length: int
     flops: float  # of forward and backward of the micro-batch
+    waiting: int = 0  # in `saved`: of micro-batches on their way through later stages
 
     @property
     def working(self) -> int:
