@@ -140,6 +140,7 @@ def build(
     if path is not None and path != chosen.path:  # a trained folder is whole as it is
         chosen = chosen.model_copy(
             update={"path": path, "init": "pretrained", "num_layers": None, "rope_scaling": None}
+            | {"misfits": "refuse"}
         )
     device = resolve_device(chosen.device)
     adapter = adapter or config.adapter.path
@@ -192,7 +193,7 @@ def build(
     if train and built.world.sharded:
         cut(built, config.parallel)
     check_stage(built.stage)
-    built.remarks += untested(model.config.model_type)
+    built.remarks += [*getattr(model, "misfits", []), *untested(model.config.model_type)]
     built.settle()
     if train:
         add_noise(model, config.adapter, seed=config.train.seed)
