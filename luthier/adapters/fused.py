@@ -9,6 +9,7 @@ twice, in any precision.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
@@ -30,7 +31,13 @@ def fused(layer: nn.Module) -> bool:
 
 def install_fused(layer: Any) -> Removable:
     """Make the layer compute itself and its adapter together."""
-    return Placed(layer, "forward", MethodType(_forward, layer))
+    return Placed(layer, "forward", MethodType(forward_of(layer, _forward), layer))
+
+
+def forward_of(layer: nn.Module, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`forward`, left out of compilation where the layer is quantised: nothing of it could be fused, and a graph
+    would be made for every single layer."""
+    return torch.compiler.disable(forward) if is_quantized(layer) else forward
 
 
 def _forward(layer: Any, x: Tensor) -> Tensor:

@@ -56,7 +56,10 @@ def fasten(model: nn.Module) -> list[str]:
             continue
         if why is not None:
             left.setdefault(name, why)
-    return [f"{name} is computed by torch, not by the native kernels: {why}" for name, why in left.items()]
+    return [
+        f"{name} is computed by torch, not by the native kernels: {why}"
+        for name, why in left.items()
+    ]
 
 
 # ---- RMSNorm

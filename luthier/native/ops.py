@@ -95,9 +95,7 @@ def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Ten
     """Gradients of gate and up."""
     out = _swiglu_backward_like(grad, gate, up)
     grad, g, u = grad.contiguous(), _rows(gate), _rows(up)
-    _run(
-        "luthier_swiglu_backward", grad, g, u, *g.shape, g.stride(0), u.stride(0), out[0], out[1]
-    )
+    _run("luthier_swiglu_backward", grad, g, u, *g.shape, g.stride(0), u.stride(0), out[0], out[1])
     return out
 
 
@@ -123,9 +121,7 @@ def rms_norm(
     return out, inverse
 
 
-def _norm_backward_like(
-    grad: Tensor, x: Tensor, weight: Tensor, *_: Any
-) -> tuple[Tensor, Tensor]:
+def _norm_backward_like(grad: Tensor, x: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), weight.new_empty(weight.shape, dtype=torch.float32)
 
 
