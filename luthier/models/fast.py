@@ -3,7 +3,7 @@
 A module is known by its shape, then by what it computes: on a few numbers ours and its own forward have to
 agree. Then the instance gets a forward of its own, as adapters give to linear layers; class, names and weights stay.
 What is not known, or computes something else, is left to torch, and `fasten` says so. The kernels are
-for bfloat16 on a CPU; in a compiled layer the module's own forward is what is compiled.
+for bfloat16 on a CPU, in compiled layers too.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from luthier import native
 from luthier.adapters.placing import attach
 from luthier.config import QuantizeConfig
 from luthier.config_adapter import AdapterConfig
-from luthier.models import attention
+from luthier.models import attention, fast
 from luthier.models.stage import Stage, compile_layers, set_recompute
 from luthier.quantize.loading import Quantization
 from luthier.train.loss import token_loss
@@ -31,6 +31,8 @@ def adapted(make: Any, dtype: torch.dtype, kernel: str, scheme: Any = None, **ke
     if scheme:
         Quantization(QuantizeConfig(weights=scheme)).convert(model)
     attention.install(model, kernel, train=True)
+    if kernel == "native":
+        assert not fast.fasten(model)
     attach(model, AdapterConfig(method="lora", rank=3), seed=1)
     draw = torch.Generator().manual_seed(3)
     for name, parameter in model.named_parameters():
