@@ -48,6 +48,7 @@ from luthier.models.attention import check_kernel, why_torch
 from luthier.models.cuts import cuts_of
 from luthier.models.dropout import seed_dropout
 from luthier.models.families import untested
+from luthier.models.fast import fasten
 from luthier.models.folder import find_folder, fingerprint, weight_files
 from luthier.models.load import (
     blueprint,
@@ -159,6 +160,7 @@ def build(
     built = Built(
         model, Stage(model), device, chosen.path, num_layers=chosen.num_layers, init=chosen.init
     )
+    built.remarks += fasten(model) if train else []
     built.world = world or World()
     built.scaling = chosen.rope_scaling
     built.quantize = config.quantize.model_dump(mode="json", exclude_defaults=True)
