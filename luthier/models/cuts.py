@@ -209,9 +209,10 @@ class _Maker:
 
     def by_styles(self, plan: dict[str, str]) -> None:
         """What transformers' plan says of layers that the family's own facts leave to it."""
+        known = {*self.found.adapted, *self.found.gathered}
         for path, module in self.model.named_modules():
             style = plan.get(re.sub(r"\.\d+\.", ".*.", path))
-            if style is None or path in self.found.layers or path in self.found.gathered:
+            if style is None or path in known:
                 continue
             name = path.rpartition(".")[2]
             if style == SHARED:

@@ -209,8 +209,10 @@ class QuantizedLinear(QuantizedTensor):
         super().__init__(shape, scheme, block_size, double_quant, dtype=dtype, device=device)
         self.in_features, self.out_features = in_features, out_features
         self.transposed = transposed
-        values = torch.zeros(out_features, dtype=self.dtype, device=device) if bias else None
-        self.bias = None if values is None else nn.Parameter(values, requires_grad=False)
+        self.register_parameter("bias", None)  # a parameter also where there is none
+        if bias:
+            values = torch.zeros(out_features, dtype=self.dtype, device=device)
+            self.bias = nn.Parameter(values, requires_grad=False)
 
     @classmethod
     def meta(
@@ -226,17 +228,8 @@ class QuantizedLinear(QuantizedTensor):
         dtype: torch.dtype | None = None,
     ) -> Self:
         """A layer without memory, for a loader that calls `load_from` when it has read the weight."""
-        return cls(
-            in_features,
-            out_features,
-            scheme,
-            block_size,
-            double_quant,
-            bias=bias,
-            transposed=transposed,
-            dtype=dtype,
-            device="meta",
-        )
+        form = (in_features, out_features, scheme, block_size, double_quant)
+        return cls(*form, bias=bias, transposed=transposed, dtype=dtype, device="meta")
 
     @classmethod
     def like(

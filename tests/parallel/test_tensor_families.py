@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from functools import cache
+from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from layouts import Found, steps, worst
 from ranks import run_ranks
 from tiny_runs import copy_model, write_data, write_rows
 
+import luthier.models.cuts
+from luthier.errors import Refused
+from luthier.models.families import Cut
 from luthier.parallel.world import World
 from tests.zoo_folders import ZOO, zoo_folder
 
@@ -166,13 +171,20 @@ def test_a_quantised_base_is_cut(
     "family", ["gpt2", "mixtral", "phi3", "falcon", "bloom", "chatglm2", "deepseek_v3"]
 )
 def test_quantised_bases_of_other_families(family: str, alone: Callable[..., Any]) -> None:
-    compared(family, "lora", alone, quantize__weights="nf4", quantize__double_quant=True)
+    # 72 inputs do not leave nf4 blocks worth a scale
+    scheme = {"quantize__weights": "nf4", "quantize__double_quant": True}
+    compared(
+        family, "lora", alone, **{"quantize__weights": "int8"} if family == "bloom" else scheme
+    )
 
 
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("family", "layout", "keys"),
     [
+        ("mixtral", TP2, {"train__router_loss": 0.05}),
+        ("mixtral", TP2, {"adapter__pissa": True}),
+        ("gpt_oss", TP2, {"adapter__method": "ia3", "adapter__rank": None}),
         ("llama", {"tensor": 4}, {}),  # two heads of keys and values on four ranks
         ("olmo2", {"tensor": 4}, {}),
         ("chatglm2", {"tensor": 4}, {}),
@@ -187,3 +199,60 @@ def test_more_ranks(
 ) -> None:
     for method in ("lora",) if keys else ("lora", "full"):
         compared(family, method, alone, layout, **keys)
+
+
+def wrong_order(real: Any, config: Any) -> Any:
+    """Keys and values before queries."""
+    split = real(config)
+    fused = {"self_attn.qkv_proj": Cut("outputs", ("groups", "groups", "heads"))}
+    return replace(split, cuts=split.cuts | fused)
+
+
+def whole_slopes(real: Any, config: Any) -> Any:
+    return replace(real(config), rows={})
+
+
+def norms_of_parts(real: Any, config: Any) -> Any:
+    return replace(
+        real(config),
+        gathered=(),
+        rows={"self_attn.q_norm.weight": "heads", "self_attn.k_norm.weight": "groups"},
+    )
+
+
+def no_branch(real: Any, config: Any) -> Any:
+    return replace(real(config), branches={})
+
+
+def with_fault(world: World, fault: Callable[..., Any], folders: Any, keys: dict[str, Any]) -> Any:
+    """What a layer's cut comes to if `fault` tells it: a refusal, or the first gradients."""
+    with patch.object(
+        luthier.models.cuts, "split_of", partial(fault, luthier.models.cuts.split_of)
+    ):
+        try:
+            return steps(world, folders, keys, 1)["gradients"][0]
+        except (Refused, RuntimeError) as error:
+            return str(error)
+
+
+@pytest.mark.parametrize(
+    ("family", "fault"),
+    [("phi3", wrong_order), ("bloom", whole_slopes), ("olmo2", norms_of_parts)],
+)
+def test_a_wrong_cut_is_refused_at_the_start(
+    family: str, fault: Callable[..., Any], alone: Callable[..., Any]
+) -> None:
+    folders, keys, _ = alone(family, "full")
+    for told in run_ranks(TP2, with_fault, fault, folders, {**keys, "parallel__tensor": 2}):
+        said = "hidden states cut among tensor-parallel ranks differ"
+        assert (
+            said in told or "The size of tensor a (3) must match" in told
+        )  # slopes of other heads
+
+
+def test_a_fault_that_only_gradients_show(alone: Callable[..., Any]) -> None:
+    """The keys' turned part, one for all heads, without the other ranks' gradient: no loss is another."""
+    folders, keys, theirs = alone("deepseek_v3", "full")
+    for found in run_ranks(TP2, with_fault, no_branch, folders, {**keys, "parallel__tensor": 2}):
+        error, name = worst(found, theirs["gradients"][0])
+        assert error > 1e-2, (error, name)

@@ -86,5 +86,5 @@ def test_blocks_that_are_cut_to_pieces_are_refused() -> None:
     spec, how = make_spec("nf4", (8, 68)), Part(-1, (68,), 0, 2)
     assert part_block(spec, how) == 2
     layer = QuantizedLinear.meta(68, 8, "nf4")
-    with pytest.raises(Refused, match="layer 'x' would be cut .* leave pieces of 2"):
+    with pytest.raises(Refused, match=r"layer 'x' would be cut .* leave pieces of 2"):
         layer.check_part(how, "x", "parallel.tensor=2")
