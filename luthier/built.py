@@ -27,6 +27,7 @@ from luthier.models.folder import original_hash
 from luthier.models.load import build_model, save_model
 from luthier.models.rotary import config_changes
 from luthier.models.stage import Stage, decoder_layers, same_stage
+from luthier.parallel.branches import cut_branches
 from luthier.parallel.shard import Sharding, assign, whole
 from luthier.parallel.tensor import check_adapters, cut_layers
 from luthier.parallel.world import World
@@ -129,9 +130,10 @@ def cut_tensor(built: Built) -> None:
     """Cut the model's layers, and the adapters on them, over the tensor axis of its world."""
     world = built.world
     found, adapters = cuts_of(built.model, world.sizes["tensor"]), adapters_of(built.model)
-    check_adapters(found.layers, adapters, world)
+    check_adapters(found.adapted, adapters, world)
     with same_stage(built.stage):
         cut_layers(built.model, found.layers, adapters, found.shares, world)
+        cut_branches(built.model, found, adapters, world)
         found.settle(built.model, world.mesh.get_local_rank("tensor"), world.sizes["tensor"])
 
 
