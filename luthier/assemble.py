@@ -48,6 +48,7 @@ from luthier.models.attention import check_kernel, why_torch
 from luthier.models.cuts import cuts_of
 from luthier.models.dropout import seed_dropout
 from luthier.models.families import untested
+from luthier.models.fast import fasten
 from luthier.models.folder import find_folder, fingerprint, weight_files
 from luthier.models.load import (
     blueprint,
@@ -137,6 +138,7 @@ def build(
     if path is not None and path != chosen.path:  # a trained folder is whole as it is
         chosen = chosen.model_copy(
             update={"path": path, "init": "pretrained", "num_layers": None, "rope_scaling": None}
+            | {"misfits": "refuse"}
         )
     device = resolve_device(chosen.device)
     adapter = adapter or config.adapter.path
@@ -155,6 +157,7 @@ def build(
     built = Built(
         model, Stage(model), device, chosen.path, num_layers=chosen.num_layers, init=chosen.init
     )
+    built.remarks += fasten(model) if train else []
     built.world = world or World()
     built.scaling = chosen.rope_scaling
     built.quantize = config.quantize.model_dump(mode="json", exclude_defaults=True)
@@ -189,7 +192,7 @@ def build(
     if train and built.world.sharded:
         cut(built, config.parallel)
     check_stage(built.stage)
-    built.remarks += untested(model.config.model_type)
+    built.remarks += [*getattr(model, "misfits", []), *untested(model.config.model_type)]
     built.settle()
     if train:
         add_noise(model, config.adapter, seed=config.train.seed)

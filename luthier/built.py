@@ -29,6 +29,7 @@ from luthier.models.load import build_model, save_model
 from luthier.models.rotary import config_changes
 from luthier.models.sequence import tokens_of
 from luthier.models.stage import Stage, decoder_layers, same_stage
+from luthier.parallel.branches import cut_branches
 from luthier.parallel.collectives import Axis
 from luthier.parallel.sequence import split_sequence
 from luthier.parallel.shard import Sharding, assign, whole
@@ -157,6 +158,7 @@ def cut_tensor(built: Built, parallel: ParallelConfig) -> None:
             by_tokens=tokens is not None,
             whole=[found.head] if found.head else [],
         )
+        cut_branches(model, found, adapters, axis)
         built.stage.vocabulary = cut_vocabulary(embedding, head, axis, tied=found.tied)
         by_heads(adapters, axis)
         if tokens is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -24,48 +24,69 @@ class Part:
     """The part that rank `rank` of `ranks` has of a tensor along `dim`.
 
     `sizes`: what lies one after the other along `dim` in the whole tensor (queries, keys and values, say), each cut
-    into stretches that are equal, or one longer for the first ranks; a rank has one stretch of each.
-    `copies`: so many neighbouring ranks have the same part (heads of keys and values, of which there are fewer than ranks).
+    into stretches that are equal, or one longer for the first ranks; a rank has one of each. `copies`: how many neighbours have the same stretch of it
+    (keys of which there are fewer than ranks); 1 each where it is empty.
     """
 
     dim: int
     sizes: tuple[int, ...]
     rank: int
     ranks: int
-    copies: int = 1
+    copies: tuple[int, ...] = ()
+
+    @property
+    def stretches(self) -> list[tuple[int, int]]:
+        """(start, length) in the whole of what this rank has of each piece."""
+        found, start = [], 0
+        for size, copies in zip(self.sizes, self._copies, strict=True):
+            number, place = self.ranks // copies, self.rank // copies
+            length, longer = divmod(size, number)
+            before = place * length + min(place, longer)
+            found.append((start + before, length + (place < longer)))
+            start += size
+        return found
+
+    @property
+    def own_sizes(self) -> list[int]:
+        """How long its stretch of each piece is."""
+        return [length for _, length in self.stretches]
+
+    def length(self, rank: int) -> int:
+        """How long the part of a rank is along `dim`; no rank's is longer than that of rank 0."""
+        return sum(replace(self, rank=rank).own_sizes)
+
+    @property
+    def _copies(self) -> tuple[int, ...]:
+        return self.copies or (1,) * len(self.sizes)
 
     def of(self, whole: Tensor) -> Tensor:
         """This rank's part, contiguous."""
-        number = self.ranks // self.copies
-        pieces = whole.split(self.sizes, self.dim)
-        mine = [piece.tensor_split(number, self.dim)[self.rank // self.copies] for piece in pieces]
+        mine = [whole.narrow(self.dim, start, length) for start, length in self.stretches]
         return torch.cat(mine, self.dim).contiguous()
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
         """The whole of every rank's part, in the ranks' order."""
-        pieces = [
-            part.split(self._lengths(rank), self.dim)
-            for rank, part in enumerate(parts)
-            if rank % self.copies == 0
-        ]
-        groups = zip(*pieces, strict=True)
+        own = (replace(self, rank=rank).own_sizes for rank in range(self.ranks))
+        split = (part.split(sizes, self.dim) for part, sizes in zip(parts, own, strict=True))
+        pieces = zip(*split, strict=True)
+        groups = (group[::n] for group, n in zip(pieces, self._copies, strict=True))
         return torch.cat([piece for group in groups for piece in group], self.dim)
 
-    def length(self, rank: int) -> int:
-        """How long the part of a rank is along `dim`; no rank's is longer than that of rank 0."""
-        return sum(self._lengths(rank))
+    def copied(self, part: Tensor) -> Tensor | None:
+        """What of a rank's part others have too, True, as a mask in its shape; None where they have nothing of it."""
+        if max(self._copies) == 1:
+            return None
+        mask = torch.zeros(part.shape, dtype=torch.bool, device=part.device)
+        for there, copies in zip(mask.split(self.own_sizes, self.dim), self._copies, strict=True):
+            there.fill_(copies > 1)
+        return mask
 
     @property
-    def start(self) -> int:
-        """Where this rank's part begins in a tensor of one size."""
-        return sum(
-            self.length(rank)
-            for rank in range(0, self.rank // self.copies * self.copies, self.copies)
-        )
-
-    def _lengths(self, rank: int) -> list[int]:
-        number, place = self.ranks // self.copies, rank // self.copies
-        return [size // number + (place < size % number) for size in self.sizes]
+    def holders(self) -> range:
+        """The ranks that have the same of what is copied."""
+        number = max(self._copies)
+        first = self.rank // number * number
+        return range(first, first + number)
 
     def whole_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """The shape of the whole, of a part's."""

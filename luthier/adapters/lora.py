@@ -141,7 +141,8 @@ class LoRA(Additive):
         axis = 0 if self.transposed else 1
         magnitude = getattr(self, MAGNITUDE).to(folded.dtype)
         # a constant to the gradient, where a stack is folded on the fly
-        gain = _excess(magnitude, folded.detach().norm(dim=axis)).unsqueeze(axis)
+        norm = self.total(folded.detach().square().sum(axis)).sqrt()
+        gain = _excess(magnitude, norm).unsqueeze(axis)
         return torch.addcmul(folded, folded, gain)
 
     def initialise(self, layer: nn.Module, generator: torch.Generator) -> None:

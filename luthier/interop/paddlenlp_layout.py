@@ -31,11 +31,9 @@ def layout(t: Translation, a: Arguments, processes: int) -> None:
             t.put(f"parallel.{axis}", int(a.values[name]), name)
             if name == "sep_parallel_degree":
                 t.put("parallel.context_method", "heads", name)
-    if "tensor_parallel_degree" in a and _on(
-        "tensor_parallel_degree", a
-    ):  # it acts with that alone
-        if "sequence_parallel" in a:
-            t.put("parallel.sequence", _on("sequence_parallel", a), "sequence_parallel")
+    # it acts with tensor parallelism alone
+    if t.values.get("parallel.tensor", 1) > 1 and "sequence_parallel" in a:
+        t.put("parallel.sequence", _on("sequence_parallel", a), "sequence_parallel")
     words = str(a.values["sharding"]).split() if "sharding" in a else []
     stages = [word for word in words if word in ("stage1", "stage2", "stage3")]
     if words and (len(stages) != 1 or set(words) - {*stages, "offload"}):

@@ -25,6 +25,8 @@ class TokenCut:
 
 def tokens_of(model: PreTrainedModel, cuts: Cuts) -> TokenCut | str:
     """How the tokens of `model` are cut, adapters and all; or in words what stands in the way."""
+    if cuts.experts:
+        return "its experts have the tokens of all rows regrouped"
     paths = {id(module): path for path, module in model.named_modules()}
     entries: dict[str, None] = {}
     shares: list[str] = []
@@ -49,6 +51,8 @@ def tokens_of(model: PreTrainedModel, cuts: Cuts) -> TokenCut | str:
             if cut is not None:
                 if path == f"{cut}.bias" and cuts.layers[cut].along == "inputs":
                     shares.append(path)
+                continue
+            if path in cuts.rows:
                 continue
             if not any(path.startswith(f"{block}.") for block in blocks):
                 shares.append(path)

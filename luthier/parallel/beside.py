@@ -17,14 +17,14 @@ from luthier.parallel.collectives import Axis, whole_features
 from luthier.parts import Part
 
 Delta = Callable[[Tensor], Tensor]
+Cut = Callable[[int, int, int], Part]  # `LayerCut.part`: axis, rank, ranks
 
 
 class Columns:
     """On a layer that is cut by its outputs."""
 
-    def __init__(self, sizes: tuple[int, ...], copies: int, axis: Axis) -> None:
-        self.outputs = Part(-1, sizes, axis.rank, axis.ranks, copies)
-        self.rows = Part(0, sizes, axis.rank, axis.ranks, copies)
+    def __init__(self, part: Cut, axis: Axis) -> None:
+        self.outputs, self.rows = (part(dim, axis.rank, axis.ranks) for dim in (-1, 0))
 
     def delta(self, make: Delta, x: Tensor) -> Tensor:
         """What is added to the rank's outputs; x is whole."""
@@ -39,8 +39,8 @@ class Columns:
 class Rows:
     """On a layer that is cut by its inputs."""
 
-    def __init__(self, sizes: tuple[int, ...], copies: int, axis: Axis) -> None:
-        self.inputs, self.axis = Part(-1, sizes, axis.rank, axis.ranks, copies), axis
+    def __init__(self, part: Cut, axis: Axis) -> None:
+        self.inputs, self.axis = part(-1, axis.rank, axis.ranks), axis
 
     def delta(self, make: Delta, x: Tensor) -> Tensor:
         """An equal share of what is added to the sum; x is the rank's part."""

@@ -28,7 +28,7 @@ from torch.nn import Parameter
 from luthier.errors import Refused
 from luthier.parallel.collectives import all_parts
 from luthier.parallel.world import World
-from luthier.parts import cut_of, is_share, marked
+from luthier.parts import Part, cut_of, is_share, marked
 
 BUCKET = 2**25  # numbers that are summed over the replicas at once
 
@@ -224,21 +224,34 @@ def reduce(parameters: Sequence[Parameter], world: World) -> None:
     if world.sizes["tensor"] > 1:
         shares = [local(p.grad) for p in parameters if is_share(p) and p.grad is not None]
         _sum_buckets(shares, world.mesh.get_group("tensor"))
-        _sum_copies(parameters, world)
+        for p in parameters:
+            how = cut_of(p)
+            if p.grad is not None and how is not None and (mask := _copied(p)) is not None:
+                _sum_copies(local(p.grad), mask, how, world)
 
 
-def _sum_copies(parameters: Sequence[Parameter], world: World) -> None:
-    """Sum the gradients of parts that several tensor ranks have: heads of keys and values that they share."""
-    for p in parameters:
-        how = cut_of(p)
-        if how is None or how.copies == 1 or p.grad is None:
-            continue
-        gradient = local(p.grad)
-        # a place for each different part, so that one sum over all ranks does
-        places = gradient.new_zeros(how.ranks // how.copies, *gradient.shape)
-        places[how.rank // how.copies] = gradient
-        _all_reduce([places], world.mesh.get_group("tensor"))
-        gradient.copy_(places[how.rank // how.copies])
+def _counted(gradient: Tensor, how: Part | None) -> Tensor:
+    """This rank's numbers of a gradient, zero where a rank before it has the same."""
+    own = local(gradient)
+    mask = None if how is None or how.rank == how.holders[0] else _copied(gradient)
+    return own if mask is None else own.masked_fill(mask, 0)
+
+
+def _copied(tensor: Tensor) -> Tensor | None:
+    """`Part.copied` of this rank's numbers of a tensor, sharded or not."""
+    how = cut_of(tensor)
+    mask = None if how is None else how.copied(tensor)
+    return None if mask is None else local(part_of(mask, tensor))
+
+
+def _sum_copies(gradient: Tensor, mask: Tensor, how: Part, world: World) -> None:
+    """Sum, in place, what neighbours have of the gradient of the same numbers."""
+    own = gradient.contiguous()
+    found = [torch.empty_like(own) for _ in range(how.ranks)]
+    torch.distributed.all_gather(found, own, group=world.mesh.get_group("tensor"))
+    wide = torch.promote_types(own.dtype, torch.float32)
+    total = sum(found[rank].to(wide) for rank in how.holders)
+    gradient.copy_(torch.where(mask, total, own.to(wide)))
 
 
 def _fill(own: list[Parameter], world: World) -> None:
@@ -304,21 +317,15 @@ def total_norm(gradients: Sequence[Tensor], world: World) -> float:
         norms = torch._foreach_norm(tensors, 2, wide)  # pyright: ignore[reportPrivateImportUsage]
         return float(torch.stack([n.double() for n in norms]).square().sum())
 
-    # of each kind (sharded, cut) the gradients, by the number of tensor ranks that have the same part
-    kinds: dict[tuple[bool, bool], dict[int, list[Tensor]]] = {}
+    kinds: dict[tuple[bool, bool], list[Tensor]] = {}
     for g in gradients:
         how = cut_of(g)
-        kind = kinds.setdefault((isinstance(g, DTensor), how is not None), {})
-        kind.setdefault(1 if how is None else how.copies, []).append(local(g))
-
-    def squares(kind: tuple[bool, bool]) -> float:
-        return sum(square(tensors) / copies for copies, tensors in kinds.get(kind, {}).items())
-
-    both = [squares(kind) for kind in ((True, True), (True, False), (False, True))]
+        kinds.setdefault((isinstance(g, DTensor), how is not None), []).append(_counted(g, how))
+    both = [square(kinds.get(kind, [])) for kind in ((True, True), (True, False), (False, True))]
     # each replica of a part has the same gradient: count the parts of one replica
     tensor = world.sizes["tensor"]
     size = world.sizes["shard"] * tensor
     rows = world.vectors(both)[world.rank // size * size :][:size]
     parts = sum(row[0] for row in rows) + sum(row[1] for row in rows[::tensor])
     parts += sum(row[2] for row in rows[:tensor])
-    return (squares((False, False)) + parts) ** 0.5
+    return (square(kinds.get((False, False), [])) + parts) ** 0.5

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from luthier.batch import current_layout
-from luthier.layers import is_transposed
+from luthier.layers import is_quantized, is_transposed
 from luthier.parallel.beside import Columns, Rows
 from luthier.parallel.collectives import Axis, sum_backward, sum_forward, sum_tokens, total
 from luthier.parts import Part, mark_part, mark_share
@@ -33,7 +33,8 @@ class LayerCut(Protocol):
     @property
     def sizes(self) -> tuple[int, ...]: ...  # what lies one after the other along that side
     @property
-    def copies(self) -> int: ...  # ranks that have the same part
+    def entering(self) -> bool: ...  # whether its inputs are whole up to here, or a rank's share
+    def part(self, dim: int, rank: int, ranks: int) -> Part: ...
 
 
 class Sides(NamedTuple):
@@ -62,21 +63,26 @@ def cut_layers(
     """
     kept = set(whole)
     for path, how in layers.items():
-        layer, sides = model.get_submodule(path), SIDES[how.along]
-        dim = 1 - sides.weight if is_transposed(layer) else sides.weight
-        cut_tensor(layer, "weight", part_of(dim, how, axis))
+        layer: Any = model.get_submodule(path)
+        sides = SIDES[how.along]
+        if is_quantized(layer):
+            layer.keep(part_of(sides.weight - 2, how, axis))
+        else:
+            dim = 1 - sides.weight if is_transposed(layer) else sides.weight
+            put_part(layer, "weight", part_of(dim, how, axis))
+            _resize(layer, how.along, part_of(0, how, axis).length(axis.rank))
         if how.along == "outputs":
             if layer._parameters.get("bias") is not None:
-                cut_tensor(layer, "bias", part_of(0, how, axis))
-            entering = _Entering(axis, by_tokens and path not in kept)
-            layer.register_forward_pre_hook(entering, prepend=True)
+                put_part(layer, "bias", part_of(0, how, axis))
+            if how.entering:
+                entering = _Entering(axis, by_tokens and path not in kept)
+                layer.register_forward_pre_hook(entering, prepend=True)
         else:
             leaving = _Leaving(axis, by_tokens)
             layer.register_forward_pre_hook(leaving.enter)
             layer.register_forward_hook(leaving.leave, always_call=True)
-        _resize(layer, how.along)
         if path in adapters:
-            _cut_adapter(adapters[path], how, axis)
+            cut_adapter(adapters[path], how, axis)
     for path in shares:
         for parameter in model.get_submodule(path).parameters():
             mark_share(parameter)
@@ -88,51 +94,53 @@ def by_heads(adapters: Mapping[str, nn.Module], axis: Axis) -> None:
         one: Any = adapter
         if not one.by_heads:
             continue
-        copies = max(1, axis.ranks // one.kv_heads)
+        copies = (max(1, axis.ranks // one.kv_heads),)
         one.heads_here = Part(1, (one.kv_heads,), axis.rank, axis.ranks, copies)
         for parameter in one.parameters():
             mark_share(parameter)
 
 
 def part_of(dim: int, how: LayerCut, axis: Axis) -> Part:
-    return Part(dim, how.sizes, axis.rank, axis.ranks, how.copies)
+    return how.part(dim, axis.rank, axis.ranks)
 
 
-def _cut_adapter(adapter: Any, how: LayerCut, axis: Axis) -> None:
-    """Cut an adapter as its layer is; one that cannot be stays whole, and takes its part of what it gives.
-
-    All that is whole then has a share of its gradient on each rank.
-    """
-    style = SIDES[how.along].style
+def cut_adapter(adapter: Any, how: LayerCut, axis: Axis) -> None:
+    """Cut an adapter as the layer, or the stack of experts, is that it is on; one that cannot be stays whole, and takes
+    its part of what it gives. All that is whole then has a share of its gradient on each rank."""
     if how.along == "inputs":
         adapter.entering = part_of(-1, how, axis)
         adapter.total = partial(total, axis=axis)
-    axes = adapter.follows.get(style)
+    axes = adapter.follows.get(SIDES[how.along].style)
     named = [*adapter.named_parameters(), *adapter.named_buffers()]
-    sizes = {n: _sizes(t.shape[axes[n]], how, axis) for n, t in named if axes and n in axes}
-    if axes is None or None in sizes.values():
-        adapter.beside = (Columns if how.along == "outputs" else Rows)(how.sizes, how.copies, axis)
-        axes, sizes = {}, {}
+    parts: dict[str, Part | None] = {}
     for name, tensor in named:
-        if name in sizes:
-            own: Any = sizes[name]
-            cut_tensor(adapter, name, Part(axes[name], own, axis.rank, axis.ranks, how.copies))
+        if axes and name in axes:
+            dim = axes[name] + bool(adapter.stacked)
+            parts[name] = part_beside(tensor.shape[dim], how, dim, axis)
+    if axes is None or None in parts.values():
+        adapter.beside = (Columns if how.along == "outputs" else Rows)(how.part, axis)
+        parts = {}
+    for name, tensor in named:
+        part = parts.get(name)
+        if part is not None:
+            put_part(adapter, name, part)
         elif isinstance(tensor, Parameter):
             mark_share(tensor)
 
 
-def _sizes(length: int, how: LayerCut, axis: Axis) -> tuple[int, ...] | None:
+def part_beside(length: int, how: LayerCut, dim: int, axis: Axis) -> Part | None:
     """How a side of an adapter's tensor is cut beside a layer; None if it cannot be."""
+    part, ranks = part_of(dim, how, axis), axis.ranks
     if length == sum(how.sizes):
-        return how.sizes
-    number, first = axis.ranks // how.copies, how.sizes[0]
-    even = length % number == 0 and first % number == 0 and first % length == 0
-    return (length,) if len(how.sizes) == 1 and even else None
+        return part
+    even = length % ranks == 0 and how.sizes[0] % ranks == 0 and how.sizes[0] % length == 0
+    plain = len(how.sizes) == 1 and even and not part.copies
+    return Part(dim, (length,), axis.rank, ranks) if plain else None
 
 
 @torch.no_grad()
-def cut_tensor(owner: nn.Module, name: str, how: Part) -> None:
-    """Put the rank's part in the place of a parameter or buffer."""
+def put_part(owner: nn.Module, name: str, how: Part) -> None:
+    """Put the rank's part in the place of a parameter, buffer or other tensor."""
     old = getattr(owner, name)
     mine = how.of(old.detach()).clone()
     if isinstance(old, Parameter):
@@ -141,14 +149,12 @@ def cut_tensor(owner: nn.Module, name: str, how: Part) -> None:
     mark_part(mine, how)
 
 
-def _resize(layer: nn.Module, along: str) -> None:
+def _resize(layer: nn.Module, along: str, size: int) -> None:
     """The layer's own record of its sizes."""
     names = {"outputs": ("out_features", "nf"), "inputs": ("in_features", "nx")}[along]
-    side = SIDES[along].weight
-    length = layer.get_parameter("weight").shape[1 - side if is_transposed(layer) else side]
     for name in names:
         if hasattr(layer, name):
-            setattr(layer, name, length)
+            setattr(layer, name, size)
 
 
 def _hide_bias(layer: nn.Module) -> None:

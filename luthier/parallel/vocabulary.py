@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from luthier.parallel.collectives import Axis, sum_forward, total, whole_features
-from luthier.parallel.tensor import cut_tensor
+from luthier.parallel.tensor import put_part
 from luthier.parts import Part, cut_of
 
 
@@ -32,7 +32,7 @@ class Vocabulary:
     @property
     def start(self) -> int:
         """The rank's first token."""
-        return self.part.start
+        return self.part.stretches[0][0]
 
     @property
     def rank(self) -> int:
@@ -97,10 +97,10 @@ def cut_vocabulary(
 
 def _cut_embedding(embedding: Any, axis: Axis) -> None:
     part = Part(0, (embedding.weight.shape[0],), axis.rank, axis.ranks)
-    cut_tensor(embedding, "weight", part)
+    put_part(embedding, "weight", part)
     embedding.num_embeddings = len(embedding.weight)
     if embedding.padding_idx is not None:  # the row that gets no gradient
-        place = embedding.padding_idx - part.start
+        place = embedding.padding_idx - part.stretches[0][0]
         embedding.padding_idx = place if 0 <= place < len(embedding.weight) else None
     lookup = Vocabulary(part.sizes[0], axis)
 
