@@ -91,7 +91,7 @@ def finetune(source: Source, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
 def run_on(config: RunConfig, world: World) -> dict[str, Any]:
     """`finetune` as one of the processes of `world`: all that can be refused before weights are read; the run."""
-    recorded, config = config, fit_batch(config, world.data_size)
+    recorded, config = config, fit_batch(config, world.data_size, world.sizes["pipeline"])
     check_sharding(config, world.sizes)
     if Path(config.model.path).resolve() == Path(config.output).resolve():
         raise Refused(
@@ -105,7 +105,7 @@ def run_on(config: RunConfig, world: World) -> dict[str, Any]:
         check_identity(read(found.path).identity, identity(config))
 
     text = open_text(config)
-    check_training(config, text, world.sizes["tensor"])
+    check_training(config, text, world.sizes)
     data = open_data(config, text, world=world)
     if config.evaluate.before and data.dev is None:
         raise Refused(

@@ -54,7 +54,7 @@ def compare_layout(config: RunConfig, world: World, say: Callable[[str], object]
             "train": config.train.model_copy(update={"compile": False}),
         }
     )
-    config = fit_batch(config, world.data_size)
+    config = fit_batch(config, world.data_size, world.sizes["pipeline"])
     check_sharding(config, world.sizes)
     ours, norm, built = _first_step(config, world)
     say(
