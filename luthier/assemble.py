@@ -196,7 +196,7 @@ def build(
     built.stage.autocast = None if chosen.autocast == "none" else getattr(torch, chosen.autocast)
     if train and built.world.sizes["tensor"] > 1:
         cut_tensor(built)
-    if train and built.world.sizes["pipeline"] > 1:
+    if built.world.sizes["pipeline"] > 1:
         cut_stages(built, config.parallel)
     if train and built.world.sharded:
         cut(built, config.parallel)
@@ -207,7 +207,7 @@ def build(
         add_noise(model, config.adapter, seed=config.train.seed)
         seed_dropout(model, config.train.seed)
         set_recompute(built.stage, config.train.recompute)
-        built.remarks += why_torch(built.kernel, built.device, model.dtype)
+        built.remarks += why_torch(built.kernel, built.device, built.dtype)
         if config.train.compile:
             compile_layers(built.stage)
         model.train()
@@ -321,7 +321,7 @@ def make_updater(config: RunConfig, built: Built) -> Updater:
     names = dict(master.named)
     scales = {name: scale for name, scale in lr_scales(built.model).items() if name in names}
     optimizer = make_optimizer(master.named, config.optim, config.lr, scales, head_dim=head_dim)
-    half = torch.float16 in (built.model.dtype, built.stage.autocast)
+    half = torch.float16 in (built.dtype, built.stage.autocast)
     # from what was asked for, not from requires_grad: the gate compares the two
     every: dict[str, Parameter] = dict(built.model.named_parameters())
     if built.adapter is not None:
@@ -341,7 +341,9 @@ def make_updater(config: RunConfig, built: Built) -> Updater:
         clip=config.optim.clip,
         gate=partial(check_first_gradients, built.model, expected, excused),
         device=built.device,
-        router=router_loss(built.model, config.train.router_loss),
+        router=router_loss(
+            built.model, config.train.router_loss, lambda n: int(built.world.over_stages(n))
+        ),
         world=built.world,
         pipeline=built.pipeline(config.parallel),
     )

@@ -30,6 +30,7 @@ from luthier.models.rotary import config_changes
 from luthier.models.absent import present
 from luthier.models.partial import Chunk, Share, balanced, costs_of, places_of
 from luthier.models.stage import Stage, decoder_layers, same_stage
+from luthier.parallel.degrees import check_stages
 from luthier.parallel.pipeline import OneStage, Pipeline, Relay
 from luthier.parallel.shard import Sharding, assign, collected, whole
 from luthier.parallel.tensor import check_adapters, cut_layers
@@ -96,11 +97,16 @@ class Built:
             num_stages=self.world.sizes["pipeline"] * parallel.virtual_stages,
             schedule=parallel.schedule,
             width=self.model.config.get_text_config().hidden_size,
-            dtype=self.model.dtype,
+            dtype=self.dtype,
             device=self.device,
             beside=max((adapter.tokens_aside for adapter in adapters), default=0),
             sharding=self.sharding,
         )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the whole model, which a part of it may not show."""
+        return self.model.dtype if self.stage.share is None else self.stage.share.dtype
 
     @property
     def kernel(self) -> str:
@@ -113,7 +119,7 @@ class Built:
         """What packing may change in a hidden state: nothing, but for mixtures of experts."""
         text = self.model.config.get_text_config()
         experts = any(getattr(text, name, None) for name in EXPERTS)
-        return 8 * torch.finfo(self.model.dtype).eps if experts else 0.0
+        return 8 * torch.finfo(self.dtype).eps if experts else 0.0
 
     @property
     def trained(self) -> list[tuple[str, Parameter]]:
@@ -173,6 +179,7 @@ def cut_stages(built: Built, parallel: ParallelConfig) -> None:
     """Leave out what other stages of the pipeline have of the model."""
     model, world = built.model, built.world
     ranks = world.sizes["pipeline"]
+    check_stages(parallel, ranks, model.config.get_text_config().num_hidden_layers)
     places = places_of(model)
     number = ranks * parallel.virtual_stages
     parts = balanced(*costs_of(model, places), number)
@@ -223,7 +230,7 @@ def read_model(built: Built, config: RunConfig, folder: Path) -> None:
             load_tensors(built.model, folder)
         return
     again = config.model.model_copy(
-        update={"path": str(folder), "init": "pretrained", "dtype": name_of(built.model.dtype)}
+        update={"path": str(folder), "init": "pretrained", "dtype": name_of(built.dtype)}
         | {"device": "cpu", "attention": "math", "num_layers": None, "rope_scaling": None}
     )
     saved = build_model(again, seed=config.train.seed).state_dict()

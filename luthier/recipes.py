@@ -160,7 +160,7 @@ def _finetune(
     share = built.num_trained / max(built.num_base, 1)
     stored = storage_words(built.model)
     say(
-        f"model: {built.base}, {name_of(built.model.dtype)} on {built.device}; "
+        f"model: {built.base}, {name_of(built.dtype)} on {built.device}; "
         f"{stored + '; ' if stored else ''}"
         f"{built.num_trained:,} trained parameters ({share:.2%} of {built.num_base:,})"
     )

@@ -59,9 +59,11 @@ class Blank(nn.Module):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.width is None:
             return x
-        dtype = x.dtype if x.is_floating_point() else self.dtype
-        ends = x.shape[:-1] if x.is_floating_point() else x.shape
-        return torch.zeros(*ends, self.width, dtype=dtype, device=x.device)
+        if not x.is_floating_point():  # tokens
+            return torch.zeros(*x.shape, self.width, dtype=self.dtype, device=x.device)
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        return torch.zeros(*x.shape[:-1], self.width, dtype=dtype, device=x.device)
 
 
 class Nothing(Blank):

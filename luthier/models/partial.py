@@ -147,7 +147,7 @@ class Share:
         head: Any = model.get_submodule(places.behind[-1])
         embedding: Any = model.get_submodule(places.ahead[0])
         self.tied = head.weight is embedding.weight
-        self.total = _counts(model)
+        self.total, self.dtype = _counts(model), model.dtype
         own = {number for chunk in chunks for number in chunk.layers}
         swaps: dict[str, nn.Module] = {
             f"{places.layers}.{i}": Absent(layer, i, relay, places.tuples)

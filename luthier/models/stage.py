@@ -118,6 +118,15 @@ class Stage(nn.Module):
         softcap = getattr(config, family.softcap) if family.softcap else None
         return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
+    @property
+    def has_head(self) -> bool:
+        """Whether the model's last layers and its head are here."""
+        return self.share is None or self.share.has_last
+
+    def quietly(self) -> AbstractContextManager[None]:
+        """Inside, a forward gives its result only where the head is: no stage waits for the last one."""
+        return nullcontext() if self.share is None else self.share.relay.quietly()
+
     def _products(self, device: torch.device) -> AbstractContextManager[Any]:
         """Autocast, when it is asked for: matrix products in half precision, the rest as it is."""
         return torch.autocast(device.type, self.autocast, enabled=self.autocast is not None)
@@ -229,7 +238,7 @@ def check_stage(stage: Stage) -> None:
                 seen.clear()
                 with stage._products(device):
                     out = model(**plain_inputs(model, part[None]), use_cache=False)
-                if stage.share is not None and not stage.share.has_last:
+                if not stage.has_head:
                     continue  # the last stage compares
                 _same(stage, "hidden states in a packed row", hidden, seen[0][0])
                 _same(stage, "logits", stage.head(seen[0][0]), out.logits[0])
@@ -307,7 +316,7 @@ _DO = "this family needs a row in luthier/models/families.py, or its layers mix 
 def _same(stage: Stage, what: str, ours: Tensor, plain: Tensor, do: str = _DO) -> None:
     """Refused unless ||ours - plain|| / ||plain|| is what rounding explains."""
     error = float((ours.double() - plain.double()).norm() / plain.double().norm())
-    if not error <= _ROUNDING.get(stage.autocast or stage.model.dtype, 1e-1):
+    if not error <= _ROUNDING.get(stage.autocast or plain.dtype, 1e-1):
         raise Refused(
             f"model family '{stage.model.config.model_type}' was asked for",
             f"its {what} differ from the plain ones by {error:.2g} (relative)",

@@ -175,6 +175,7 @@ class _Stage(PipelineStage):
         if pipeline.sharding is not None:
             pipeline.sharding.micro_batch(last=last and self.left == 1)
         work(*args, **options)
+        self._laid_out()
         self.left -= last
         assert pipeline.passes is not None
         pipeline.passes.done()
@@ -195,6 +196,12 @@ class _Stage(PipelineStage):
         self, bwd_chunk_id: int, **options: Any
     ) -> None:
         self._around(super().backward_weight_one_chunk, bwd_chunk_id, last=True, **options)
+
+    def _laid_out(self) -> None:
+        """Gradients as autograd accumulates them: a fused optimiser takes them to lie in memory as their tensors do."""
+        for p in self.submod.parameters():
+            if p.grad is not None and local(p.grad).stride() != local(p).stride():
+                p.grad = torch.empty_like(p).copy_(p.grad)
 
 
 def enough(number: int, ranks: int, schedule: str) -> int:

@@ -227,6 +227,12 @@ class World:
         """How many ranks a pipeline stage has; they follow each other."""
         return self.size // self.sizes["pipeline"]
 
+    def sums(self, values: list[float]) -> list[float]:
+        """Sums over data ranks and pipeline stages, of lists that are empty where a stage has none."""
+        same = self.stage_size // self.data_size  # ranks that cut a layer see the same
+        rows = [row for row in self.gather(values)[::same] if row]
+        return [math.fsum(column) for column in zip(*rows, strict=True)]
+
     def over_stages(self, value: float) -> float:
         """The sum of one value per pipeline stage, the same on all of its ranks."""
         if self.sizes["pipeline"] == 1:

@@ -109,7 +109,7 @@ class Updater:
             # floats: the first wait for the device in the step
             loss = self.world.sum(sum(map(float, passes.losses)))
             if self.router is not None:
-                routed = self.world.sum(sum(map(float, passes.routed)))
+                (routed,) = self.world.sums([sum(map(float, passes.routed))])
                 report = replace(report, router_loss=routed)
             if not math.isfinite(loss):
                 self._raise_non_finite(loss, math.nan, step, micro_batches)
@@ -148,7 +148,7 @@ class Updater:
 
     def _shares(self, micro_batches: Sequence[Batch]) -> Tensor | None:
         """Tokens of the step at each expert; None where one forward tells by itself."""
-        if self.router is None or (len(micro_batches) == 1 and self.world.data_size == 1):
+        if self.router is None or (len(micro_batches) == 1 and self.world.size == 1):
             return None
         total = torch.zeros(())
         for batch in micro_batches:
@@ -157,7 +157,7 @@ class Updater:
                 self.stage(batch)
             counts = self.router.shares(logits, batch).cpu()
             total = total + (0 * counts if batch.is_filler else counts)
-        return torch.tensor([self.world.sum(float(count)) for count in total])
+        return torch.tensor(self.world.sums(total.tolist()))
 
     def _loss_sum(self, batch: Batch) -> Tensor:
         hidden = self.stage(batch)  # [B, S, D]

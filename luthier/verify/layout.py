@@ -59,7 +59,7 @@ def compare_layout(config: RunConfig, world: World, say: Callable[[str], object]
     ours, norm, built = _first_step(config, world)
     say(
         f"{world.words}, stage {config.parallel.stage}; {config.batch} rows in micro-batches of "
-        f"{config.micro_batch}; {name_of(built.model.dtype)} on {built.device}, "
+        f"{config.micro_batch}; {name_of(built.dtype)} on {built.device}, "
         f"{built.num_trained:,} trained parameters in {len(ours.gradients)} tensors"
     )
     what = f"{world.size} processes = one process"

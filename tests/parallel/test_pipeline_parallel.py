@@ -19,6 +19,8 @@ from luthier.parallel.world import World
 
 KEYS = {"train__batch": 8, "train__micro_batch": 2, "data__length": 128, "optim__clip": 0.5}
 METHODS = {**DATA_METHODS, "recomputed": {**DATA_METHODS["full"], "train__recompute": "layer"}}
+METHODS["router"] = {**METHODS["full"], "train__router_loss": 0.5}
+METHODS["noise"] = {**METHODS["lora"], "adapter__neftune_alpha": 5.0, "train__recompute": "selective"}
 PP2: dict[str, Any] = {"pipeline": 2}
 LOOP: dict[str, Any] = {"pipeline": 2, "virtual_stages": 2, "schedule": "interleaved"}
 ZERO: dict[str, Any] = {"pipeline": 2, "schedule": "zero_bubble"}
@@ -32,6 +34,31 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("qwen2", "full", LOOP),
     ("qwen2", "full", ZERO2),
     ("gpt2", "full", PP2),
+    ("qwen3", "lora", LOOP),
+    ("bloom", "full", PP2),
+    ("chatglm2", "full", PP2),
+    ("mixtral", "router", PP2),
+    ("granite", "full", PP2),
+    ("llama", "prefix", LOOP),
+    ("llama", "prompt", PP2),
+    ("llama", "reft", ZERO),
+    ("llama", "lora", ZERO2),
+    ("qwen2", "recomputed", PP2),
+    ("gpt2", "noise", PP2),
+    ("llama", "qlora", PP2),
+    ("llama", "vera", PP2),
+]
+SLOW: list[tuple[str, str, dict[str, Any]]] = [
+    ("qwen2", "full", {"pipeline": 2, "replicate": 2, "shard": 1}),
+    ("qwen3", "lora", {"pipeline": 2, "replicate": 2, "shard": 1}),
+    ("llama", "reft", {"pipeline": 2, "replicate": 2, "shard": 1}),
+    ("llama", "prefix", {"pipeline": 2, "replicate": 2, "shard": 1}),
+    ("llama", "full", {"pipeline": 2, "tensor": 2}),
+    ("gpt2", "lora", {"pipeline": 2, "tensor": 2, **{k: LOOP[k] for k in ("virtual_stages", "schedule")}}),
+    ("qwen2", "full", {"pipeline": 2, "shard": 2, "stage": 3}),
+    ("qwen2", "full", {**LOOP, "shard": 2, "stage": 1}),
+    ("llama", "lora", {"pipeline": 2, "shard": 2, "stage": 2}),
+    ("qwen2", "full", {**ZERO, "shard": 2, "stage": 2}),
 ]
 DEPTH = {"gpt2": "n_layer", "bloom": "n_layer", "chatglm2": "num_layers"}
 
@@ -79,6 +106,14 @@ def compared(family: str, method: str, layout: dict[str, Any], alone: Callable[.
 
 @pytest.mark.parametrize(("family", "method", "layout"), CASES)
 def test_stages_train_what_one_process_does(
+    family: str, method: str, layout: dict[str, Any], alone: Callable[..., Any]
+) -> None:
+    compared(family, method, layout, alone)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("family", "method", "layout"), SLOW)
+def test_more_layouts(
     family: str, method: str, layout: dict[str, Any], alone: Callable[..., Any]
 ) -> None:
     compared(family, method, layout, alone)
