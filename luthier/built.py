@@ -23,12 +23,12 @@ from luthier.adapters.store import load_tensors, save_adapter
 from luthier.config import AdapterConfig, RopeScaling, RunConfig
 from luthier.config_parallel import ParallelConfig
 from luthier.layers import count
+from luthier.models.absent import present
 from luthier.models.cuts import cuts_of
 from luthier.models.folder import original_hash
 from luthier.models.load import build_model, save_model
-from luthier.models.rotary import config_changes
-from luthier.models.absent import present
 from luthier.models.partial import Chunk, Share, balanced, costs_of, places_of
+from luthier.models.rotary import config_changes
 from luthier.models.stage import Stage, decoder_layers, same_stage
 from luthier.parallel.degrees import check_stages
 from luthier.parallel.pipeline import OneStage, Pipeline, Relay

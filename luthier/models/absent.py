@@ -6,7 +6,7 @@ What is left out of a model is told by `partial.py`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -73,6 +73,6 @@ class Nothing(Blank):
         return torch.zeros((), dtype=self.dtype)
 
 
-def present(layers: Sequence[nn.Module]) -> list[nn.Module]:
+def present(layers: Iterable[nn.Module]) -> list[nn.Module]:
     """Those of a model's layers that are on this rank."""
     return [layer for layer in layers if not isinstance(layer, Absent)]

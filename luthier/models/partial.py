@@ -49,9 +49,9 @@ class Chunk:
 
     def border(self, *given: Tensor) -> Border:
         """Its border for a forward that is given these hidden states, and maybe those of tokens aside."""
-        found = Border(self.layers[0], self.layers[-1], *given[:1])
-        found.aside = Border(self.layers[0], self.layers[-1], *given[1:])
-        return found
+        ends = (self.layers[0], self.layers[-1])
+        beside = Border(*ends, given=given[1] if len(given) > 1 else None)
+        return Border(*ends, given=given[0] if given else None, aside=beside)
 
 
 def places_of(model: PreTrainedModel) -> Places:
@@ -64,8 +64,8 @@ def places_of(model: PreTrainedModel) -> Places:
             plan.adds, plan.tuples,
         )  # fmt: skip
     else:
-        given = list(getattr(model.config.get_text_config(), "base_model_pp_plan", None) or ())
-        if "layers" not in given:
+        given = [*(getattr(model.config.get_text_config(), "base_model_pp_plan", None) or {})]
+        if not given or "layers" not in given:
             raise Refused(
                 asked,
                 "nobody says which of its modules belong to the first and the last stage",

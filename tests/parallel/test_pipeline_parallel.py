@@ -20,7 +20,11 @@ from luthier.parallel.world import World
 KEYS = {"train__batch": 8, "train__micro_batch": 2, "data__length": 128, "optim__clip": 0.5}
 METHODS = {**DATA_METHODS, "recomputed": {**DATA_METHODS["full"], "train__recompute": "layer"}}
 METHODS["router"] = {**METHODS["full"], "train__router_loss": 0.5}
-METHODS["noise"] = {**METHODS["lora"], "adapter__neftune_alpha": 5.0, "train__recompute": "selective"}
+METHODS["noise"] = {
+    **METHODS["lora"],
+    "adapter__neftune_alpha": 5.0,
+    "train__recompute": "selective",
+}
 PP2: dict[str, Any] = {"pipeline": 2}
 LOOP: dict[str, Any] = {"pipeline": 2, "virtual_stages": 2, "schedule": "interleaved"}
 ZERO: dict[str, Any] = {"pipeline": 2, "schedule": "zero_bubble"}
@@ -54,11 +58,15 @@ SLOW: list[tuple[str, str, dict[str, Any]]] = [
     ("llama", "reft", {"pipeline": 2, "replicate": 2, "shard": 1}),
     ("llama", "prefix", {"pipeline": 2, "replicate": 2, "shard": 1}),
     ("llama", "full", {"pipeline": 2, "tensor": 2}),
-    ("gpt2", "lora", {"pipeline": 2, "tensor": 2, **{k: LOOP[k] for k in ("virtual_stages", "schedule")}}),
+    (
+        "gpt2",
+        "lora",
+        {"pipeline": 2, "tensor": 2, **{k: LOOP[k] for k in ("virtual_stages", "schedule")}},
+    ),
     ("qwen2", "full", {"pipeline": 2, "shard": 2, "stage": 3}),
     ("qwen2", "full", {**LOOP, "shard": 2, "stage": 1}),
     ("llama", "lora", {"pipeline": 2, "shard": 2, "stage": 2}),
-    ("qwen2", "full", {**ZERO, "shard": 2, "stage": 2}),
+    ("llama", "lora", {**ZERO, "replicate": 2, "shard": 1}),
 ]
 DEPTH = {"gpt2": "n_layer", "bloom": "n_layer", "chatglm2": "num_layers"}
 

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from layouts import config_of
 from ranks import run_ranks
 from safetensors.torch import load_file
 from test_data_parallel import METHODS
@@ -18,9 +15,7 @@ from test_many_ranks import losses, using_the_result, whole_run
 from test_pipeline_parallel import LOOP, PP2, deep_folder  # noqa: F401
 from tiny_runs import write_data
 
-from luthier.errors import Refused
 from luthier.parallel.world import World
-from luthier.recipes import run_on
 
 RUN = {
     **{"train__batch": 6, "train__micro_batch": 1, "data__length": 128, "train__epochs": 9},
