@@ -24,6 +24,7 @@ from luthier.layers import count
 from luthier.models.absent import Absent, Blank, Nothing
 from luthier.models.families import plan_of
 from luthier.models.stage import decoder_layers
+from luthier.parts import whole_numel
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def costs_of(model: PreTrainedModel, places: Places) -> tuple[list[int], int]:
         chosen = min(getattr(text, "num_experts_per_tok", None) or experts, experts)
         layers.append(every - stacked + stacked * chosen // experts)
     head: Any = model.get_submodule(places.behind[-1])
-    return layers, int(head.weight.numel())
+    return layers, whole_numel(head.weight)
 
 
 def balanced(costs: Sequence[int], head: int, stages: int) -> list[range]:
@@ -165,7 +166,8 @@ class Share:
         if not self.has_last:
             for path in places.behind:
                 module = model.get_submodule(path)
-                width = head.weight.shape[0] if path == places.behind[-1] else None
+                rows = whole_numel(head.weight) // head.weight.shape[1]  # also of a head that is cut
+                width = rows if path == places.behind[-1] else None
                 swaps[path] = Blank(module, width)
         self.swaps = swaps
         for path, standin in swaps.items():
