@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-_PART, _SHARE = "luthier_part", "luthier_share"  # attributes of tensors
+_PART, _SHARE, _COPY = "luthier_part", "luthier_share", "luthier_copy"  # attributes of tensors
 T = TypeVar("T", bound=Tensor)
 
 
@@ -87,6 +87,18 @@ class Part:
         return tuple(out)
 
 
+@dataclass(frozen=True)
+class Copy:
+    """A tensor that several pipeline stages have: its gradient is the sum of theirs.
+
+    `everywhere`: all stages, else the first and the last (tied embeddings). `counts`: whether this one counts in
+    what is summed over stages (norms).
+    """
+
+    everywhere: bool
+    counts: bool
+
+
 def cut_of(tensor: Tensor) -> Part | None:
     """How `tensor` was cut; None for a tensor that every tensor-parallel rank holds whole."""
     return getattr(tensor, _PART, None)
@@ -106,9 +118,18 @@ def mark_share(tensor: Tensor) -> None:
     setattr(tensor, _SHARE, True)
 
 
+def copy_of(tensor: Tensor) -> Copy | None:
+    """How a tensor is on several pipeline stages; None for one that is on one."""
+    return getattr(tensor, _COPY, None)
+
+
+def mark_copy(tensor: Tensor, how: Copy) -> None:
+    setattr(tensor, _COPY, how)
+
+
 def marked(tensor: T, like: Tensor) -> T:
     """`tensor` with the marks of `like`, to which it belongs."""
-    for name in (_PART, _SHARE):
+    for name in (_PART, _SHARE, _COPY):
         if hasattr(like, name):
             setattr(tensor, name, getattr(like, name))
     return tensor

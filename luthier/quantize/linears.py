@@ -298,6 +298,7 @@ class QuantizedLinear(QuantizedTensor):
         if bias is not None:
             self._put("bias", bias.detach().to(self.dtype).clone())
 
+    @torch.compiler.disable()
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> x W^T + bias, [..., out], in x's type."""
         return self.product(x, self.bias)

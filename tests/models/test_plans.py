@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from luthier.batch import Batch, Layout, layout_scope
-from luthier.models.families import _PLANS, Cut, Plan, family_of, plan_of
+from luthier.models.families import _PLANS, Cut, Plan, plan_of
 from luthier.models.fused import heads_of
 from luthier.models.stage import Stage, decoder_layers
+from luthier.positions import position_axes
 
 ZOO = ("chatglm", "chatglm2", "glm_legacy", "qwen")
 each = pytest.mark.parametrize("family", _PLANS)
@@ -116,7 +117,7 @@ def test_parts_of_two_ranks_make_the_whole(
 
 
 def two_axes(model: Any, batch: Batch) -> Batch:
-    if family_of(model.config.model_type).position_axes == 1:
+    if position_axes(model.config.model_type) == 1:
         return batch
     places = torch.stack([batch.position_ids, (batch.position_ids - 2).clamp(min=0)], dim=1)
     return Batch(batch.input_ids, batch.labels, places, batch.document_ids, batch.rows)
