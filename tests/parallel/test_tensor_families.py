@@ -138,7 +138,8 @@ def compared(
     layout = layout or TP2
     folders, all_keys, theirs = alone(family, method, **keys)
     given = all_keys | {f"parallel__{name}": value for name, value in layout.items()}
-    for ours in run_ranks(layout, steps, folders, given):
+    found = run_ranks(layout, steps, folders, given)
+    for ours in found[:1] if "pipeline" in layout else found:  # what stages have is gathered by one
         assert_same(ours, theirs, 2e-6 if family in WIDER else 1e-9)
 
 
@@ -213,6 +214,9 @@ def test_stage_3_cuts_a_quantised_base(alone: Callable[..., Any]) -> None:
         ("chatglm2", {"tensor": 4}, {}),
         ("llama", {"tensor": 2, "replicate": 2, "shard": 1}, {"quantize__weights": "nf4"}),
         ("llama", {"tensor": 2, "shard": 2, "stage": 3}, {"quantize__weights": "nf4"}),
+        ("llama", {"tensor": 2, "pipeline": 2}, {"quantize__weights": "nf4"}),
+        ("phi3", {"tensor": 2, "pipeline": 2}, {}),
+        ("deepseek_v3", {"tensor": 2, "pipeline": 2}, {}),
         ("mixtral", {"tensor": 2, "shard": 2, "stage": 3}, {}),
         ("falcon", {"tensor": 2, "shard": 2, "stage": 2}, {}),
     ],
