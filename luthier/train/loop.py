@@ -16,18 +16,19 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-
 from luthier.batch import Batch
 from luthier.errors import Failed, LuthierError, Stopped
 from luthier.files import damage
+from luthier.parallel.restarts import Restart
 from luthier.parallel.shard import gathered, local
-from luthier.parallel.world import World, lost_peer
+from luthier.parallel.world import World
 from luthier.train.checkpoint import Checkpoints, Saved, non_finite, read
+from luthier.train.ending import failure, keep_last_step, recovery, try_save
 from luthier.train.metrics import Metrics, StepReport, Window, memory, plain
 from luthier.train.plan import Every, FitResult, Pace, Plan
 from luthier.train.signals import Interrupted, Signals
 from luthier.train.step import Updater
+from luthier.train.watchdog import Watchdog
 
 
 class Data(Protocol):
@@ -54,6 +55,8 @@ class Trainer:
 
     In a run of several processes all of them fit, in step; `world` is where they exchange what they decide
     on, and only its rank 0 writes. `held` makes the model whole for `write_model`; every rank enters it.
+    `restart`: what its launcher started it again for. `stop_unwritten`: a checkpoint that cannot be written
+    ends the run.
     """
 
     updater: Updater
@@ -71,6 +74,9 @@ class Trainer:
     remarks: list[str] = field(default_factory=list)
     world: World = field(default_factory=World)
     held: Callable[[], AbstractContextManager[None]] = nullcontext
+    watchdog: Watchdog = field(default_factory=Watchdog)
+    restart: Restart | None = None
+    stop_unwritten: bool = False
 
     def __post_init__(self) -> None:
         self.done = 0  # optimiser steps so far
@@ -84,6 +90,9 @@ class Trainer:
         self._epoch_ended = False  # with the latest step
         self._saved_at = 0  # the step of our latest checkpoint
         self._unsupervised = False  # a step without supervised tokens was seen
+        self._finished: tuple[Any, Any] | None = (
+            None  # states of data and updater after the last step
+        )
 
     def step(self, micro_batches: Sequence[Batch]) -> StepReport:
         """The next optimiser step; see `Updater.update`."""
@@ -102,7 +111,7 @@ class Trainer:
         """
         self.world.lead(lambda: self.checkpoints.start(path) is None)
         saved = None if path is None else read(path)
-        with Signals(tell=self.world.is_main) as signals:
+        with Signals(tell=self.world.is_main) as signals, self.watchdog:
             try:
                 with self.metrics:
                     self._begin(saved)
@@ -110,14 +119,19 @@ class Trainer:
                     result = self._finish()
                     self._stop_if_asked(signals)
                     return result
-            except LuthierError:
+            except LuthierError as error:
+                self._last_words(error)
                 raise
             except Exception as error:
-                raise self._failure(error) from error
+                text = failure(error, self.done, self.checkpoints.newest())
+                self._last_words(text)
+                raise text from error
 
     def _begin(self, saved: Saved | None) -> None:
         if saved is not None:
             self._restore(saved)
+        self._finished = self.data.state(), self.updater.state()
+        self.metrics.alive = self.watchdog.beat
         self.metrics.start(self.done, evaluated=self._evaluated())
         self.metrics.log("start", self.done, {**self.facts, "resumed": saved is not None})
         for text in self.remarks:
@@ -130,16 +144,25 @@ class Trainer:
         elif self.before is not None:
             self.metrics.log("evaluate", 0, self._measure(self.before, signals))
         batches = self.data.step_batches()
+        first = True
         try:
             while not self._over():
                 self._stop_if_asked(signals)
                 begin, epoch = time.perf_counter(), self.data.epoch
-                micro_batches = next(batches)
-                wait = time.perf_counter() - begin
-                report = self.step(micro_batches)
+                # the first step may compile, and reads ahead
+                with self.watchdog.phase("in the first step") if first else nullcontext():
+                    micro_batches = next(batches)
+                    wait = time.perf_counter() - begin
+                    report = self.step(micro_batches)
                 self._epoch_ended = self.data.epoch > epoch
+                self._finished = self.data.state(), self.updater.state()
+                self.watchdog.stepped(self.done)
                 seconds = time.perf_counter() - begin
                 self._record(replace(report, seconds=seconds, wait=wait))
+                if first and self.restart is not None:
+                    told = recovery(self.restart, self.done, self.metrics.reached, self.world.size)
+                    self.metrics.log("restart", self.done, told)
+                first = False
                 self._after_step(signals)
         finally:
             if isinstance(batches, Generator):
@@ -147,11 +170,13 @@ class Trainer:
 
     def _after_step(self, signals: Signals) -> None:
         """Evaluate and save, if due and not done yet. A new best is saved whenever anything is."""
-        due = self._due(self.plan.evaluate_every) and not self._evaluated()
+        due, best = self._due(self.plan.evaluate_every) and not self._evaluated(), self.best
         improved = due and self._evaluate(signals)
         save = self._due(self.plan.save_every) or (improved and self.plan.save_every != "never")
         if save and self._saved_at != self.done:
-            self._save()
+            last = self._over()
+            if not try_save(self._save, self._remark, last=last, stop=self.stop_unwritten):
+                self.best = best  # nothing holds these weights
 
     def _over(self) -> bool:
         return self.plan.over(self.done, self.num_tokens)
@@ -171,6 +196,8 @@ class Trainer:
         self._pace.add(report.seconds, report.num_tokens)
         self.seconds += report.seconds
         self._loss = report.loss
+        if report.told:
+            self.metrics.remark(report.told, report.step)
         if not report.num_supervised and not self._unsupervised:
             self._unsupervised = True
             self._remark(
@@ -208,8 +235,9 @@ class Trainer:
         """What an evaluation gives. A signal ends it at once, but for several processes, which it would not
         reach at the same place: the resumed run does it again."""
         self.metrics.activity("evaluating")
+        interruptible = signals.interruptible if self.world.size == 1 else nullcontext
         try:
-            with signals.interruptible() if self.world.size == 1 else nullcontext():
+            with self.watchdog.phase("evaluating"), interruptible():
                 return dict(how())
         except Interrupted:
             self._stop_if_asked(signals)
@@ -242,11 +270,13 @@ class Trainer:
                 f"NaN or infinity in {', '.join(bad)}",
                 f"nothing was written; go on from {self.checkpoints.newest()} with a lower optim.lr",
             )
+        # of the last finished step: another one may have begun
+        finished = self._finished or (self.data.state(), self.updater.state())
         state = {
             "tokens": self.num_tokens,
             "seconds": self.seconds,
-            "data": self.data.state(),
-            "updater": self.updater.state(),
+            "data": finished[0],
+            "updater": finished[1],
             "epoch_ended": self._epoch_ended,
             "window": asdict(self._window),
             "evaluation": self.evaluation,
@@ -256,7 +286,7 @@ class Trainer:
         best = self.best["step"] if self.best else None
         self.metrics.activity("saving")
         self.metrics.flush()  # metrics.jsonl must not be behind the checkpoint
-        with self.held():
+        with self.watchdog.phase("saving"), self.held():
             tensors = gathered(live, self.world, keep=self.world.is_main)
             path = self.checkpoints.path(self.done)
             self.world.lead(
@@ -351,13 +381,14 @@ class Trainer:
         self.read_model(path)
         self._remark(f"the final model is that of {path.name}, the best by {self.plan.best}")
 
-    def _failure(self, error: Exception) -> Failed:
-        """An unexpected error as a message; the error itself is its cause."""
-        text = f"{type(error).__name__}: {error}"
-        if lost_peer(error):
-            text = f"another process of the run is gone ({str(error).splitlines()[0][:160]})"
-        do = f"what was saved is untouched: go on from {self.checkpoints.newest()}"
-        full = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-        if full or "can't allocate memory" in text:
-            do += ", with a smaller train.micro_batch or train.recompute=layer"
-        return Failed(f"training, after step {self.done}", text, do)
+    def _last_words(self, error: LuthierError) -> None:
+        """Save the last finished step, where that can be, and say in `error` what is kept of the run."""
+
+        def save(world: World) -> Path:
+            if world is not self.world:  # alone: the others may be gone
+                self.world, self.held = world, nullcontext
+            return self._save()
+
+        whole, unsaved = not self.updater.half_updated, self.done > self._saved_at
+        if isinstance(error, Failed) and unsaved and self._finished is not None:
+            keep_last_step(error, save, self.world, step=self.done, whole=whole)
