@@ -293,7 +293,7 @@ def _report(
         before = json.loads((output / BEFORE).read_text("utf-8"))
     facts["before"] = before.get("values", {})
     if restarts := [r for r in read_metrics(output / METRICS) if r["kind"] == "restart"]:
-        seconds = sum(r["recovery_seconds"] for r in restarts)
+        seconds = sum(r["recovery_seconds"] or 0 for r in restarts)
         told = f"{len(restarts)}, with {seconds:.0f} s from the failures to the next finished step"
         facts["more"] = {**facts.get("more", {}), "restarts": told}
     facts["samples"] = pair_samples(

@@ -33,13 +33,13 @@ class Restart:
 
     attempt: int = 0
     reason: str = ""
-    at: float = 0.0  # when the failure was seen, in seconds since the epoch
+    at: float | None = None  # when the failure was seen, in seconds since the epoch; None: not told
     before: int = 0  # processes then
     notes: str = ""
 
     @classmethod
-    def from_text(cls, text: str | None) -> Restart:
-        return cls(**json.loads(text)) if text else cls()
+    def from_text(cls, text: str | None) -> Restart | None:
+        return cls(**json.loads(text)) if text else None
 
     @property
     def text(self) -> str:

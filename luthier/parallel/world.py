@@ -65,7 +65,7 @@ def place() -> Place:
             size=int(env.get("WORLD_SIZE", "1")),
             local_rank=int(env.get("LOCAL_RANK", env["RANK"])),
             local_size=int(env.get("LOCAL_WORLD_SIZE", env.get("WORLD_SIZE", "1"))),
-            attempt=int(env.get("TORCHELASTIC_RESTART_COUNT", "0")) + restart.attempt,
+            attempt=int(env.get("TORCHELASTIC_RESTART_COUNT", "0")) + (restart.attempt if restart else 0),
             restart=restart,
             address=env["MASTER_ADDR"],
             port=int(env.get("MASTER_PORT", "29500")),
@@ -108,8 +108,10 @@ def note(error: BaseException) -> None:
 
 def restarted() -> Restart | None:
     """What the launcher tells of a restart of this run; None for a run that was started once."""
-    restart = _place_or_alone().restart
-    return restart if restart is not None and restart.attempt else None
+    here = _place_or_alone()
+    if here.restart is not None:
+        return here.restart if here.restart.attempt else None
+    return Restart(here.attempt, "torchrun started the processes again") if here.attempt else None
 
 
 def processes() -> int:

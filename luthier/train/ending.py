@@ -94,7 +94,7 @@ def recovery(restart: Restart, step: int, reached: int, processes: int) -> dict[
     return {
         "attempt": restart.attempt,
         "reason": restart.reason,
-        "recovery_seconds": max(0.0, time.time() - restart.at),
+        "recovery_seconds": None if restart.at is None else max(0.0, time.time() - restart.at),
         "repeated_steps": max(0, reached - step + 1),
         "processes": processes,
         "processes_before": restart.before,

@@ -111,14 +111,13 @@ class Trainer:
         """
         self.world.lead(lambda: self.checkpoints.start(path) is None)
         saved = None if path is None else read(path)
-        with Signals(tell=self.world.is_main) as signals, self.watchdog:
+        with Signals(tell=self.world.is_main) as signals, self.watchdog, self.metrics:
             try:
-                with self.metrics:
-                    self._begin(saved)
-                    self._run(signals)
-                    result = self._finish()
-                    self._stop_if_asked(signals)
-                    return result
+                self._begin(saved)
+                self._run(signals)
+                result = self._finish()
+                self._stop_if_asked(signals)
+                return result
             except LuthierError as error:
                 self._last_words(error)
                 raise

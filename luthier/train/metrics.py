@@ -218,9 +218,13 @@ class Metrics:
                 os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        self._progress.close()
         for sink in self._sinks:
-            sink.close()
+            try:
+                sink.close()
+            except Exception as error:  # whatever a service throws, the run is worth more
+                text = f"closing {type(sink).__name__}: {type(error).__name__}: {error}"
+                self._progress.show("remark", 0, {"text": text})
+        self._progress.close()
         if self._file is not None:
             self._file.close()
 
