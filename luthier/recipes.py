@@ -42,8 +42,10 @@ from luthier.data.dataset import LazyDataset
 from luthier.errors import Refused
 from luthier.files import PARTIAL, check_writable, publish, write_json, write_text
 from luthier.interop.read import read_config
+from luthier.models.load import resolve_device
 from luthier.parallel.degrees import check_sharding, fit_batch
 from luthier.parallel.world import World, note, restarted, speaks, tells
+from luthier.predicted import Prediction
 from luthier.summary import facts_of
 from luthier.train.bad_rows import keep_rows
 from luthier.train.checkpoint import Checkpoints, Found, check_identity, find, read
@@ -179,6 +181,7 @@ def _finetune(
                 "no document of the first step has a prompt of two tokens or more: nothing would be edited",
                 "give rows with prompts, or adapter.positions=all",
             )
+    before = memory(resolve_device(config.model.device)).now
     built = build(config, train=True, world=world)
     loaded = memory(built.device)
     if found.path is not None and built.adapter is not None:
@@ -249,6 +252,7 @@ def _finetune(
         watchdog=make_watchdog(config, world),
         restart=restarted(),
         stop_unwritten=config.checkpoint.on_failure == "stop",
+        compare=Prediction(config, world, built.device, before).compare,
     )
     updater.on_nan, updater.max_nan_steps = config.train.on_nan, config.train.max_nan_steps
     updater.keep_rows = partial(keep_rows, output, world, data.loader.origin, text.tokenizer.decode)

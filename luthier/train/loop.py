@@ -30,6 +30,8 @@ from luthier.train.signals import Interrupted, Signals
 from luthier.train.step import Updater
 from luthier.train.watchdog import Watchdog
 
+COMPARED = 20  # steps of this process after which the plan is set beside them
+
 
 class Data(Protocol):
     """`data.loader.Loader`: endless optimiser steps; `state()` is the position after the last one handed out."""
@@ -57,6 +59,7 @@ class Trainer:
     on, and only its rank 0 writes. `held` makes the model whole for `write_model`; every rank enters it.
     `restart`: what its launcher started it again for. `stop_unwritten`: a checkpoint that cannot be written
     ends the run.
+    `compare(seconds per step)` sets what was predicted beside what the first steps took; rank 0 calls it once.
     """
 
     updater: Updater
@@ -77,6 +80,7 @@ class Trainer:
     watchdog: Watchdog = field(default_factory=Watchdog)
     restart: Restart | None = None
     stop_unwritten: bool = False
+    compare: Callable[[float], Mapping[str, Any]] | None = None
 
     def __post_init__(self) -> None:
         self.done = 0  # optimiser steps so far
@@ -143,25 +147,25 @@ class Trainer:
         elif self.before is not None:
             self.metrics.log("evaluate", 0, self._measure(self.before, signals))
         batches = self.data.step_batches()
-        first = True
         try:
             while not self._over():
                 self._stop_if_asked(signals)
                 begin, epoch = time.perf_counter(), self.data.epoch
-                # the first step may compile, and reads ahead
-                with self.watchdog.phase("in the first step") if first else nullcontext():
-                    micro_batches = next(batches)
-                    wait = time.perf_counter() - begin
-                    report = self.step(micro_batches)
+                micro_batches = next(batches)
+                wait = time.perf_counter() - begin
+                report = self.step(micro_batches)
                 self._epoch_ended = self.data.epoch > epoch
                 self._finished = self.data.state(), self.updater.state()
                 self.watchdog.stepped(self.done)
                 seconds = time.perf_counter() - begin
                 self._record(replace(report, seconds=seconds, wait=wait))
-                if first and self.restart is not None:
+                if self.restart is not None:
                     told = recovery(self.restart, self.done, self.metrics.reached, self.world.size)
                     self.metrics.log("restart", self.done, told)
-                first = False
+                    self.restart = None
+                if len(self._pace.recent) == COMPARED and self.compare and self.world.is_main:
+                    self.metrics.log("plan", self.done, self.compare(self._pace.seconds()))
+                    self.compare = None
                 self._after_step(signals)
         finally:
             if isinstance(batches, Generator):

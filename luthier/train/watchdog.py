@@ -67,7 +67,7 @@ class Watchdog:
         if threading.current_thread() is threading.main_thread():
             # tells the thread of a signal also while the main thread is stuck in native code
             self._old_fd = signal.set_wakeup_fd(self._woken[1].fileno(), warn_on_full_buffer=False)
-        self._begin("training", self.seconds)
+        self._begin("in the first step", self.seconds * LONG * self.slack)  # it may compile
         self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
         self._thread.start()
         return self
