@@ -29,14 +29,14 @@ usage: luthier COMMAND ...
   show     FILE [...]                            the resolved config and where each value comes from
   plan     FILE [...] [--devices N]              will it fit, which layout, how long a step; reads no weights
   preview  FILE [...] [--rows N]                 rows as coloured tokens: what is trained and what is not
-  verify   CHECK FILE [...]                      prove on your model and data: data, packing, loss, layout
+  verify   CHECK FILE [...]                      prove on your model and data: data, packing, loss, layout, resume
   convert  SOURCE OUT                            GGUF, checkpoint, PaddleNLP adapter -> Hugging Face / PEFT folder
   example  [NAME]                                list ready configs, or print one
   schema                                         JSON schema of the config, for editors
   env                                            versions and devices
   --version
 
-  --nproc N [--max-restarts N] after finetune, evaluate, predict or verify layout runs it in N processes.
+  --nproc N [--max-restarts N] after finetune, evaluate, predict or verify layout/resume runs it in N processes.
   --debug after any command shows the traceback of an error.
 """
 
@@ -70,8 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _tell(error: BaseException, text: str, debug: bool) -> None:
     """Show an error, once in a run of several processes."""
-    from luthier.parallel.world import tells
+    from luthier.parallel.world import note, tells
 
+    note(error)
     if tells(error):
         if debug:
             traceback.print_exception(error)
@@ -98,7 +99,16 @@ def _run(words: list[str]) -> int:
     if name in LAUNCHED:
         restarts, rest = _take_option(rest, "--max-restarts", 0)
         processes, rest = _take_option(rest, "--nproc", 1)
-        if processes > 1:
+        if restarts and name != "finetune":
+            raise Refused(
+                f"luthier {name} --max-restarts {restarts}",
+                "only finetune leaves checkpoints to go on from",
+                "leave it out",
+            )
+        if processes > 1 or restarts:
+            if name == "verify" and rest[:1] == ["resume"]:  # it starts the runs itself
+                verify(rest, processes)
+                return 0
             if name == "verify" and rest[:1] != ["layout"]:
                 raise Refused(
                     f"luthier verify {' '.join(rest[:1])} --nproc {processes}",
@@ -112,14 +122,23 @@ def _run(words: list[str]) -> int:
 
 def _launch(name: str, words: list[str], processes: int, restarts: int) -> int:
     """Run the command in several processes, after whatever the config alone tells is refused."""
-    from luthier.parallel.degrees import check_sharding, fit_batch, mesh_sizes
+    from luthier.parallel.degrees import check_processes, fewer
     from luthier.parallel.launch import launch
 
     config = _config(name, words[1:] if name == "verify" else words, processes=processes).config
-    sizes = mesh_sizes(config.parallel, processes)
-    fit_batch(config, sizes["replicate"] * sizes["shard"], sizes["pipeline"])
-    check_sharding(config, sizes)
-    return launch([name, *words], processes, restarts)
+    check_processes(config, processes)
+    if not restarts:
+        return launch([name, *words], processes)
+    from luthier.train.ending import check_restarts, newest_in
+
+    check_restarts(config.checkpoint.every, restarts)
+    return launch(
+        [name, *words],
+        processes,
+        restarts,
+        fewer=lambda number: fewer(config, number),
+        newest=lambda: newest_in(config.output),
+    )
 
 
 def _config(
@@ -225,7 +244,7 @@ def tokenize(words: list[str]) -> None:
     run(resolved, out=out)
 
 
-def verify(words: list[str]) -> None:
+def verify(words: list[str], processes: int | None = None) -> None:
     from luthier.verify import CHECKS
 
     if not words or words[0] not in CHECKS:
@@ -235,8 +254,8 @@ def verify(words: list[str]) -> None:
             f"checks: {', '.join(CHECKS)}",
             suggest(given, CHECKS) or "luthier verify data run.yaml",
         )
-    resolved = _config(f"verify {words[0]}", words[1:])
-    CHECKS[words[0]](resolved)
+    resolved = _config(f"verify {words[0]}", words[1:], processes=processes)
+    CHECKS[words[0]](resolved, **({} if processes is None else {"processes": processes}))
 
 
 MERGE_ALIASES = {
