@@ -36,6 +36,7 @@ class Prompt(Virtual):
         self.sizes = {"num_layers": text.num_hidden_layers, "num_attention_heads": text.num_attention_heads}  # fmt: skip
         width = layer.get_input_embeddings().weight.shape[1]
         self.embedding = self.new_parameter(layer, config.num_prefix_tokens, width)  # [P, D]
+        self.tokens_aside = config.num_prefix_tokens
 
     @classmethod
     def reserve(cls, config: AdapterConfig) -> int:

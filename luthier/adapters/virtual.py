@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from luthier.adapters.base import Adapter, Placed, Removable
 from luthier.batch import Layout, PrefixKeys, capture, current_layout, layout_scope
 from luthier.config import AdapterConfig
+from luthier.crossing import aside
 from luthier.errors import Refused
 from luthier.positions import num_positions, position_axes
 
@@ -177,7 +178,7 @@ def alone(base: Any, embeddings: Tensor, first: int = 0) -> dict[int, tuple[Tens
     for module in training:
         module.training = False
     try:
-        with layout_scope(layout), capture() as found:
+        with layout_scope(layout), aside(), capture() as found:
             # not base(...): its hooks are about the documents
             base.forward(
                 inputs_embeds=embeddings[None], position_ids=positions, use_cache=False, **given

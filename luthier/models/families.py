@@ -155,6 +155,7 @@ _PLANS: dict[str, Plan] = {
         norm="transformer.ln_f",
         first=("transformer.word_embeddings_layernorm",),
         by_head=("self_attention.alibi_slopes",),
+        counts=("num_heads",),
         tuples=True,
     ),
     "chatglm": Plan(
@@ -180,6 +181,21 @@ _PLANS: dict[str, Plan] = {
         norm="transformer.encoder.final_layernorm",
         head="transformer.output_layer",
         counts=("sizes",),
+    ),
+    "falcon": Plan(
+        cuts={
+            # one key and value for all heads; other forms: `fused.split_of`
+            "self_attention.query_key_value": Cut("outputs", ("heads", "groups", "groups")),
+            "self_attention.dense": _IN_HEADS,
+            "mlp.dense_h_to_4h": _INNER,
+            "mlp.dense_4h_to_h": _IN_INNER,
+        },
+        embedding="transformer.word_embeddings",
+        layers="transformer.h",
+        norm="transformer.ln_f",
+        by_head=("self_attention.alibi_slopes",),
+        counts=("num_heads", "num_kv_heads"),
+        tuples=True,
     ),
     "glm_legacy": Plan(
         cuts={
