@@ -257,7 +257,7 @@ def _check_quantised(path: Path, config: PretrainedConfig, quantization: Any) ->
         method = fields.get("quant_method", "unknown") if isinstance(fields, dict) else "?"
         raise Refused(
             f"model '{path}' was asked for",
-            f"its weights are quantised ({method}), which does not do here",
+            f"its weights are quantised ({method}), which this command does not take",
             "give the model's original, unquantised weights",
         )
     vars(config).pop("quantization_config")
