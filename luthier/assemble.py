@@ -48,6 +48,7 @@ from luthier.models.attention import check_kernel, why_torch
 from luthier.models.cuts import cuts_of
 from luthier.models.dropout import seed_dropout
 from luthier.models.families import untested
+from luthier.models.fast import fasten
 from luthier.models.folder import find_folder, fingerprint, weight_files
 from luthier.models.load import (
     blueprint,
@@ -112,9 +113,8 @@ def check_training(config: RunConfig, text: Text, sizes: Mapping[str, int]) -> N
     ):
         return
     if stages > 1:
-        places_of(model)
-        layers = text.model_config.get_text_config().num_hidden_layers
-        check_stages(config.parallel, stages, min(layers, config.model.num_layers or layers))
+        layers = model.get_submodule(places_of(model).layers)
+        check_stages(config.parallel, stages, config.model.num_layers or len(layers))
     if (quantization := quantization_of(config.quantize, None, model=config.model)) is not None:
         quantization.convert(model)
     if tensor > 1:
@@ -147,6 +147,7 @@ def build(
     if path is not None and path != chosen.path:  # a trained folder is whole as it is
         chosen = chosen.model_copy(
             update={"path": path, "init": "pretrained", "num_layers": None, "rope_scaling": None}
+            | {"misfits": "refuse"}
         )
     device = resolve_device(chosen.device)
     adapter = adapter or config.adapter.path
@@ -161,14 +162,13 @@ def build(
         check_made_alike(Path(adapter), chosen.num_layers, chosen.rope_scaling)
     new = config.adapter if train else None
     quantization = quantization_of(config.quantize, adapter, new, config.train.seed, model=chosen)
-    stages = None
-    if world is not None and world.sizes["pipeline"] > 1:
-        stages = plan_stages(config.parallel, world, None if adapter else new)
+    stages = plan_stages(config.parallel, world or World(), None if adapter else new)
     how: dict[str, Any] = {"quantization": quantization, "leave_out": stages and stages.leave_out}
     model = build_model(chosen, seed=config.train.seed, train=train, **how)
     built = Built(
         model, Stage(model), device, chosen.path, num_layers=chosen.num_layers, init=chosen.init
     )
+    built.remarks += fasten(model) if train else []
     built.world = world or World()
     built.scaling = chosen.rope_scaling
     built.quantize = config.quantize.model_dump(mode="json", exclude_defaults=True)
@@ -205,7 +205,7 @@ def build(
     if train and built.world.sharded:
         cut(built, config.parallel)
     check_stage(built.stage)
-    built.remarks += untested(model.config.model_type)
+    built.remarks += [*getattr(model, "misfits", []), *untested(model.config.model_type)]
     built.settle()
     if train:
         add_noise(model, config.adapter, seed=config.train.seed)

@@ -31,6 +31,7 @@ from luthier.models.partial import Chunk, Share, balanced, costs_of, places_of
 from luthier.models.reading import LeaveOut
 from luthier.models.rotary import config_changes
 from luthier.models.stage import Stage, decoder_layers, same_stage
+from luthier.parallel.branches import cut_branches
 from luthier.parallel.degrees import check_stages
 from luthier.parallel.pipeline import OneStage, Pipeline, Relay
 from luthier.parallel.shard import Sharding, assign, collected, whole
@@ -170,9 +171,10 @@ def cut_tensor(built: Built) -> None:
     """Cut the model's layers, and the adapters on them, over the tensor axis of its world."""
     world = built.world
     found, adapters = cuts_of(built.model, world.sizes["tensor"]), adapters_of(built.model)
-    check_adapters(found.layers, adapters, world)
+    check_adapters(found.adapted, adapters, world)
     with same_stage(built.stage):
         cut_layers(built.model, found.layers, adapters, found.shares, world)
+        cut_branches(built.model, found, adapters, world)
         found.settle(built.model, world.mesh.get_local_rank("tensor"), world.sizes["tensor"])
 
 
@@ -209,11 +211,15 @@ class StagePlan:
         return f"stages of the pipeline: layers {'; '.join(parts)} and the head"
 
 
-def plan_stages(parallel: ParallelConfig, world: World, new: AdapterConfig | None) -> StagePlan:
-    """The stages of `world`; `new`: options of an adapter that will get its first values.
+def plan_stages(
+    parallel: ParallelConfig, world: World, new: AdapterConfig | None
+) -> StagePlan | None:
+    """The stages of `world`, if it has some; `new`: options of an adapter that will get its first values.
 
     Tensor parallelism cuts a whole model, and first values of some methods are a function of it.
     """
+    if world.sizes["pipeline"] == 1:
+        return None
     alone = new is None or new.method == "none" or ADAPTERS[new.method].from_layer
     return StagePlan(parallel, world, partly=alone and world.sizes["tensor"] == 1)
 

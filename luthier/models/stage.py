@@ -29,11 +29,13 @@ from luthier.models import cpu_attention as cpu_attention  # registers the opera
 from luthier.models.absent import present
 from luthier.models.families import family_of
 from luthier.models.zoo.glm_generation import context_mask, infilling_positions
+from luthier.positions import position_axes
 
 # results that `selective` recomputation keeps: matrix products are dear to redo, the rest is cheap
 _KEPT = {
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
+    torch.ops.aten.addmm_.default,
     torch.ops.aten.bmm.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
@@ -268,7 +270,8 @@ def _trial(stage: Stage) -> tuple[Batch, tuple[int, ...]]:
     vocab = stage.model.config.get_text_config().vocab_size
     ids = (torch.arange(13, device=device) * 7919 + 11) % vocab
     cuts = (5, 8)
-    places = [_places(n, stage._family.position_axes).to(device) for n in cuts]
+    axes = position_axes(stage.model.config.model_type)
+    places = [_places(n, axes).to(device) for n in cuts]
     documents = torch.repeat_interleave(
         torch.arange(len(cuts), device=device), torch.tensor(cuts, device=device)
     )
@@ -283,8 +286,8 @@ def plain_inputs(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
     """
     family = family_of(model.config.model_type)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if family.position_axes > 1:
-        places = _places(ids.shape[1], family.position_axes).to(ids.device)
+    if position_axes(model.config.model_type) > 1:
+        places = _places(ids.shape[1], 2).to(ids.device)
         inputs["position_ids"] = places.expand(len(ids), -1, -1)
     if family.explicit_mask:
         inputs["attention_mask"] = context_mask(inputs["position_ids"], None)

@@ -27,7 +27,7 @@ from torch.nn import Parameter
 
 from luthier.errors import Refused
 from luthier.parallel.world import World
-from luthier.parts import copy_of, cut_of, is_share, marked
+from luthier.parts import Part, copy_of, cut_of, is_share, marked
 
 BUCKET = 2**25  # numbers that are summed over the replicas at once
 
@@ -226,6 +226,34 @@ def reduce(parameters: Sequence[Parameter], world: World) -> None:
     if world.sizes["tensor"] > 1:
         shares = [local(p.grad) for p in parameters if is_share(p) and p.grad is not None]
         _sum_buckets(shares, world.mesh.get_group("tensor"))
+        for p in parameters:
+            how = cut_of(p)
+            if p.grad is not None and how is not None and (mask := _copied(p)) is not None:
+                _sum_copies(local(p.grad), mask, how, world)
+
+
+def _counted(gradient: Tensor, how: Part | None) -> Tensor:
+    """This rank's numbers of a gradient, zero where a rank before it has the same."""
+    own = local(gradient)
+    mask = None if how is None or how.rank == how.holders[0] else _copied(gradient)
+    return own if mask is None else own.masked_fill(mask, 0)
+
+
+def _copied(tensor: Tensor) -> Tensor | None:
+    """`Part.copied` of this rank's numbers of a tensor, sharded or not."""
+    how = cut_of(tensor)
+    mask = None if how is None else how.copied(tensor)
+    return None if mask is None else local(part_of(mask, tensor))
+
+
+def _sum_copies(gradient: Tensor, mask: Tensor, how: Part, world: World) -> None:
+    """Sum, in place, what neighbours have of the gradient of the same numbers."""
+    own = gradient.contiguous()
+    found = [torch.empty_like(own) for _ in range(how.ranks)]
+    torch.distributed.all_gather(found, own, group=world.mesh.get_group("tensor"))
+    wide = torch.promote_types(own.dtype, torch.float32)
+    total = sum(found[rank].to(wide) for rank in how.holders)
+    gradient.copy_(torch.where(mask, total, own.to(wide)))
 
 
 def _fill(own: list[Parameter], world: World) -> None:
@@ -319,9 +347,10 @@ def total_norm(gradients: Sequence[Tensor], world: World) -> float:
 
     kinds: dict[tuple[bool, bool], list[Tensor]] = {}
     for g in gradients:
-        if (how := copy_of(g)) is not None and not how.counts:
+        if (copy := copy_of(g)) is not None and not copy.counts:
             continue
-        kinds.setdefault((isinstance(g, DTensor), cut_of(g) is not None), []).append(local(g))
+        how = cut_of(g)
+        kinds.setdefault((isinstance(g, DTensor), how is not None), []).append(_counted(g, how))
     both = [square(kinds.get(kind, [])) for kind in ((True, True), (True, False), (False, True))]
     # each replica of a part has the same gradient: count the parts of one replica
     tensor = world.sizes["tensor"]

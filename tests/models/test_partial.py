@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+import luthier.models.partial
 from luthier.config import ModelConfig
 from luthier.errors import Refused
 from luthier.models.load import build_model
@@ -56,8 +57,11 @@ def test_layers_of_others_are_not_read(family: str, model_folder: Callable[[str]
         assert parameter.is_meta or torch.equal(parameter, theirs[name])
 
 
-def test_families_without_a_plan_are_refused(tiny_model: Callable[..., Any]) -> None:
-    with pytest.raises(Refused, match=r"model family 'falcon'.*nobody says which"):
-        places_of(tiny_model("falcon"))
+def test_families_without_a_plan_are_refused(
+    tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(Refused, match=r"model family 'opt'.*another width"):
         places_of(tiny_model("opt_350m"))
+    monkeypatch.setattr(luthier.models.partial, "plan_of", lambda family: None)
+    with pytest.raises(Refused, match=r"model family 'gpt2'.*nobody says which"):
+        places_of(tiny_model("gpt2"))
