@@ -94,7 +94,7 @@ def finetune(source: Source, overrides: Sequence[str] = ()) -> dict[str, Any]:
         for remark in resolved.remarks:
             say(f"note: {remark}")
         if world.size > 1:
-            say(f"{world.words}, stage {resolved.config.parallel.stage}")
+            say(world.layout(resolved.config.parallel))
         return world.broadcast(run_on(resolved.config, world))
 
 

@@ -234,6 +234,15 @@ class World:
         axes = ", ".join(f"{axis} {size}" for axis, size in self.sizes.items() if size > 1)
         return f"{self.size} processes ({axes})" if self.size > 1 else "one process"
 
+    def layout(self, parallel: ParallelConfig) -> str:
+        """`4 processes (pipeline 2, shard 2), stage 2, schedule interleaved with 2 stages a process`."""
+        found = f"{self.words}, stage {parallel.stage}" if self.sharded else self.words
+        if self.sizes["pipeline"] > 1:
+            found += f", schedule {parallel.schedule}"
+            if parallel.virtual_stages > 1:
+                found += f" with {parallel.virtual_stages} stages a process"
+        return found
+
     def sum(self, value: float) -> float:
         """The sum of `value` over the data ranks; the same bits on each."""
         return math.fsum(self.of_data(self.values(value)))
