@@ -187,7 +187,7 @@ def test_quantised_bases_of_other_families(family: str, alone: Callable[..., Any
 def stored(world: World, folders: Any, keys: dict[str, Any]) -> tuple[int, int]:
     """Bytes of codes and scales that a rank holds, and those of one process."""
     built = build(config_of(folders, keys, "float32"), train=True, world=world)
-    held = [m for m in built.model.modules() if is_quantized(m)]
+    held: list[Any] = [m for m in built.model.modules() if is_quantized(m)]
     ours = sum(local(t).nbytes for m in held for t in m.tensors().values())
     return ours, sum(t.nbytes for m in held for t in m.tensors().values())
 
