@@ -34,7 +34,7 @@ from luthier.adapters.store import load_adapter
 from luthier.bases import quantization_of, refuse_training
 from luthier.batch import Batch
 from luthier.built import Built as Built
-from luthier.built import cut, cut_tensor
+from luthier.built import cut, cut_tensor, share_tokens
 from luthier.built import name_of as name_of
 from luthier.built import read_model as read_model
 from luthier.built import write_model as write_model
@@ -191,6 +191,8 @@ def build(
         cut_tensor(built)
     if train and built.world.sharded:
         cut(built, config.parallel)
+    if built.world.sizes["context"] > 1:
+        share_tokens(built, config.parallel.context_method)
     check_stage(built.stage)
     built.remarks += untested(model.config.model_type)
     built.settle()
@@ -335,6 +337,7 @@ def make_updater(config: RunConfig, built: Built) -> Updater:
         router=router_loss(built.model, config.train.router_loss),
         world=built.world,
         sharding=built.sharding,
+        split=built.context and built.context.split,
     )
 
 

@@ -26,7 +26,8 @@ from luthier.models.cuts import cuts_of
 from luthier.models.folder import original_hash
 from luthier.models.load import build_model, save_model
 from luthier.models.rotary import config_changes
-from luthier.models.stage import Stage, decoder_layers, same_stage
+from luthier.models.stage import Stage, check_shared, decoder_layers, same_stage
+from luthier.parallel.context import Context
 from luthier.parallel.shard import Sharding, assign, whole
 from luthier.parallel.tensor import check_adapters, cut_layers
 from luthier.parallel.world import World
@@ -56,6 +57,7 @@ class Built:
     remarks: list[str] = field(default_factory=list)
     world: World = field(default_factory=World)
     sharding: Sharding | None = None
+    context: Context | None = None
 
     def settle(self) -> None:
         """Free what a forward without backward left gathered."""
@@ -133,6 +135,12 @@ def cut_tensor(built: Built) -> None:
     with same_stage(built.stage):
         cut_layers(built.model, found.layers, adapters, found.shares, world)
         found.settle(built.model, world.mesh.get_local_rank("tensor"), world.sizes["tensor"])
+
+
+def share_tokens(built: Built, method: str) -> None:
+    """Let the context ranks share each row's tokens; refused where something beside attention looks at several."""
+    built.context = Context(built.world, method)
+    check_shared(built.stage, built.context.split)
 
 
 def write_model(built: Built, text: Text, folder: Path) -> None:

@@ -13,7 +13,6 @@ from luthier.config_parallel import ParallelConfig
 from luthier.errors import Refused
 
 ABSENT = {
-    "context": "context parallelism",
     "pipeline": "pipeline parallelism",
 }
 
@@ -37,7 +36,6 @@ def mesh_sizes(parallel: ParallelConfig, processes: int) -> dict[str, int]:
                 "use parallel.shard (with parallel.stage=3 for models that do not fit) or parallel.replicate",
             )
     beside = {  # says how an absent axis works
-        "context_method": (parallel.context_method, "context"),
         "virtual_stages": (parallel.virtual_stages, "pipeline"),
         "schedule": (parallel.schedule, "pipeline"),
     }
@@ -53,6 +51,12 @@ def mesh_sizes(parallel: ParallelConfig, processes: int) -> dict[str, int]:
             "parallel.sequence=true",
             "sequence parallelism is not there in this version of Luthier",
             "leave it out: parallel.tensor works without it",
+        )
+    if sizes["context"] == 1 and parallel.context_method != "auto":
+        raise Refused(
+            f"parallel.context_method={parallel.context_method}",
+            "it says how attention crosses context ranks, and parallel.context is 1",
+            "give parallel.context=2 or more, or leave it out",
         )
     fixed = math.prod(size for size in sizes.values() if size != -1)
     rest = [axis for axis, size in sizes.items() if size == -1]
@@ -85,12 +89,13 @@ def check_sharding(config: RunConfig, sizes: Mapping[str, int]) -> None:
                 "its moments are shared by rows of a tensor that would lie on different ranks",
                 f"use optim.name=adamw, or parallel.replicate in place of parallel.{axis}",
             )
-    if sizes["tensor"] > 1 and config.train.compile:
-        raise Refused(
-            f"train.compile=true with parallel.tensor={sizes['tensor']}",
-            "layers that are cut are not compiled in this version",
-            "leave train.compile out",
-        )
+    for axis in ("tensor", "context"):
+        if sizes[axis] > 1 and config.train.compile:
+            raise Refused(
+                f"train.compile=true with parallel.{axis}={sizes[axis]}",
+                "layers that exchange something with other ranks are not compiled in this version",
+                "leave train.compile out",
+            )
 
 
 def fit_batch(config: RunConfig, data_ranks: int) -> RunConfig:

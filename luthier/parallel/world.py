@@ -209,9 +209,17 @@ class World:
         """The sum of `value` over the data ranks; the same bits on each."""
         return math.fsum(self.of_data(self.values(value)))
 
+    def sum_of_tokens(self, value: float) -> float:
+        """As `sum`, of what each rank knows of its own tokens: over the data and context ranks."""
+        return math.fsum(self.of_tokens(self.values(value)))
+
     def of_data(self, values: list[T]) -> list[T]:
         """Of one value per rank, one per data rank: the ranks that cut a model's layers see the same rows."""
         return values[:: self.size // self.data_size]
+
+    def of_tokens(self, values: list[T]) -> list[T]:
+        """Of one value per rank, one per part of the tokens: the tensor ranks see the same ones."""
+        return values[:: self.sizes["tensor"]]
 
     def max(self, value: float) -> float:
         return max(self.values(value))

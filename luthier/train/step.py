@@ -8,7 +8,7 @@ which rate, and what else happens between them is `loop.py`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -61,7 +61,8 @@ class Updater:
     first update, and before the next ones until a step has supervised tokens that see several keys; only
     there with `zeros`, and then `gated` is True. `router`: a loss of the routers' logits, added to what is
     trained, not to the loss that is reported; with several micro-batches it takes a forward of each more, as
-    it counts the tokens of the whole step first. The model's mode (train or eval) is the caller's.
+    it counts the tokens of the whole step first. `split` gives this rank's tokens of a batch, where ranks share
+    them. The model's mode (train or eval) is the caller's.
     """
 
     stage: Stage
@@ -74,6 +75,7 @@ class Updater:
     world: World = field(default_factory=World)
     router: RouterLoss | None = None
     sharding: Sharding | None = None
+    split: Callable[[Batch], Batch] | None = None
     gated: bool = field(default=False, init=False)
 
     def update(self, micro_batches: Sequence[Batch], *, step: int, lr: float) -> StepReport:
@@ -102,9 +104,9 @@ class Updater:
                 losses.append(self._backward(batch, report, shares))
             reduce(self.master.parameters, self.world)
             # floats: the first wait for the device in the step
-            loss = self.world.sum(sum(float(part) for part, _ in losses))
+            loss = self.world.sum_of_tokens(sum(float(part) for part, _ in losses))
             if self.router is not None:
-                routed = self.world.sum(sum(float(part) for _, part in losses))
+                routed = self.world.sum_of_tokens(sum(float(part) for _, part in losses))
                 report = replace(report, router_loss=routed)
             if not math.isfinite(loss):
                 self._raise_non_finite(loss, math.nan, step, micro_batches)
@@ -143,22 +145,23 @@ class Updater:
 
     def _shares(self, micro_batches: Sequence[Batch]) -> Tensor | None:
         """Tokens of the step at each expert; None where one forward tells by itself."""
-        if self.router is None or (len(micro_batches) == 1 and self.world.data_size == 1):
+        alone = self.world.data_size * self.world.sizes["context"] == 1
+        if self.router is None or (len(micro_batches) == 1 and alone):
             return None
         total = torch.zeros(())
         for batch in micro_batches:
-            batch = batch.to(self.device)
+            batch = self._mine(batch)
             with torch.no_grad(), router_logits() as logits:
                 self.stage(batch)
             counts = self.router.shares(logits, batch).cpu()
             total = total + (0 * counts if batch.is_filler else counts)
-        return torch.tensor([self.world.sum(float(count)) for count in total])
+        return torch.tensor([self.world.sum_of_tokens(float(count)) for count in total])
 
     def _backward(
         self, batch: Batch, report: StepReport, shares: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Forward and backward of one micro-batch; its part of the step's mean loss and of the routers'."""
-        batch = batch.to(self.device)
+        batch = self._mine(batch)
         with router_logits() as logits:
             loss = self._loss_sum(batch) / report.num_supervised
         routed = torch.zeros(())
@@ -177,6 +180,10 @@ class Updater:
         self.master.collect()
         return loss.detach(), routed.detach()
 
+    def _mine(self, batch: Batch) -> Batch:
+        """What this rank computes of a batch, on its device."""
+        return (self.split(batch) if self.split else batch).to(self.device)
+
     def _loss_sum(self, batch: Batch) -> Tensor:
         hidden = self.stage(batch)  # [B, S, D]
         return token_loss(hidden, batch.labels, self.stage.head, self.stage.head_parameters())
@@ -185,15 +192,16 @@ class Updater:
         self, loss: float, norm: float, step: int, micro_batches: Sequence[Batch]
     ) -> None:
         """Raise Failed naming the rows whose own loss is not finite, or all rows when none is to blame."""
-        rows = [row for batch in micro_batches for row in _single_rows(batch.to(self.device))]
+        rows = [row for batch in micro_batches for row in _single_rows(batch)]
         bad = []
         with torch.no_grad():
             # as many forwards on every rank, for those that gather weights in them
             for i in range(int(self.world.max(len(rows)))):
-                if not self._loss_sum(rows[i % len(rows)]).isfinite() and i < len(rows):
-                    bad.append(rows[i].rows[0])
+                row = self._mine(rows[i % len(rows)])
+                if not self._loss_sum(row).isfinite() and i < len(rows):
+                    bad.append(row.rows[0])
         every = [row.rows[0] for row in rows if not row.is_filler]
-        found = self.world.of_data(self.world.gather([bad, every]))
+        found = self.world.of_tokens(self.world.gather([bad, every]))
         weights: dict[str, Tensor] = dict(self.stage.model.named_parameters())
         if self.world.size > 1:
             weights = {n: t for n, t in peaks(weights, self.world).items() if t is not None}
@@ -201,7 +209,7 @@ class Updater:
             loss,
             norm,
             step=step,
-            rows=[r for b, _ in found for r in b] or [r for _, e in found for r in e],
+            rows=sorted({r for b, _ in found for r in b} or {r for _, e in found for r in e}),
             weights=weights,
             gradients=self._everywhere(),
         )
