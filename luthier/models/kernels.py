@@ -152,8 +152,8 @@ def _sdpa_document(
     torch's causal triangle starts at the first key, so the prefix gets queries of its own, which nobody reads.
     """
     ahead = k.shape[0] - q.shape[0]
-    reach = k.shape[0] if scores.prefix and scores.prefix.virtual else q.shape[0]
-    windowed = scores.window is not None and scores.window < reach
+    span = k.shape[0] if scores.prefix and scores.prefix.virtual else q.shape[0]
+    windowed = scores.window is not None and scores.window < span
     if len(q) > windows.whole(layout, scores):
         block = partial(sdpa_products, scores.scale)
         return windows.attend(block, q, k, v, scores.window or 1, *reach(scores.prefix))

@@ -57,8 +57,9 @@ def test_degrees_hold_in_several_processes(
     [
         ({"data_parallel_degree": 2}, "2 processes, and 4 were started"),
         ({"sharding": "stage2", "sharding_parallel_degree": 3}, "3 processes"),
-        ({"tensor_parallel_degree": 2}, "parallel.tensor=2"),
-        ({"sep_parallel_degree": 2}, "parallel.context=2"),
+        ({"tensor_parallel_degree": 3}, "parallel.tensor=3"),
+        ({"sep_parallel_degree": 3}, "parallel.context=3"),
+        ({"sep_parallel_degree": 2, "context_parallel_degree": 2}, "two ways.*give one of them"),
         ({"pipeline_parallel_degree": 2}, "parallel.pipeline=2"),
         ({"sharding_parallel_degree": 2}, r"sharding is not given"),
         ({"sharding": "offload"}, "sharding=offload"),
@@ -68,6 +69,15 @@ def test_degrees_hold_in_several_processes(
 def test_a_mismatch_is_refused(tmp_path: Path, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(Refused, match=message):
         mesh_sizes(config(tmp_path, 4, **arguments).config.parallel, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "method"), [("sep_parallel_degree", "heads"), ("context_parallel_degree", "ring")]
+)
+def test_tokens_are_shared(tmp_path: Path, name: str, method: str) -> None:
+    parallel = config(tmp_path, 4, **{name: 2}).config.parallel
+    assert mesh_sizes(parallel, 4)["context"] == 2
+    assert parallel.context_method == method
 
 
 def test_one_process_takes_the_same_file(tmp_path: Path) -> None:

@@ -49,7 +49,11 @@ CASES: dict[str, dict[str, Any]] = {
     "virtual, window": {"prefix": replace(PREFIX, virtual=True), "window": 5},
     "window, alibi": {"window": 4, **ALIBI},
     "dropout": {"dropout": 0.4, "dropout_key": (7, "layer"), "window": 5, "prefix": PREFIX},
-    "dropout of heads": {"dropout": 0.4, "dropout_key": (7, "layer"), "heads": Part(-3, (8,), 1, 2)},
+    "dropout of heads": {
+        "dropout": 0.4,
+        "dropout_key": (7, "layer"),
+        "heads": Part(-3, (8,), 1, 2),
+    },
 }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from layouts import Found, steps
 from ranks import run_ranks
-from test_tensor_parallel import assert_same
+from test_data_parallel import assert_same
 from tiny_runs import write_data
 
 from luthier.parallel.world import World
@@ -29,7 +29,10 @@ METHODS: dict[str, dict[str, Any]] = {
         "adapter__neftune_alpha": 5.0,
         "adapter__neftune_scaling": "paddlenlp",
     },
-    "dynamic": {"model__rope_scaling": {"type": "dynamic", "factor": 2.0}, **{"adapter__method": "lora"}},
+    "dynamic": {
+        "model__rope_scaling": {"type": "dynamic", "factor": 2.0},
+        **{"adapter__method": "lora"},
+    },
     "router": {
         "train__router_loss": 0.5,
         "adapter__method": "lora",
@@ -38,7 +41,58 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 GATHER: dict[str, Any] = {"context": 2, "context_method": "gather"}
 HEADS: dict[str, Any] = {"context": 2, "context_method": "heads"}
-EVERY = [(f, m, how) for f in ("llama", "qwen3", "gpt2", "bloom", "mistral", "chatglm2", "mixtral") for m in METHODS for how in (GATHER, HEADS)]
+CASES = [  # family, method, layout
+    ("llama", "full", GATHER),
+    ("llama", "lora", GATHER),
+    ("llama", "lora", HEADS),
+    ("llama", "prompt", GATHER),
+    ("llama", "reft", GATHER),
+    ("llama", "noise of rows", GATHER),
+    ("llama", "dynamic", GATHER),
+    ("qwen3", "full", HEADS),
+    ("gpt2", "full", GATHER),
+    ("gpt2", "reft", HEADS),
+    ("bloom", "full", HEADS),
+    ("bloom", "prefix", GATHER),
+    ("mistral", "full", GATHER),
+    ("mistral", "prefix", HEADS),
+    ("chatglm2", "mora", GATHER),
+    ("mixtral", "router", GATHER),
+]
+EXPERTS = ("mixtral", "gpt_oss", "deepseek_v3")
+PLAIN = ("llama", "qwen3", "gpt2", "bloom", "mistral", "chatglm2", "chatglm", "glm_legacy", "qwen")
+SLOW = [
+    *[
+        (family, method, layout)
+        for family in (*PLAIN, "gpt_oss", "gemma2", "deepseek_v3", "falcon_alibi", "mixtral")
+        for method in ("full", "lora", "prefix", "reft", "mora")
+        for layout in (GATHER, HEADS)
+        if (family, method, layout) not in CASES
+        # no answer reads the first tokens of a prompt through two windows of 4
+        and (family, method) not in (("mistral", "reft"), ("gemma2", "reft"))
+        # refused: positions that say what is context; dropout of tokens that experts regroup
+        and (method != "prefix" or family not in ("chatglm", "glm_legacy"))
+        and (method != "lora" or family not in EXPERTS)
+    ],
+    ("llama", "noise", GATHER),
+    ("llama", "prompt", HEADS),
+    ("mixtral", "router", HEADS),
+]
+FOUR = [
+    ("llama", "lora", {**GATHER, "tensor": 2}),
+    ("qwen3", "full", {**HEADS, "tensor": 2}),
+    ("gpt2", "full", {"context": 2, "tensor": 2}),
+    ("llama", "full", {**GATHER, "shard": 2, "stage": 2}),
+    ("qwen3", "lora", {**HEADS, "shard": 2, "stage": 3}),
+    ("gpt2", "reft", {**GATHER, "shard": 2, "stage": 3}),
+    ("llama", "lora", {"context": 2, "replicate": 2, "shard": 1}),
+    ("llama", "full", {"context": 4, "context_method": "gather"}),
+    ("llama", "lora", {"context": 4, "context_method": "heads"}),  # 2 heads of keys on 4 ranks
+]
+
+
+def dtype_of(family: str) -> str:
+    return "float32" if family in EXPERTS else "float64"
 
 
 @pytest.fixture(scope="session")
@@ -52,7 +106,7 @@ def alone(
     def find(family: str, method: str) -> tuple[Any, dict[str, Any], Found]:
         folders = (model_folder(family), data, Path("unused"))
         keys = {**KEYS, **METHODS[method]}
-        return folders, keys, steps(World(), folders, keys)
+        return folders, keys, steps(World(), folders, keys, 3, dtype_of(family))
 
     return find
 
@@ -60,12 +114,33 @@ def alone(
 def compared(family: str, method: str, layout: dict[str, Any], alone: Callable[..., Any]) -> None:
     folders, keys, theirs = alone(family, method)
     given = keys | {f"parallel__{name}": value for name, value in layout.items()}
-    for ours in run_ranks(layout, steps, folders, given):
-        assert_same(ours, theirs)
+    # grouped products of experts know no float64; norms compute in float32, so that the gradients of tokens
+    # that all ranks share, those of prompt tuning, are sums of what was rounded to it
+    tolerance = 1e-9 if method != "prompt" else 1e-6
+    if family in EXPERTS:
+        tolerance = 1e-5
+    for ours in run_ranks(layout, steps, folders, given, 3, dtype_of(family)):
+        assert_same(ours, theirs, tolerance)
 
 
-@pytest.mark.parametrize(("family", "method", "layout"), EVERY)
+@pytest.mark.parametrize(("family", "method", "layout"), CASES)
 def test_ranks_train_what_one_does(
+    family: str, method: str, layout: dict[str, Any], alone: Callable[..., Any]
+) -> None:
+    compared(family, method, layout, alone)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("family", "method", "layout"), SLOW)
+def test_more_families(
+    family: str, method: str, layout: dict[str, Any], alone: Callable[..., Any]
+) -> None:
+    compared(family, method, layout, alone)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("family", "method", "layout"), FOUR)
+def test_four_ranks(
     family: str, method: str, layout: dict[str, Any], alone: Callable[..., Any]
 ) -> None:
     compared(family, method, layout, alone)
