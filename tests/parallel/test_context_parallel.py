@@ -59,8 +59,12 @@ CASES = [  # family, method, layout
     ("chatglm2", "mora", GATHER),
     ("mixtral", "router", GATHER),
 ]
+# where float32 is computed with in any case: the gradients of tokens that all ranks share (prompt tuning) and of
+# gemma's norms are sums of what was rounded to it, grouped products of experts know no float64, and gpt_oss has
+# biases of keys, whose gradients cancel
+ROUNDED = {"prompt": 1e-6, "gemma2": 1e-6, "mixtral": 1e-5, "deepseek_v3": 1e-5, "gpt_oss": 1e-4}
 EXPERTS = ("mixtral", "gpt_oss", "deepseek_v3")
-PLAIN = ("llama", "qwen3", "gpt2", "bloom", "mistral", "chatglm2", "chatglm", "glm_legacy", "qwen")
+PLAIN = ("llama", "qwen3", "gpt2", "bloom", "mistral", "chatglm2", "qwen")
 SLOW = [
     *[
         (family, method, layout)
@@ -70,8 +74,7 @@ SLOW = [
         if (family, method, layout) not in CASES
         # no answer reads the first tokens of a prompt through two windows of 4
         and (family, method) not in (("mistral", "reft"), ("gemma2", "reft"))
-        # refused: positions that say what is context; dropout of tokens that experts regroup
-        and (method != "prefix" or family not in ("chatglm", "glm_legacy"))
+        # dropout of tokens that experts regroup is refused
         and (method != "lora" or family not in EXPERTS)
     ],
     ("llama", "noise", GATHER),
@@ -114,11 +117,7 @@ def alone(
 def compared(family: str, method: str, layout: dict[str, Any], alone: Callable[..., Any]) -> None:
     folders, keys, theirs = alone(family, method)
     given = keys | {f"parallel__{name}": value for name, value in layout.items()}
-    # grouped products of experts know no float64; norms compute in float32, so that the gradients of tokens
-    # that all ranks share, those of prompt tuning, are sums of what was rounded to it
-    tolerance = 1e-9 if method != "prompt" else 1e-6
-    if family in EXPERTS:
-        tolerance = 1e-5
+    tolerance = ROUNDED.get(method, ROUNDED.get(family, 1e-9))
     for ours in run_ranks(layout, steps, folders, given, 3, dtype_of(family)):
         assert_same(ours, theirs, tolerance)
 
