@@ -44,6 +44,7 @@ from luthier.data.dataset import Dataset, LazyDataset
 from luthier.data.loader import CorpusBatches, Loader, evaluation_batches
 from luthier.data.prepare import prepare
 from luthier.errors import Refused
+from luthier.models.across import check_heads
 from luthier.models.attention import check_kernel, why_torch
 from luthier.models.cuts import cuts_of
 from luthier.models.dropout import seed_dropout
@@ -93,14 +94,17 @@ def flat(config: RunConfig) -> dict[str, Any]:
 # ---- model
 
 
-def check_training(config: RunConfig, text: Text, tensor: int = 1) -> None:
+def check_training(config: RunConfig, text: Text, tensor: int = 1, context: int = 1) -> None:
     """Refuse what the model's folder and config tell before rows are tokenised and weights are read: a missing
-    or broken shard, a kernel that does not fit the device, targets, rank, layers that `tensor` does not divide."""
+    or broken shard, a kernel that does not fit the device, targets, rank, layers that `tensor` does not divide, heads
+    that `context` does not."""
     code = config.model.trust_remote_code
     refuse_training(config, config.adapter.path)
     if config.model.init == "pretrained":
         weight_files(find_folder(config.model.path, code=code))
     check_kernel(config.model.attention, resolve_device(config.model.device), train=True)
+    if config.parallel.context_method == "heads":
+        check_heads(text.model_config.get_text_config().num_attention_heads // tensor, context)
     model: Any = None if code else blueprint(text.model_config, config.model.path)
     if config.adapter.path is not None:
         read_adapter_config(Path(config.adapter.path))

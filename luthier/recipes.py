@@ -107,7 +107,7 @@ def run_on(config: RunConfig, world: World) -> dict[str, Any]:
         check_identity(read(found.path).identity, identity(config))
 
     text = open_text(config)
-    check_training(config, text, world.sizes["tensor"])
+    check_training(config, text, world.sizes["tensor"], world.sizes["context"])
     data = open_data(config, text, world=world)
     if config.evaluate.before and data.dev is None:
         raise Refused(

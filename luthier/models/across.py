@@ -19,7 +19,7 @@ from torch import Tensor
 from luthier.batch import Layout, PrefixKeys, Share, layout_scope
 from luthier.errors import Refused
 from luthier.models import kernels
-from luthier.models.kernels import KERNELS
+from luthier.models.kernels import KERNELS, Spans
 from luthier.models.scores import Scores, reach
 from luthier.parts import Part, both
 
@@ -29,18 +29,24 @@ def attend(
 ) -> Tensor:
     """q [B, H, s, D], k and v [B, K, s, D] of this rank's tokens -> [B, s, H, D], by the kernel of that name."""
     exchange, heads, groups = share.exchange, q.shape[1], k.shape[1]
-    if exchange.method == "heads" and heads % exchange.ranks:
-        raise Refused(
-            "parallel.context_method=heads",
-            f"{heads} attention heads cannot be shared out among {exchange.ranks} context ranks",
-            "use parallel.context_method=gather",
-        )
+    if exchange.method == "heads":
+        check_heads(heads, exchange.ranks)
     if exchange.method == "heads" or (exchange.method == "auto" and groups % exchange.ranks == 0):
         return _by_heads(kernel, q, k, v, layout, scores, share)
     width = k.shape[-1]
     found = exchange.gather(torch.cat([k, v], -1), share)  # [B, K, S, D + E]
     k, v = found[..., :width], found[..., width:]
     return _GATHERED[kernel](q, k, v, layout, scores)
+
+
+def check_heads(heads: int, ranks: int) -> None:
+    """Refuse `parallel.context_method=heads` where the ranks do not divide the heads."""
+    if heads % ranks:
+        raise Refused(
+            "parallel.context_method=heads",
+            f"{heads} attention heads cannot be shared out among {ranks} context ranks",
+            "use parallel.context_method=gather",
+        )
 
 
 # ---- by heads
@@ -96,6 +102,10 @@ class Piece(NamedTuple):
     document: int
     first: int
     last: int
+
+    def keys(self, window: int | None) -> tuple[int, int]:
+        """The first and the last (exclusive) of the document's keys that any of these queries sees."""
+        return (0 if window is None else max(self.first + 1 - window, 0)), self.last
 
 
 @dataclass(frozen=True)
@@ -157,9 +167,9 @@ def _per_piece(
         if not document.real:
             out.append(queries.new_zeros(len(queries), heads, v.shape[-1]))
             continue
-        low, high = 0, document.length  # a context is seen by all of its document
-        if layout.in_context is None:
-            low, high = max(piece.first + 1 - (scores.window or piece.last), 0), piece.last
+        low, high = piece.keys(scores.window)
+        if layout.in_context is not None:
+            low, high = 0, document.length  # a context is seen by all of its document
         # virtual tokens stand right before the document: no window reaches them without its first token
         near = ahead if not virtual or low == 0 else 0
         a, b = keys[piece.document][low:high], values[piece.document][low:high]
@@ -236,9 +246,33 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scores: Scores) -> Te
     return _per_piece(products, q, k, v, layout, scores)
 
 
+def _by_spans(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scores: Scores) -> Tensor:
+        seen, spans = _spans(layout, scores.window, q.device)
+        keys, values = (kernels.tokens(x)[seen] for x in (k, v))
+        return run(kernels.tokens(q), keys, values, spans, scores).unflatten(0, layout.shape)
+
+    return attend
+
+
+def _spans(layout: Layout, window: int | None, device: torch.device) -> tuple[Tensor, Spans]:
+    """Which flat keys the pieces see, piece after piece, and the borders of both; once per window."""
+    key = f"spans {window}"
+    if key not in layout.cache:
+        found, documents = pieces(layout), _documents(layout)
+        ranges = [(documents[p.document].begin, *p.keys(window)) for p in found]
+        seen = torch.cat([torch.arange(begin + low, begin + high) for begin, low, high in ranges])
+        sizes = [p.last - p.first for p in found], [high - low for _, low, high in ranges]
+        bounds = [torch.tensor([0, *n]).cumsum(0).to(device, torch.int32) for n in sizes]
+        layout.cache[key] = seen.to(device), Spans(*bounds, max(sizes[0]), max(sizes[1]))
+    return layout.cache[key]
+
+
 _GATHERED: dict[str, Callable[..., Tensor]] = {
     "math": _math,
     "sdpa": _sdpa,
     "native": _sdpa,
+    "varlen": _by_spans(kernels.varlen_spans),
+    "flash": _by_spans(kernels.flash_spans),
     "flex": kernels.flex,
 }

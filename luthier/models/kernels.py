@@ -24,6 +24,17 @@ from luthier.models import cpu_attention, windows
 from luthier.models.flex import flex
 from luthier.models.scores import Scores, capped, features, reach, with_sinks
 
+
+class Spans(NamedTuple):
+    """Runs of queries and the runs of keys that they see, one after the other: where they begin and end in the flat
+    tokens, [n + 1] int32 each, and the longest of each."""
+
+    queries: Tensor
+    keys: Tensor
+    longest_queries: int
+    longest_keys: int
+
+
 Kernel = Callable[[Tensor, Tensor, Tensor, Layout, Scores], Tensor]
 
 
@@ -48,36 +59,48 @@ def native(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scores: Scores) -> T
 
 def varlen(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scores: Scores) -> Tensor:
     """torch's varlen_attn (FlashAttention 2), GPU and half precision. No feature but windows."""
+    out = varlen_spans(*(tokens(x) for x in (q, k, v)), _spans(layout), scores)
+    return out.unflatten(0, (q.shape[0], q.shape[2]))
+
+
+def varlen_spans(q: Tensor, k: Tensor, v: Tensor, spans: Spans, scores: Scores) -> Tensor:
+    """q [N, H, D], k and v [T, K, D] -> [N, H, D]; the last query of a span sees its last key."""
     from torch.nn.attention.varlen import varlen_attn
 
-    bounds, longest = layout.cumulative_lengths
     left = -1 if scores.window is None else scores.window - 1
     out = varlen_attn(  # pyright: ignore[reportCallIssue]
-        *(tokens(x) for x in (q, k, v)),
-        *(bounds, bounds, longest, longest),
+        *(q, k, v, *spans),
         scale=scores.scale,
         window_size=(left, 0),
         enable_gqa=q.shape[1] != k.shape[1],
     )
     assert isinstance(out, Tensor)
-    return out.unflatten(0, (q.shape[0], q.shape[2]))
+    return out
 
 
 def flash(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scores: Scores) -> Tensor:
     """flash_attn_varlen_func of the package flash-attn, GPU and half precision. Windows and softcap."""
+    out = flash_spans(*(tokens(x) for x in (q, k, v)), _spans(layout), scores)
+    return out.unflatten(0, (q.shape[0], q.shape[2]))
+
+
+def flash_spans(q: Tensor, k: Tensor, v: Tensor, spans: Spans, scores: Scores) -> Tensor:
+    """As `varlen_spans`."""
     from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
 
-    bounds, longest = layout.cumulative_lengths
     left = -1 if scores.window is None else scores.window - 1
-    out = flash_attn_varlen_func(
-        *(tokens(x) for x in (q, k, v)),
-        *(bounds, bounds, longest, longest),
+    return flash_attn_varlen_func(
+        *(q, k, v, *spans),
         softmax_scale=scores.scale,
         causal=True,
         window_size=(left, 0),
         softcap=scores.softcap or 0.0,
     )
-    return out.unflatten(0, (q.shape[0], q.shape[2]))
+
+
+def _spans(layout: Layout) -> Spans:
+    bounds, longest = layout.cumulative_lengths
+    return Spans(bounds, bounds, longest, longest)
 
 
 KERNELS: dict[str, Kernel] = {

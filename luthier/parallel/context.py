@@ -130,10 +130,10 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, share: Share, context: Context) -> Tensor:
         ctx.given = share, context
-        parts = x.new_empty(context.ranks * x.shape[0], *x.shape[1:])
-        dist.all_gather_into_tensor(parts, x.contiguous(), group=context.group)
-        parts = parts.unflatten(0, (context.ranks, -1))  # [n, B, K, s, D]
-        return _take(parts.permute(1, 2, 0, 3, 4).flatten(2, 3), share.order)
+        x = x.contiguous()
+        parts = [torch.empty_like(x) for _ in range(context.ranks)]
+        dist.all_gather(parts, x, group=context.group)
+        return _take(torch.cat(parts, 2), share.order)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]

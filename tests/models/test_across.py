@@ -114,6 +114,39 @@ def test_pieces_are_whole_rows(
         torch.testing.assert_close(mine, theirs.detach(), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("window", [None, 5])
+def test_spans_are_pieces(window: int | None, random_batch: Any, monkeypatch: Any) -> None:
+    """What kernels on a GPU are given: runs of queries and keys whose last ones belong together."""
+    monkeypatch.setattr("luthier.parallel.context.CHUNK", 4)
+    mine = Alone(1, 2).split(random_batch(lengths_per_row=ROWS))
+    draw, scores = generator(0, "spans"), Scores(0.3, window=window)
+    width = mine.share.whole.input_ids.shape[1]
+    q, k, v = (torch.randn(3, n, width, 8, dtype=torch.float64, generator=draw) for n in (4, 2, 2))
+    share = replace(mine.share, exchange=Alone(1, 2, torch.cat([k, v], -1)))
+    mine = replace(mine, share=share)
+    parts = [share.of(x.transpose(1, 2)).transpose(1, 2) for x in (q, k, v)]
+
+    def plainly(q: Tensor, k: Tensor, v: Tensor, spans: Any, scores: Scores) -> Tensor:
+        out = []
+        starts, begins = spans.queries.tolist(), spans.keys.tolist()
+        for a, b, c, d in zip(starts, starts[1:], begins, begins[1:], strict=False):
+            assert b - a <= spans.longest_queries and d - c <= spans.longest_keys
+            distance = torch.arange(c - d, 0) - torch.arange(a - b, 0)[:, None]
+            seen = (distance <= 0) & (distance > -(scores.window or width))
+            table = torch.einsum("ihd,jhd->hij", q[a:b], k[c:d].repeat_interleave(2, 1))
+            weights = (table * scores.scale).masked_fill(~seen, -torch.inf).softmax(-1)
+            out.append(torch.einsum("hij,jhd->ihd", weights, v[c:d].repeat_interleave(2, 1)))
+        return torch.cat(out)
+
+    monkeypatch.setitem(across._GATHERED, "varlen", across._by_spans(plainly))
+    real = (mine.document_ids != PADDING)[..., None, None]
+    ours, theirs = (
+        across.attend(kernel, *parts, Layout.of(mine), scores, share) * real
+        for kernel in ("varlen", "math")
+    )
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
 def imbalance(lengths: list[list[int]], ranks: int, random_batch: Any) -> float:
     """Keys that the busiest rank's queries see, over the mean of all ranks."""
     batch = random_batch(lengths_per_row=lengths)
