@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
-from layouts import Found, steps
+from layouts import Found, config_of, steps
 from ranks import run_ranks
 from test_data_parallel import assert_same
-from tiny_runs import write_data
+from tiny_runs import copy_model, write_data, write_rows
+from zoo_folders import WORDS, zoo_folder
 
+from luthier.errors import Refused
 from luthier.parallel.world import World
+from luthier.recipes import run_on
+from luthier.train.metrics import read_metrics
 
 KEYS = {"train__batch": 4, "train__micro_batch": 2, "data__length": 150, "optim__clip": 0.5}
 METHODS: dict[str, dict[str, Any]] = {
@@ -94,6 +100,32 @@ FOUR = [
 ]
 
 
+def context_folders(family: str, folder: Path) -> tuple[Path, Path, Path]:
+    """A family whose contexts are seen in both directions, with its own tokenizer, and questions of its words."""
+    data = folder / "data"
+    for name, number in (("train", 12), ("dev", 4)):
+        rows = [
+            {"src": " ".join(WORDS[:3] * (2 + i % 5)), "tgt": " ".join(WORDS[i : i + 5])}
+            for i in range(number)
+        ]
+        write_rows(data / f"{name}.json", rows)
+    return zoo_folder(family, folder / "model"), data, Path("unused")
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "layout"),
+    [("chatglm", "lora", GATHER), ("glm_legacy", "full", GATHER), ("chatglm", "full", HEADS)],
+)
+def test_contexts_seen_in_both_directions(
+    family: str, method: str, layout: dict[str, Any], tmp_path: Path
+) -> None:
+    folders, keys = context_folders(family, tmp_path), {**KEYS, **METHODS[method]}
+    theirs = steps(World(), folders, keys)
+    given = keys | {f"parallel__{name}": value for name, value in layout.items()}
+    for ours in run_ranks(layout, steps, folders, given):
+        assert_same(ours, theirs, 1e-9)
+
+
 def dtype_of(family: str) -> str:
     return "float32" if family in EXPERTS else "float64"
 
@@ -143,3 +175,83 @@ def test_four_ranks(
     family: str, method: str, layout: dict[str, Any], alone: Callable[..., Any]
 ) -> None:
     compared(family, method, layout, alone)
+
+
+@pytest.mark.parametrize("layout", [GATHER, HEADS], ids=["gather", "heads"])
+def test_half_precision(layout: dict[str, Any], alone: Callable[..., Any]) -> None:
+    """Loss and norm but for bfloat16's rounding, which is 0.4 % for each number."""
+    folders, keys, _ = alone("llama", "lora")
+    theirs = steps(World(), folders, keys, 1, "bfloat16")
+    given = keys | {f"parallel__{name}": value for name, value in layout.items()}
+    for ours in run_ranks(layout, steps, folders, given, 1, "bfloat16"):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=4e-3)
+        assert ours["norm"] == pytest.approx(theirs["norm"], rel=4e-2)
+
+
+def whole_run(world: World, folders: Any, keys: dict[str, Any]) -> None:
+    run_on(config_of(folders, keys, "float32"), world)
+
+
+def test_resume_on_another_degree(alone: Callable[..., Any], tmp_path: Path) -> None:
+    """Two context ranks, then one process: the losses and the evaluation of one uninterrupted process."""
+    (model, data, _), keys, _ = alone("qwen3", "full")
+    keys = keys | {"evaluate__every": 2, "checkpoint__every": 2, "optim__schedule": "constant"}
+    keys |= {"evaluate__generate": True, "evaluate__max_new_tokens": 4, "optim__lr": 1e-3}
+    whole_run(World(), (model, data, tmp_path / "whole"), {**keys, "train__steps": 4})
+    parts = (model, data, tmp_path / "parts")
+    run_ranks({"context": 2}, whole_run, parts, {**keys, "parallel__context": 2, "train__steps": 2})
+    whole_run(World(), parts, {**keys, "checkpoint__resume": "auto", "train__steps": 4})
+    found = []
+    for folder in (parts[2], tmp_path / "whole"):
+        records = read_metrics(folder / "metrics.jsonl")
+        losses = {r["step"]: r["loss"] for r in records if r["kind"] == "train"}
+        evaluated = [r["loss"] for r in records if r["kind"] == "evaluate"]
+        assert len(losses) == 4 and len(evaluated) >= 2, [r["kind"] for r in records]
+        report = json.loads((folder / "report.json").read_text("utf-8"))
+        found.append((losses, evaluated[:2], report["after"]))
+    for mine, theirs in zip(*found, strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-5)
+
+
+def refusal(world: World, folders: Any, keys: dict[str, Any]) -> str:
+    try:
+        run_on(config_of(folders, keys, "float32"), world)
+    except Refused as error:
+        return str(error)
+    return "nothing was refused"
+
+
+def test_what_cannot_be_shared_is_refused(alone: Callable[..., Any], tmp_path: Path) -> None:
+    (model, data, _), keys, _ = alone("gpt2", "full")
+    odd = copy_model(model, tmp_path / "odd")
+    config = json.loads((odd / "config.json").read_text("utf-8"))
+    (odd / "config.json").write_text(json.dumps(config | {"n_head": 1}), "utf-8")
+    context = {**keys, "parallel__context": 2}
+    for folder, more, message in (
+        (model, {"train__compile": True}, "train.compile=true with parallel.context=2"),
+        (odd, {"parallel__context_method": "heads"}, "1 attention heads cannot be shared out"),
+    ):
+        folders = (folder, data, tmp_path / "out")
+        for told in run_ranks({"context": 2}, refusal, folders, context | more):
+            assert message in told
+    assert not (tmp_path / "out").exists()
+
+
+def mixed(world: World, folders: Any, keys: dict[str, Any]) -> str:
+    """A family whose layers also look at the token before: a shift in the feed-forward part."""
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    plain = LlamaMLP.forward
+    with patch.object(
+        LlamaMLP, "forward", lambda self, x: plain(self, (x + x.roll(1, dims=1)) / 2)
+    ):
+        return refusal(world, folders, keys)
+
+
+def test_layers_that_look_at_other_tokens_are_refused(
+    alone: Callable[..., Any], tmp_path: Path
+) -> None:
+    (model, data, _), keys, _ = alone("llama", "lora")
+    given = {**keys, "parallel__context": 2}
+    for told in run_ranks({"context": 2}, mixed, (model, data, tmp_path / "out"), given):
+        assert "context-parallel ranks differ" in told
