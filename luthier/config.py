@@ -64,6 +64,12 @@ class ModelConfig(Section):
     init: Literal["pretrained", "random"] = Field(
         "pretrained", description="Read the weights, or start from random ones of the same shape."
     )
+    misfits: Literal["refuse", "accept"] = Field(
+        "refuse",
+        description="What to do with a checkpoint whose tensors do not fit its config.json. `accept`: those that are missing "
+        "or of another shape start from random values, unexpected ones are left out, and a note names them; for full "
+        "fine-tuning of a base that is not quantised.",
+    )
     rope_scaling: RopeScaling | None = Field(
         None,
         description="Stretch rotary positions to longer documents: {type: linear, ntk, dynamic, yarn, llama3 or "
@@ -121,6 +127,21 @@ class TrainConfig(Section):
         None,
         description="Mixtures of experts: weight of the loss that balances the experts. Default: "
         "`router_aux_loss_coef` of config.json where its `output_router_logits` is true, else 0.",
+    )
+    on_nan: Literal["stop", "skip"] = Field(
+        "stop",
+        description="A step whose loss or gradient is NaN or infinite ends the run (`stop`) or updates nothing "
+        "(`skip`). Its rows are written to `output`/not_finite either way.",
+    )
+    max_nan_steps: Positive = Field(
+        10,
+        description="With on_nan=skip: so many such steps in a row are passed over, one more ends the run.",
+    )
+    hang_timeout: Annotated[float, Field(gt=0)] | Literal["never"] = Field(
+        1800.0,
+        description="Seconds without a finished step after which the stack of every process is written to "
+        "`output`/stacks and the run ends. The first step, evaluations and saving have six times as long, and any step ten "
+        "times the slowest one so far.",
     )
     seed: Annotated[int, Field(ge=0)] = Field(
         42, description="Order of rows, dropout, initial values."
@@ -202,6 +223,12 @@ class CheckpointConfig(Section):
         description="`never`, `auto` (newest whole checkpoint in `output`, or a fresh start), or a checkpoint folder.",
     )
 
+    on_failure: Literal["continue", "stop"] = Field(
+        "continue",
+        description="A checkpoint that cannot be written (disk full, read-only) is told and left out (`continue`), or "
+        "ends the run (`stop`). The last one of a run is tried again a few times, then the run fails.",
+    )
+
 
 class LogConfig(Section):
     every: Positive = Field(1, description="Log every n steps.")
@@ -245,7 +272,13 @@ class RunConfig(Section):
             raise ValueError(
                 "data.validation_share cannot be taken from lazy data; give data.validation_path"
             )
-        if self.adapter.method == "none" and self.adapter.path is None:
+        whole = self.adapter.method == "none" and self.adapter.path is None
+        if self.model.misfits == "accept" and not (whole and not self.quantize.on):
+            raise ValueError(
+                "model.misfits=accept is for full fine-tuning of a base that is not quantised: what starts from random "
+                "values has to be trained, and saved with the model. Train such a model whole first"
+            )
+        if whole:
             for name in self.adapter.changed().keys() - GENERAL:
                 raise ValueError(
                     f"adapter.{name} has no meaning for adapter.method=none; add adapter.method=lora"

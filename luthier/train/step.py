@@ -18,9 +18,10 @@ from torch.nn import Module, Parameter
 from torch.optim import Optimizer
 
 from luthier.batch import TENSORS, Batch
-from luthier.errors import Failed
+from luthier.errors import Failed, NotFinite
 from luthier.models.routers import router_logits
-from luthier.parallel.shard import Sharding, part_of, peaks, reduce
+from luthier.parallel.pipeline import OneStage, Passes, sum_copies
+from luthier.parallel.shard import part_of, peaks, reduce
 from luthier.parallel.world import World
 from luthier.train.gates import check_finite, num_seeing_several_keys
 from luthier.train.loss import token_loss
@@ -48,9 +49,15 @@ class Stage(Protocol):
 
     @property
     def model(self) -> Module: ...
-    def __call__(self, batch: Batch, /) -> Tensor: ...
+    def __call__(self, batch: Batch, /, *where: Any) -> Any: ...
     def head(self, hidden: Tensor, /) -> Tensor: ...
     def head_parameters(self) -> list[Parameter]: ...
+
+
+class Runner(Protocol):
+    """`parallel.pipeline.Pipeline`, or its `OneStage`: the backwards of a step's micro-batches."""
+
+    def run(self, micro_batches: Sequence[Batch], passes: Passes, /) -> None: ...
 
 
 @dataclass(kw_only=True)
@@ -62,7 +69,9 @@ class Updater:
     there with `zeros`, and then `gated` is True. `router`: a loss of the routers' logits, added to what is
     trained, not to the loss that is reported; with several micro-batches it takes a forward of each more, as
     it counts the tokens of the whole step first. `split` gives this rank's tokens of a batch, where ranks share
-    them. The model's mode (train or eval) is the caller's.
+    them; `pipeline` does so itself. The model's mode (train or eval) is the caller's.
+    `on_nan`: a step whose loss or gradient is not finite ends the run (`stop`) or updates nothing (`skip`, at most
+    `max_nan_steps` in a row); `keep_rows(step, rows, micro_batches)` writes the rows down and says where.
     """
 
     stage: Stage
@@ -74,16 +83,21 @@ class Updater:
     device: torch.device | str = "cpu"
     world: World = field(default_factory=World)
     router: RouterLoss | None = None
-    sharding: Sharding | None = None
+    pipeline: Runner = field(default_factory=OneStage)
+    on_nan: str = "stop"
+    max_nan_steps: int = 10
+    keep_rows: Callable[[int, Sequence[int], Sequence[Batch]], str] | None = None
     split: Callable[[Batch], Batch] | None = None
     gated: bool = field(default=False, init=False)
+    half_updated: bool = field(default=False, init=False)  # inside of the optimiser's step
+    _nan_steps: int = field(default=0, init=False)  # in a row
 
     def update(self, micro_batches: Sequence[Batch], *, step: int, lr: float) -> StepReport:
         """Do optimiser step number `step` (from 1) at rate `lr`; the report has no times yet.
 
         The loss is the sum over all supervised tokens of the step divided by their count. A step without
-        supervised tokens, or one that overflows float16, updates nothing and says so. Raises Failed, with
-        no weight touched, when the loss or a gradient is not finite.
+        supervised tokens, or one that overflows float16, updates nothing and says so. Raises NotFinite, with
+        no weight touched, when the loss or a gradient is not finite and `on_nan` does not skip the step.
         """
         counts = self._counts(micro_batches)
         report = StepReport(
@@ -97,32 +111,32 @@ class Updater:
             return replace(report, skipped="no supervised token")
         try:
             shares = self._shares(micro_batches)
-            losses = []
-            for i, batch in enumerate(micro_batches):
-                if self.sharding is not None:
-                    self.sharding.micro_batch(last=i == len(micro_batches) - 1)
-                losses.append(self._backward(batch, report, shares))
+            passes = _Passes(self, report, shares)
+            self.pipeline.run(micro_batches, passes)
             reduce(self.master.parameters, self.world)
+            sum_copies(self.master.parameters, self.world)
             # floats: the first wait for the device in the step
-            loss = self.world.sum_of_tokens(sum(float(part) for part, _ in losses))
+            loss = self.world.sum_of_tokens(sum(map(float, passes.losses)))
             if self.router is not None:
-                routed = self.world.sum_of_tokens(sum(float(part) for _, part in losses))
+                (routed,) = self.world.sums([sum(map(float, passes.routed))])
                 report = replace(report, router_loss=routed)
             if not math.isfinite(loss):
-                self._raise_non_finite(loss, math.nan, step, micro_batches)
+                return self._not_finite(loss, math.nan, report, micro_batches)
             self.scaler.unscale(self.master.parameters)
             norm = clip_gradients(self.master.parameters, self.clip, self.world)
             if not self.scaler.update(math.isfinite(norm)):
                 return replace(report, loss=loss, skipped="float16 overflow")
             if not math.isfinite(norm):
-                self._raise_non_finite(loss, norm, step, micro_batches)
+                return self._not_finite(loss, norm, report, micro_batches)
             if self.gate is not None and not self.gated:
                 telling = self.world.sum(sum(map(num_seeing_several_keys, micro_batches))) > 0
                 self.gate(gradients=self._everywhere(), step=step, zeros=telling)
                 self.gated = telling
             set_lr(self.optimizer, lr)
+            self.half_updated = True
             self.optimizer.step()
             self.master.write_back()
+            self.half_updated, self._nan_steps = False, 0
             return replace(report, loss=loss, grad_norm=norm)
         finally:
             self.master.zero_grad()
@@ -145,8 +159,7 @@ class Updater:
 
     def _shares(self, micro_batches: Sequence[Batch]) -> Tensor | None:
         """Tokens of the step at each expert; None where one forward tells by itself."""
-        alone = self.world.data_size * self.world.sizes["context"] == 1
-        if self.router is None or (len(micro_batches) == 1 and alone):
+        if self.router is None or (len(micro_batches) == 1 and self.world.size == 1):
             return None
         total = torch.zeros(())
         for batch in micro_batches:
@@ -155,30 +168,7 @@ class Updater:
                 self.stage(batch)
             counts = self.router.shares(logits, batch).cpu()
             total = total + (0 * counts if batch.is_filler else counts)
-        return torch.tensor([self.world.sum_of_tokens(float(count)) for count in total])
-
-    def _backward(
-        self, batch: Batch, report: StepReport, shares: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Forward and backward of one micro-batch; its part of the step's mean loss and of the routers'."""
-        batch = self._mine(batch)
-        with router_logits() as logits:
-            loss = self._loss_sum(batch) / report.num_supervised
-        routed = torch.zeros(())
-        if self.router is not None:
-            if shares is None:
-                shares = self.router.shares(logits, batch)
-            routed = self.router.loss(logits, batch, shares.to(self.device), report.num_tokens)
-            routed = 0 * routed if batch.is_filler else routed
-        if not loss.requires_grad:
-            raise Failed(
-                "training",
-                "the loss does not depend on any trained tensor",
-                "check adapter.targets: the layers they name take no part in the model's forward",
-            )
-        ((loss + routed if self.router else loss) * self.scaler.scale).backward()
-        self.master.collect()
-        return loss.detach(), routed.detach()
+        return torch.tensor(self.world.sums(total.tolist()))
 
     def _mine(self, batch: Batch) -> Batch:
         """What this rank computes of a batch, on its device."""
@@ -188,10 +178,11 @@ class Updater:
         hidden = self.stage(batch)  # [B, S, D]
         return token_loss(hidden, batch.labels, self.stage.head, self.stage.head_parameters())
 
-    def _raise_non_finite(
-        self, loss: float, norm: float, step: int, micro_batches: Sequence[Batch]
-    ) -> None:
-        """Raise Failed naming the rows whose own loss is not finite, or all rows when none is to blame."""
+    def _not_finite(
+        self, loss: float, norm: float, report: StepReport, micro_batches: Sequence[Batch]
+    ) -> StepReport:
+        """Skip the step or raise NotFinite, the same on every rank; names the rows whose own loss is not
+        finite, or all rows when none is to blame."""
         rows = [row for batch in micro_batches for row in _single_rows(batch)]
         bad = []
         with torch.no_grad():
@@ -205,14 +196,25 @@ class Updater:
         weights: dict[str, Tensor] = dict(self.stage.model.named_parameters())
         if self.world.size > 1:
             weights = {n: t for n, t in peaks(weights, self.world).items() if t is not None}
-        check_finite(
-            loss,
-            norm,
-            step=step,
-            rows=sorted({r for b, _ in found for r in b} or {r for _, e in found for r in e}),
-            weights=weights,
-            gradients=self._everywhere(),
-        )
+        blamed = sorted({r for b, _ in found for r in b} or {r for _, e in found for r in e})
+        where = self.keep_rows(report.step, blamed, micro_batches) if self.keep_rows else ""
+        self._nan_steps += 1
+        try:
+            check_finite(
+                loss,
+                norm,
+                step=report.step,
+                rows=blamed,
+                weights=weights,
+                gradients=self._everywhere(),
+            )
+        except NotFinite as error:
+            text = f"{error.found}; the rows are in {where}" if where else error.found
+            if self.on_nan == "stop" or self._nan_steps > self.max_nan_steps:
+                many = f"{self._nan_steps} steps in a row: " if self._nan_steps > 1 else ""
+                raise NotFinite(error.asked, many + text, error.do) from None
+            report = replace(report, told=f"{error.asked}: {text}; the step is skipped")
+        return replace(report, skipped="not finite")
 
     # ---- what a checkpoint holds besides the model
 
@@ -227,7 +229,7 @@ class Updater:
         return out | {f"master/{n}": t for n, t in self.master.tensors().items()}
 
     def state(self) -> dict[str, Any]:
-        return {"scaler": self.scaler.state()}
+        return {"scaler": self.scaler.state(), "nan_steps": self._nan_steps}
 
     def load(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Put back `tensors` and `state`, bit for bit. Raises Refused when they do not fit."""
@@ -236,10 +238,73 @@ class Updater:
         for name, tensor in tensors.items():
             kind, _, rest = name.partition("/")
             owner = named.get(rest if kind == "master" else rest.partition("/")[2])
+            if owner is None and self.world.sizes["pipeline"] > 1:
+                continue  # another stage's
             parts[kind][rest] = tensor if owner is None else part_of(tensor, owner)
         self.master.load_tensors(parts["master"])
         load_optimizer_tensors(self.optimizer, self.master.named, parts["optimizer"])
         self.scaler.load_state(state["scaler"])
+        self._nan_steps = state.get("nan_steps", 0)
+
+
+class _Passes:
+    """What a step computes of each micro-batch: its part of the step's mean loss and of the routers'."""
+
+    def __init__(self, updater: Updater, report: StepReport, shares: Tensor | None) -> None:
+        self.updater, self.report, self.shares = updater, report, shares
+        self.losses: list[Tensor] = []
+        self.routed: list[Tensor] = []
+
+    def forward(self, batch: Batch, *where: Any) -> Any:
+        """Hidden states, with the routers' loss on their graph."""
+        updater = self.updater
+        batch = batch.to(updater.device)
+        with router_logits() as logits:
+            out = updater.stage(batch, *where)
+        if updater.router is None:
+            return out
+        if self.shares is None:
+            self.shares = updater.router.shares(logits, batch)
+        shares = self.shares.to(updater.device)
+        routed = updater.router.loss(logits, batch, shares, self.report.num_tokens)
+        routed = 0 * routed if batch.is_filler else routed
+        self.routed.append(routed.detach())
+        routed = routed * updater.scaler.scale
+        if isinstance(out, tuple):
+            return _Along.apply(out[0], routed), *out[1:]
+        return _Along.apply(out, routed)
+
+    def loss(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """The part of the loss, scaled."""
+        updater = self.updater
+        labels = batch.labels.to(updater.device)
+        parameters = updater.stage.head_parameters()
+        total = token_loss(hidden, labels, updater.stage.head, parameters)
+        loss = total / self.report.num_supervised
+        if not loss.requires_grad:
+            raise Failed(
+                "training",
+                "the loss does not depend on any trained tensor",
+                "check adapter.targets: the layers they name take no part in the model's forward",
+            )
+        self.losses.append(loss.detach())
+        return loss * updater.scaler.scale
+
+    def done(self) -> None:
+        self.updater.master.collect()
+
+
+class _Along(torch.autograd.Function):
+    """x -> x; in the backward `loss` is differentiated too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, loss: Tensor) -> Tensor:
+        ctx.like = loss
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return gradient, torch.ones_like(ctx.like)
 
 
 def _single_rows(batch: Batch) -> Iterator[Batch]:

@@ -88,6 +88,8 @@ SLOW = [
     ("mixtral", "router", HEADS),
 ]
 FOUR = [
+    ("llama", "lora", {**GATHER, "pipeline": 2}),
+    ("qwen3", "full", {**HEADS, "pipeline": 2}),
     ("llama", "lora", {**GATHER, "tensor": 2}),
     ("qwen3", "full", {**HEADS, "tensor": 2}),
     ("gpt2", "full", {"context": 2, "tensor": 2}),
