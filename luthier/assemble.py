@@ -34,7 +34,7 @@ from luthier.adapters.store import load_adapter
 from luthier.bases import quantization_of, refuse_training
 from luthier.batch import Batch
 from luthier.built import Built as Built
-from luthier.built import cut, cut_stages, cut_tensor, plan_stages
+from luthier.built import cut, cut_stages, cut_tensor, plan_stages, share_tokens
 from luthier.built import name_of as name_of
 from luthier.built import read_model as read_model
 from luthier.built import write_model as write_model
@@ -44,6 +44,7 @@ from luthier.data.dataset import Dataset, LazyDataset
 from luthier.data.loader import CorpusBatches, Loader, evaluation_batches
 from luthier.data.prepare import prepare
 from luthier.errors import Refused
+from luthier.models.across import check_heads
 from luthier.models.attention import check_kernel, why_torch
 from luthier.models.cuts import cuts_of
 from luthier.models.dropout import seed_dropout
@@ -105,6 +106,9 @@ def check_training(config: RunConfig, text: Text, sizes: Mapping[str, int]) -> N
     if config.model.init == "pretrained":
         weight_files(find_folder(config.model.path, code=code))
     check_kernel(config.model.attention, resolve_device(config.model.device), train=True)
+    if config.parallel.context_method == "heads":
+        heads = text.model_config.get_text_config().num_attention_heads // tensor
+        check_heads(heads, sizes["context"])
     model: Any = None if code else blueprint(text.model_config, config.model.path)
     if config.adapter.path is not None:
         read_adapter_config(Path(config.adapter.path))
@@ -204,6 +208,8 @@ def build(
         cut_stages(built, stages)
     if train and built.world.sharded:
         cut(built, config.parallel)
+    if built.world.sizes["context"] > 1:
+        share_tokens(built, config.parallel.context_method)
     check_stage(built.stage)
     built.remarks += [*getattr(model, "misfits", []), *untested(model.config.model_type)]
     built.settle()
@@ -350,32 +356,22 @@ def make_updater(config: RunConfig, built: Built) -> Updater:
         ),
         world=built.world,
         pipeline=built.pipeline(config.parallel),
+        split=built.context and built.context.split,
     )
 
 
+def names(text: str) -> set[str]:
+    return set(text.split())
+
+
 IDENTITY = {
-    "model": {
-        "path",
-        "dtype",
-        "autocast",
-        "master_dtype",
-        "num_layers",
-        "init",
-        "rope_scaling",
-        "tokenizer",
-    },
-    "data": {"path", "format", "columns", "template", "length", "source_length", "overlong"}
-    | {
-        "packing",
-        "lazy",
-        "validation_share",
-        "pose",
-        "pose_window",
-        "split",
-        "borders",
-        "blanks",
-        "supervise",
-    },
+    "model": names("""
+        path dtype autocast master_dtype num_layers init rope_scaling tokenizer
+        """),
+    "data": names("""
+        path format columns template length source_length overlong packing lazy
+        validation_share pose pose_window split borders blanks supervise
+        """),
     "adapter": None,
     "quantize": None,
     "train": {"router_loss"},

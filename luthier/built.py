@@ -30,8 +30,9 @@ from luthier.models.load import build_model, save_model
 from luthier.models.partial import Chunk, Share, balanced, costs_of, places_of
 from luthier.models.reading import LeaveOut
 from luthier.models.rotary import config_changes
-from luthier.models.stage import Stage, decoder_layers, same_stage
+from luthier.models.stage import Stage, check_shared, decoder_layers, same_stage
 from luthier.parallel.branches import cut_branches
+from luthier.parallel.context import Context
 from luthier.parallel.degrees import check_stages
 from luthier.parallel.pipeline import OneStage, Pipeline, Relay
 from luthier.parallel.shard import Sharding, assign, collected, whole
@@ -63,6 +64,7 @@ class Built:
     remarks: list[str] = field(default_factory=list)
     world: World = field(default_factory=World)
     sharding: Sharding | None = None
+    context: Context | None = None
 
     def settle(self) -> None:
         """Free what a forward without backward left gathered."""
@@ -89,9 +91,9 @@ class Built:
 
     def pipeline(self, parallel: ParallelConfig) -> Pipeline | OneStage:
         """What runs the micro-batches of a step through the model's stages."""
-        share = self.stage.share
+        share, split = self.stage.share, self.context and self.context.split
         if share is None:
-            return OneStage(self.sharding)
+            return OneStage(self.sharding, split)
         adapters = adapters_of(self.model).values()
         return Pipeline(
             share,
@@ -103,6 +105,7 @@ class Built:
             device=self.device,
             beside=max((adapter.tokens_aside for adapter in adapters), default=0),
             sharding=self.sharding,
+            split=split,
         )
 
     @property
@@ -176,6 +179,12 @@ def cut_tensor(built: Built) -> None:
         cut_layers(built.model, found.layers, adapters, found.shares, world)
         cut_branches(built.model, found, adapters, world)
         found.settle(built.model, world.mesh.get_local_rank("tensor"), world.sizes["tensor"])
+
+
+def share_tokens(built: Built, method: str) -> None:
+    """Let the context ranks share each row's tokens; refused where something beside attention looks at several."""
+    built.context = Context(built.world, method)
+    check_shared(built.stage, built.context.split)
 
 
 class StagePlan:

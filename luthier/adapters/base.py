@@ -27,7 +27,7 @@ from luthier.batch import current_layout
 from luthier.config import AdapterConfig
 from luthier.errors import Failed, Refused
 from luthier.layers import dense_weight, features, is_double, is_linear, is_transposed
-from luthier.parts import Part
+from luthier.parts import Part, both
 from luthier.registry import Registry
 from luthier.stacks import linear_of
 
@@ -242,7 +242,7 @@ class Adapter(nn.Module):
         p, layout = self.config.dropout, current_layout()
         if layout is None:
             return F.dropout(x, p)
-        batch, width = layout.document_ids.shape
+        batch, width = layout.shape
         flat = x.shape[0] != batch
         if flat and x.shape[0] != batch * width:
             raise Failed(
@@ -252,9 +252,8 @@ class Adapter(nn.Module):
             )
         x = x.unflatten(0, (batch, width)) if flat else x
         rows = layout.rows or tuple(range(batch))
-        x = seeding.dropout(
-            x, p, seed=self.seed, name=f"{self.name}.adapter", rows=rows, part=self.entering
-        )
+        part = both(self.entering, layout.share)
+        x = seeding.dropout(x, p, seed=self.seed, name=f"{self.name}.adapter", rows=rows, part=part)
         return x.flatten(0, 1) if flat else x
 
 

@@ -31,11 +31,12 @@ class RowDropout(nn.Dropout):
         layout = current_layout()
         if layout is None or not self.training:
             return super().forward(input)
-        batch, width = layout.document_ids.shape
+        batch, width = layout.shape
         flat = input.shape[0] != batch
         x = input.unflatten(0, (batch, width)) if flat else input
         rows = layout.rows or tuple(range(batch))
-        out = seeding.dropout(x, self.p, seed=self.seed, name=self.name, rows=rows)
+        part = layout.share
+        out = seeding.dropout(x, self.p, seed=self.seed, name=self.name, rows=rows, part=part)
         return out.flatten(0, 1) if flat else out
 
 

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import (
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from luthier.batch import IGNORE, Batch, Layout, current_layout, layout_scope
+from luthier.batch import IGNORE, PADDING, Batch, Layout, current_layout, layout_scope
 from luthier.errors import Failed, Refused
 from luthier.models import cpu_attention as cpu_attention  # registers the operator
 from luthier.models.absent import present
@@ -261,6 +261,28 @@ def same_stage(stage: Stage) -> Iterator[None]:
     with torch.no_grad():
         what = "hidden states cut among tensor-parallel ranks"
         _same(stage, what, stage(batch), before, "use parallel.shard in place of parallel.tensor")
+    stage.model.train(training)
+
+
+def check_shared(stage: Stage, split: Callable[[Batch], Batch]) -> None:
+    """Refused unless this rank's tokens of a batch (`split`) have the hidden states that they have in whole rows.
+
+    It finds families in which more than attention looks at several tokens. All ranks must call it.
+    """
+    training = stage.model.training
+    batch, _ = _trial(stage)
+    mine = split(batch)
+    assert mine.share is not None
+    real = mine.document_ids != PADDING
+    stage.model.eval()
+    with torch.no_grad():
+        # padding's tokens are not in the batch: they take any place there
+        places = mine.share.columns.clamp(max=batch.input_ids.shape[1] - 1)
+        wanted = stage(batch)[0, places[0]][real[0]]
+        ours = stage(mine)[real]
+        if len(ours):
+            what = "hidden states shared out among context-parallel ranks"
+            _same(stage, what, ours, wanted, "use parallel.shard in place of parallel.context")
     stage.model.train(training)
 
 

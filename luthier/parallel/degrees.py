@@ -13,10 +13,6 @@ from luthier.config import RunConfig
 from luthier.config_parallel import ParallelConfig
 from luthier.errors import Refused
 
-ABSENT = {
-    "context": "context parallelism",
-}
-
 WHOLE = ("adamw_mini", "adafactor")  # optimisers that need all rows of a tensor in one place
 
 
@@ -29,28 +25,17 @@ def mesh_sizes(parallel: ParallelConfig, processes: int) -> dict[str, int]:
         "context": parallel.context,
         "tensor": parallel.tensor,
     }
-    for axis, words in ABSENT.items():
-        if sizes[axis] != 1:
-            raise Refused(
-                f"parallel.{axis}={sizes[axis]}",
-                f"{words} is not there in this version of Luthier",
-                "use parallel.shard (with parallel.stage=3 for models that do not fit) or parallel.replicate",
-            )
-    beside = {  # says how an absent axis works
-        "context_method": (parallel.context_method, "context"),
-    }
-    for key, (value, axis) in beside.items():
-        if value != type(parallel).model_fields[key].default:
-            raise Refused(
-                f"parallel.{key}={value}",
-                f"it says how {ABSENT[axis]} works, which is not there in this version of Luthier",
-                "leave it out",
-            )
     if sizes["tensor"] != 1 and parallel.sequence and "sequence" in parallel.model_fields_set:
         raise Refused(
             "parallel.sequence=true",
             "sequence parallelism is not there in this version of Luthier",
             "leave it out: parallel.tensor works without it",
+        )
+    if sizes["context"] == 1 and parallel.context_method != "auto":
+        raise Refused(
+            f"parallel.context_method={parallel.context_method}",
+            "it says how attention crosses context ranks, and parallel.context is 1",
+            "give parallel.context=2 or more, or leave it out",
         )
     fixed = math.prod(size for size in sizes.values() if size != -1)
     rest = [axis for axis, size in sizes.items() if size == -1]
@@ -134,12 +119,13 @@ def check_sharding(config: RunConfig, sizes: Mapping[str, int]) -> None:
             "layers of a pipeline's stages are not compiled in this version",
             "leave train.compile out",
         )
-    if sizes["tensor"] > 1 and config.train.compile:
-        raise Refused(
-            f"train.compile=true with parallel.tensor={sizes['tensor']}",
-            "layers that are cut are not compiled in this version",
-            "leave train.compile out",
-        )
+    for axis in ("tensor", "context"):
+        if sizes[axis] > 1 and config.train.compile:
+            raise Refused(
+                f"train.compile=true with parallel.{axis}={sizes[axis]}",
+                "layers that exchange something with other ranks are not compiled in this version",
+                "leave train.compile out",
+            )
 
 
 def check_processes(config: RunConfig, processes: int) -> None:

@@ -247,6 +247,10 @@ class World:
         """The sum of `value` over the data ranks; the same bits on each."""
         return math.fsum(self.of_data(self.values(value)))
 
+    def sum_of_tokens(self, value: float) -> float:
+        """As `sum`, of what each rank knows of its own tokens: over the data and context ranks."""
+        return math.fsum(self.of_tokens(self.values(value)))
+
     def of_data(self, values: list[T]) -> list[T]:
         """Of one value per rank, one per data rank: the ranks that cut a model's layers see the same rows.
 
@@ -266,8 +270,8 @@ class World:
         return self.size // self.sizes["pipeline"]
 
     def sums(self, values: list[float]) -> list[float]:
-        """Sums over data ranks and pipeline stages, of lists that are empty where a stage has none."""
-        same = self.stage_size // self.data_size  # ranks that cut a layer see the same
+        """Sums over data and context ranks and pipeline stages, of lists that are empty where a stage has none."""
+        same = self.sizes["tensor"]  # ranks that cut a layer see the same
         rows = [row for row in self.gather(values)[::same] if row]
         return [math.fsum(column) for column in zip(*rows, strict=True)]
 
@@ -276,6 +280,10 @@ class World:
         if self.sizes["pipeline"] == 1:
             return value
         return math.fsum(self.values(value)[:: self.stage_size])
+
+    def of_tokens(self, values: list[T]) -> list[T]:
+        """As `of_data`, one value per part of the tokens: the tensor ranks see the same ones."""
+        return values[-self.stage_size :][:: self.sizes["tensor"]]
 
     def max(self, value: float) -> float:
         return max(self.values(value))

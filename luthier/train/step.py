@@ -68,7 +68,8 @@ class Updater:
     first update, and before the next ones until a step has supervised tokens that see several keys; only
     there with `zeros`, and then `gated` is True. `router`: a loss of the routers' logits, added to what is
     trained, not to the loss that is reported; with several micro-batches it takes a forward of each more, as
-    it counts the tokens of the whole step first. The model's mode (train or eval) is the caller's.
+    it counts the tokens of the whole step first. `split` gives this rank's tokens of a batch, where ranks share
+    them; `pipeline` does so itself. The model's mode (train or eval) is the caller's.
     `on_nan`: a step whose loss or gradient is not finite ends the run (`stop`) or updates nothing (`skip`, at most
     `max_nan_steps` in a row); `keep_rows(step, rows, micro_batches)` writes the rows down and says where.
     """
@@ -86,6 +87,7 @@ class Updater:
     on_nan: str = "stop"
     max_nan_steps: int = 10
     keep_rows: Callable[[int, Sequence[int], Sequence[Batch]], str] | None = None
+    split: Callable[[Batch], Batch] | None = None
     gated: bool = field(default=False, init=False)
     half_updated: bool = field(default=False, init=False)  # inside of the optimiser's step
     _nan_steps: int = field(default=0, init=False)  # in a row
@@ -114,7 +116,7 @@ class Updater:
             reduce(self.master.parameters, self.world)
             sum_copies(self.master.parameters, self.world)
             # floats: the first wait for the device in the step
-            loss = self.world.sum(sum(map(float, passes.losses)))
+            loss = self.world.sum_of_tokens(sum(map(float, passes.losses)))
             if self.router is not None:
                 (routed,) = self.world.sums([sum(map(float, passes.routed))])
                 report = replace(report, router_loss=routed)
@@ -161,12 +163,16 @@ class Updater:
             return None
         total = torch.zeros(())
         for batch in micro_batches:
-            batch = batch.to(self.device)
+            batch = self._mine(batch)
             with torch.no_grad(), router_logits() as logits:
                 self.stage(batch)
             counts = self.router.shares(logits, batch).cpu()
             total = total + (0 * counts if batch.is_filler else counts)
         return torch.tensor(self.world.sums(total.tolist()))
+
+    def _mine(self, batch: Batch) -> Batch:
+        """What this rank computes of a batch, on its device."""
+        return (self.split(batch) if self.split else batch).to(self.device)
 
     def _loss_sum(self, batch: Batch) -> Tensor:
         hidden = self.stage(batch)  # [B, S, D]
@@ -177,19 +183,20 @@ class Updater:
     ) -> StepReport:
         """Skip the step or raise NotFinite, the same on every rank; names the rows whose own loss is not
         finite, or all rows when none is to blame."""
-        rows = [row for batch in micro_batches for row in _single_rows(batch.to(self.device))]
+        rows = [row for batch in micro_batches for row in _single_rows(batch)]
         bad = []
         with torch.no_grad():
             # as many forwards on every rank, for those that gather weights in them
             for i in range(int(self.world.max(len(rows)))):
-                if not self._loss_sum(rows[i % len(rows)]).isfinite() and i < len(rows):
-                    bad.append(rows[i].rows[0])
+                row = self._mine(rows[i % len(rows)])
+                if not self._loss_sum(row).isfinite() and i < len(rows):
+                    bad.append(row.rows[0])
         every = [row.rows[0] for row in rows if not row.is_filler]
-        found = self.world.of_data(self.world.gather([bad, every]))
+        found = self.world.of_tokens(self.world.gather([bad, every]))
         weights: dict[str, Tensor] = dict(self.stage.model.named_parameters())
         if self.world.size > 1:
             weights = {n: t for n, t in peaks(weights, self.world).items() if t is not None}
-        blamed = [r for b, _ in found for r in b] or [r for _, e in found for r in e]
+        blamed = sorted({r for b, _ in found for r in b} or {r for _, e in found for r in e})
         where = self.keep_rows(report.step, blamed, micro_batches) if self.keep_rows else ""
         self._nan_steps += 1
         try:
