@@ -59,7 +59,6 @@ from luthier.models.load import (
 from luthier.models.partial import places_of
 from luthier.models.stage import Stage, check_stage, compile_layers, set_recompute
 from luthier.parallel.degrees import check_stages
-from luthier.parallel.tensor import check_method
 from luthier.parallel.world import World
 from luthier.positions import num_positions
 from luthier.text import Text as Text
@@ -129,8 +128,6 @@ def check_training(config: RunConfig, text: Text, sizes: Mapping[str, int]) -> N
         plan_of(model, config.adapter)
         limit = num_positions(text.model_config)
         method = ADAPTERS[config.adapter.method]
-        if tensor > 1:
-            check_method(config.adapter.method, method.follows, tensor)
         method.check_length(config.adapter, config.data.reach, limit)
 
 
@@ -202,8 +199,8 @@ def build(
         method, limit = ADAPTERS[built.adapter.method], num_positions(model.config)
         method.check_length(built.adapter, config.data.reach, limit)
     built.stage.autocast = None if chosen.autocast == "none" else getattr(torch, chosen.autocast)
-    if train and built.world.sizes["tensor"] > 1:
-        cut_tensor(built)
+    if built.world.sizes["tensor"] > 1:
+        cut_tensor(built, config.parallel)
     if stages is not None:
         cut_stages(built, stages)
     if train and built.world.sharded:
@@ -215,7 +212,7 @@ def build(
     built.settle()
     if train:
         add_noise(model, config.adapter, seed=config.train.seed)
-        seed_dropout(model, config.train.seed)
+        seed_dropout(model, config.train.seed, built.tokens)
         set_recompute(built.stage, config.train.recompute)
         built.remarks += why_torch(built.kernel, built.device, built.dtype)
         if config.train.compile:

@@ -22,6 +22,7 @@ from luthier.adapters.facts import plain
 from luthier.adapters.store import load_tensors, save_adapter
 from luthier.config import AdapterConfig, RopeScaling, RunConfig
 from luthier.config_parallel import ParallelConfig
+from luthier.errors import Refused
 from luthier.layers import count
 from luthier.models.absent import present
 from luthier.models.cuts import cuts_of
@@ -30,13 +31,17 @@ from luthier.models.load import build_model, save_model
 from luthier.models.partial import Chunk, Share, balanced, costs_of, places_of
 from luthier.models.reading import LeaveOut
 from luthier.models.rotary import config_changes
+from luthier.models.sequence import tokens_of
 from luthier.models.stage import Stage, check_shared, decoder_layers, same_stage
 from luthier.parallel.branches import cut_branches
+from luthier.parallel.collectives import Axis
 from luthier.parallel.context import Context
 from luthier.parallel.degrees import check_stages
 from luthier.parallel.pipeline import OneStage, Pipeline, Relay
+from luthier.parallel.sequence import split_sequence
 from luthier.parallel.shard import Sharding, assign, collected, whole
-from luthier.parallel.tensor import check_adapters, cut_layers
+from luthier.parallel.tensor import by_heads, cut_layers
+from luthier.parallel.vocabulary import cut_vocabulary
 from luthier.parallel.world import World
 from luthier.parts import Copy, mark_copy, whole_numel
 from luthier.text import Text
@@ -65,6 +70,7 @@ class Built:
     world: World = field(default_factory=World)
     sharding: Sharding | None = None
     context: Context | None = None
+    tokens: tuple[int, int] = (0, 1)  # which stretch of a row's tokens is here between the layers
 
     def settle(self) -> None:
         """Free what a forward without backward left gathered."""
@@ -170,15 +176,44 @@ def cut(built: Built, parallel: ParallelConfig) -> None:
     )
 
 
-def cut_tensor(built: Built) -> None:
-    """Cut the model's layers, and the adapters on them, over the tensor axis of its world."""
-    world = built.world
-    found, adapters = cuts_of(built.model, world.sizes["tensor"]), adapters_of(built.model)
-    check_adapters(found.adapted, adapters, world)
+def cut_tensor(built: Built, parallel: ParallelConfig) -> None:
+    """Cut the model's layers and vocabulary, and the adapters on them, over the tensor axis of its world; with
+    `parallel.sequence` also the tokens between the layers, where the family can."""
+    model, axis = built.model, Axis.of(built.world)
+    found, adapters = cuts_of(model, axis.ranks), adapters_of(model)
+    tokens = tokens_of(model, found) if parallel.sequence else None
+    if tokens is not None and built.world.sizes["pipeline"] > 1:
+        tokens = "stages of a pipeline hand whole rows over"
+    if tokens is not None and built.world.sizes["context"] > 1:
+        tokens = "parallel.context shares the tokens of the rows already"
+    if isinstance(tokens, str):
+        asked = f"parallel.sequence=true for the model family '{model.config.model_type}'"
+        if "sequence" in parallel.model_fields_set:
+            raise Refused(asked, tokens, "leave parallel.sequence out")
+        built.remarks.append(f"parallel.sequence is off: {tokens}")
+        tokens = None
     with same_stage(built.stage):
-        cut_layers(built.model, found.layers, adapters, found.shares, world)
-        cut_branches(built.model, found, adapters, world)
-        found.settle(built.model, world.mesh.get_local_rank("tensor"), world.sizes["tensor"])
+        embedding, head = (
+            None if path is None else model.get_submodule(path)
+            for path in (found.embedding, found.head)
+        )
+        cut_layers(
+            model,
+            found.layers,
+            adapters,
+            found.shares,
+            axis,
+            by_tokens=tokens is not None,
+            whole=[found.head] if found.head else [],
+        )
+        cut_branches(model, found, adapters, axis)
+        built.stage.vocabulary = cut_vocabulary(embedding, head, axis, tied=found.tied)
+        by_heads(adapters, axis)
+        if tokens is not None:
+            layers = list(decoder_layers(model))
+            split_sequence(model, layers, tokens.entries, tokens.shares, axis)
+            built.tokens = (axis.rank, axis.ranks)
+        found.settle(model, axis.rank, axis.ranks)
 
 
 def share_tokens(built: Built, method: str) -> None:

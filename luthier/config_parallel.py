@@ -36,8 +36,8 @@ class ParallelConfig(Section):
     )
     sequence: bool = Field(
         True,
-        description="Sequence parallelism beside tensor parallelism; this version has none, and "
-        "refuses it where it is asked for.",
+        description="With `tensor`: between the layers a process holds its own tokens of the hidden states, not all "
+        "of them. The result does not depend on it.",
     )
     context: Degree = Field(
         1, description="Processes that share the tokens of each row; they read the same rows."

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
 import torch
@@ -24,7 +24,7 @@ class Part:
     """The part that rank `rank` of `ranks` has of a tensor along `dim`.
 
     `sizes`: what lies one after the other along `dim` in the whole tensor (queries, keys and values, say), each cut
-    into equal stretches, of which a rank has one. `copies`: how many neighbours have the same stretch of it
+    into stretches that are equal, or one longer for the first ranks; a rank has one of each. `copies`: how many neighbours have the same stretch of it
     (keys of which there are fewer than ranks); 1 each where it is empty.
     """
 
@@ -39,8 +39,10 @@ class Part:
         """(start, length) in the whole of what this rank has of each piece."""
         found, start = [], 0
         for size, copies in zip(self.sizes, self._copies, strict=True):
-            length = size * copies // self.ranks
-            found.append((start + self.rank // copies * length, length))
+            number, place = self.ranks // copies, self.rank // copies
+            length, longer = divmod(size, number)
+            before = place * length + min(place, longer)
+            found.append((start + before, length + (place < longer)))
             start += size
         return found
 
@@ -48,6 +50,10 @@ class Part:
     def own_sizes(self) -> list[int]:
         """How long its stretch of each piece is."""
         return [length for _, length in self.stretches]
+
+    def length(self, rank: int) -> int:
+        """How long the part of a rank is along `dim`; no rank's is longer than that of rank 0."""
+        return sum(replace(self, rank=rank).own_sizes)
 
     @property
     def _copies(self) -> tuple[int, ...]:
@@ -60,7 +66,9 @@ class Part:
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
         """The whole of every rank's part, in the ranks' order."""
-        pieces = zip(*(part.split(self.own_sizes, self.dim) for part in parts), strict=True)
+        own = (replace(self, rank=rank).own_sizes for rank in range(self.ranks))
+        split = (part.split(sizes, self.dim) for part, sizes in zip(parts, own, strict=True))
+        pieces = zip(*split, strict=True)
         groups = (group[::n] for group, n in zip(pieces, self._copies, strict=True))
         return torch.cat([piece for group in groups for piece in group], self.dim)
 

@@ -47,8 +47,22 @@ def dropout(
     if len(rows) != x.shape[0]:
         raise ValueError(f"dropout '{name}': {len(rows)} row numbers for {x.shape[0]} rows")
     shape = x.shape if part is None else part.whole_shape(x.shape)
-    keep = torch.empty(shape, dtype=torch.bool, device=x.device)
-    for i, row in enumerate(rows):
-        keep[i].bernoulli_(1 - p, generator=generator(seed, "dropout", name, row, device=x.device))
+    keep = kept(shape, p, seed=seed, name=name, rows=rows, device=x.device)
     keep = keep if part is None else part.of(keep)
     return x * keep / (1 - p)
+
+
+def kept(
+    shape: tuple[int, ...],
+    p: float,
+    *,
+    seed: int,
+    name: str,
+    rows: tuple[int, ...],
+    device: torch.device,
+) -> torch.Tensor:
+    """The mask [B, ...] of what `dropout` keeps."""
+    keep = torch.empty(shape, dtype=torch.bool, device=device)
+    for i, row in enumerate(rows):
+        keep[i].bernoulli_(1 - p, generator=generator(seed, "dropout", name, row, device=device))
+    return keep

@@ -10,7 +10,7 @@ which layers a method may go to is `targets.py`'s, files are `store.py`'s.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
@@ -40,6 +40,13 @@ class Removable(Protocol):
     def remove(self) -> None: ...
 
 
+class Beside(Protocol):
+    """`parallel.beside`: a whole update on a layer that is cut among ranks."""
+
+    def delta(self, make: Callable[[Tensor], Tensor], x: Tensor) -> Tensor: ...
+    def low_rank(self, whole: LowRank) -> LowRank: ...
+
+
 class Placed:
     """An attribute that was set on one module (its own `forward`, say); `remove` deletes it.
 
@@ -67,7 +74,11 @@ class Adapter(nn.Module):
 
     follows: ClassVar[Mapping[str, Mapping[str, int]]] = {}
     """Under tensor parallelism: style of the layer ("colwise", "rowwise") -> parameter -> axis that is cut
-    like the layer's; the others are whole on every rank. Empty: the method is refused with it."""
+    like the layer's; the others are whole on every rank. A style that is not named: all of them are, and
+    `beside` says what a rank adds."""
+
+    by_heads: ClassVar[bool] = False
+    """Whether it gives heads of keys and values, of which a tensor-parallel rank needs its own."""
 
     peft_types: ClassVar[tuple[str, ...]] = ()
     """Values of `peft_type` in adapter_config.json that are this method's; names of our own
@@ -97,6 +108,15 @@ class Adapter(nn.Module):
 
     entering: Part | None = None
     """What of its whole inputs a tensor-parallel rank's layer has, where they are cut (last axis)."""
+
+    total: Callable[[Tensor], Tensor] = staticmethod(lambda x: x)
+    """The sum of x over the ranks among which the layer's inputs are cut, without gradient."""
+
+    beside: Beside | None = None
+    """What of the update a rank adds to its part of the layer, where the update is whole."""
+
+    heads_here: Part | None = None
+    """What of the heads of keys and values [P, K, D] a rank's attention has (`by_heads`)."""
 
     def __init__(self, layer: nn.Module, config: AdapterConfig, *, name: str, seed: int) -> None:
         """Make the parameters, on the layer's device, without values; `name` is the layer's path."""
@@ -252,8 +272,12 @@ class Adapter(nn.Module):
             )
         x = x.unflatten(0, (batch, width)) if flat else x
         rows = layout.rows or tuple(range(batch))
-        part = both(self.entering, layout.share)
-        x = seeding.dropout(x, p, seed=self.seed, name=f"{self.name}.adapter", rows=rows, part=part)
+        part = self.entering
+        if part is not None and x.shape[-1] == sum(part.sizes):
+            part = None  # gathered for an update that is whole
+        part = both(part, layout.share)
+        name = f"{self.name}.adapter"
+        x = seeding.dropout(x, p, seed=self.seed, name=name, rows=rows, part=part)
         return x.flatten(0, 1) if flat else x
 
 
@@ -289,8 +313,17 @@ class Additive(Adapter):
         """The factors of `delta`, of a method that has them: layer and adapter are then one autograd node."""
         return None
 
+    def delta_here(self, x: Tensor) -> Tensor:
+        """What is added to this rank's part of the layer's output."""
+        return self.delta(x) if self.beside is None else self.beside.delta(self.delta, x)
+
+    def low_rank_here(self) -> LowRank | None:
+        """The factors of `delta_here`."""
+        factors = self.low_rank()
+        return factors if self.beside is None or factors is None else self.beside.low_rank(factors)
+
     def after(self, x: Tensor, y: Tensor) -> Tensor:
-        return y + self.delta(x)
+        return y + self.delta_here(x)
 
     def fold(self, weight: Tensor) -> Tensor:
         update = self.update().to(weight.dtype)

@@ -158,7 +158,7 @@ def _products(experts: Any) -> Product:
         adapter = experts.adapter[stack]
         with expert(adapter, parts[stack], e):
             if adds(adapter):
-                delta = adapter.delta(x)
+                delta = adapter.delta_here(x)
             else:
                 exact = matrix(experts, stack, e)
                 exact = exact.to(wide(exact.dtype))

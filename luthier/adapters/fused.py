@@ -43,7 +43,7 @@ def forward_of(layer: nn.Module, forward: Callable[..., Tensor]) -> Any:
 def _forward(layer: Any, x: Tensor) -> Tensor:
     adapter, bias = layer.adapter, layer.bias
     dtype = product_dtype(x)
-    low_rank = adapter.low_rank()
+    low_rank = adapter.low_rank_here()
     if low_rank is None and dtype not in _HALF:
         return adapter.after(x, type(layer).forward(layer, x))
     x = x.to(dtype)
@@ -51,7 +51,7 @@ def _forward(layer: Any, x: Tensor) -> Tensor:
     bias = None if bias is None else bias.to(dtype)
     flat = x.reshape(-1, x.shape[-1])  # [N, in]
     if low_rank is None:
-        delta = adapter.delta(x)  # [..., out]
+        delta = adapter.delta_here(x)  # [..., out]
         delta = delta.reshape(-1, delta.shape[-1])
         y = (
             codes.product(flat, delta) if codes is not None else torch.addmm(delta, flat, matrix)

@@ -76,8 +76,6 @@ class LoRA(Additive):
             self.register_buffer("norms", None, persistent=False)
             # past nn.Module's registration: the layer is no part of its adapter
             vars(self)["layer"] = layer
-            # a norm is over all inputs: the layer can be cut by its outputs only
-            vars(self)["follows"] = {"colwise": self.follows["colwise"]}
         self.zero_at_start = frozenset(zero)
 
     @classmethod
@@ -110,10 +108,13 @@ class LoRA(Additive):
         down, up = down.detach(), up.detach()
         layer = vars(self)["layer"]
         if self.norms is None:
-            self.norms = self.weight_of(layer).square().sum(1)
+            self.norms = self.total(self.weight_of(layer).square().sum(1))
         image = times_weight(layer, down)  # [K, out]
         cross = (up * image.t().to(up.dtype)).sum(1)
-        square = self.norms + 2 * cross + (up * (up @ (down @ down.t()))).sum(1)
+        change = 2 * cross + (up * (up @ (down @ down.t()))).sum(1)
+        square = self.norms + self.total(
+            change
+        )  # a norm is over all inputs, also where they are cut
         return _excess(self.get_parameter(MAGNITUDE), square.clamp_min(0).sqrt())
 
     def delta(self, x: Tensor) -> Tensor:
@@ -140,7 +141,8 @@ class LoRA(Additive):
         axis = 0 if self.transposed else 1
         magnitude = getattr(self, MAGNITUDE).to(folded.dtype)
         # a constant to the gradient, where a stack is folded on the fly
-        gain = _excess(magnitude, folded.detach().norm(dim=axis)).unsqueeze(axis)
+        norm = self.total(folded.detach().square().sum(axis)).sqrt()
+        gain = _excess(magnitude, norm).unsqueeze(axis)
         return torch.addcmul(folded, folded, gain)
 
     def initialise(self, layer: nn.Module, generator: torch.Generator) -> None:

@@ -33,7 +33,7 @@ BASE = 10000.0  # of the rotation's angles
 class MoRA(Additive):
     """A square update of one linear layer.
 
-    Not cut under tensor parallelism (`follows` is empty): each output reads inputs of all ranks.
+    Whole under tensor parallelism (`follows` is empty): each output reads inputs of all ranks.
     """
 
     uses = frozenset({"rank", "dropout", "targets", "rank_pattern"})

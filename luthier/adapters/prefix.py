@@ -39,6 +39,7 @@ class Prefix(Virtual):
     peft_types = tuple(PEFT_TYPE.values())
     from_layer = False
     shared_names = (TABLE, *NETWORK.values())
+    by_heads = True
 
     def __init__(self, layer: Any, config: AdapterConfig, *, name: str, seed: int) -> None:
         super().__init__(layer, config, name=name, seed=seed)
@@ -75,7 +76,10 @@ class Prefix(Virtual):
         # split, not indexed: the gradients of single slices would each be as large as the table
         parts = [part.unflatten(1, (self.kv_heads, -1)) for part in self.table().split(sizes, 1)]
         pairs = zip(parts[::2], parts[1::2], strict=True)
-        return {i: (keys, values) for i, (keys, values) in enumerate(pairs)}  # [P, K, D] each
+        here = (lambda x: x) if self.heads_here is None else self.heads_here.of
+        return {
+            i: (here(keys), here(values)) for i, (keys, values) in enumerate(pairs)
+        }  # [P, K, D] each
 
     def initialise(self, layer: Any, generator: torch.Generator) -> None:
         """The keys and values of common tokens; the network starts by giving them, as far as it is wide enough."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -128,7 +128,6 @@ class ReFT(Adapter):
     """The edits of one decoder layer's output."""
 
     uses = frozenset({"rank", "positions", "tied", "act_fn", "add_bias", "dropout"})
-    follows: ClassVar = {}  # a decoder layer as a whole has no tensor-parallel style
     peft_types = ("LUTHIER_REFT",)
     suffixes = tuple(
         f"{part}.{name}.weight"

@@ -81,8 +81,7 @@ class Projections(nn.Module):
 class VeRA(Additive):
     """Trained vectors around two fixed matrices.
 
-    Not cut under tensor parallelism (`follows` is empty): each rank would need its own part of the shared
-    matrices.
+    Whole under tensor parallelism (`follows` is empty), as the matrices are that the layers share.
     """
 
     from_layer = False

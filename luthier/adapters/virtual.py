@@ -53,10 +53,7 @@ class Kept:
 
 
 class Virtual(Adapter):
-    """P virtual tokens before every document, in the attention of all layers.
-
-    `follows` stays empty: the tokens belong to no layer that tensor parallelism cuts.
-    """
+    """P virtual tokens before every document, in the attention of all layers."""
 
     virtual = False
     """As in `PrefixKeys`."""

@@ -45,6 +45,9 @@ def layout(t: Translation, a: Arguments, processes: int) -> None:
         t.put(f"parallel.{cutting[name]}", int(a.values[name]), name)
         if name in METHODS:
             t.put("parallel.context_method", METHODS[name], name)
+    # it acts with tensor parallelism alone
+    if t.values.get("parallel.tensor", 1) > 1 and "sequence_parallel" in a:
+        t.put("parallel.sequence", _on("sequence_parallel", a), "sequence_parallel")
     _pipeline(t, a)
     words = str(a.values["sharding"]).split() if "sharding" in a else []
     stages = [word for word in words if word in ("stage1", "stage2", "stage3")]

@@ -10,10 +10,10 @@ from __future__ import annotations
 import copy
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from luthier.errors import Refused
@@ -48,7 +48,8 @@ class Cuts:
     """`layers` by path. `experts`: path of an experts' module -> its stacks. `rows`: tensor cut along its first axis.
     `shares`: modules whose gradient is the sum of the ranks'. `gathered`: norms of the whole width -> how it is cut.
     `branches`: layers whose outputs' gradient is summed. `counts`: (module, attribute) of numbers of a whole layer, to
-    be a rank's own; `configs`: modules that read numbers of heads in their config."""
+    be a rank's own; `configs`: modules that read numbers of heads in their config. `embedding` and `head`: paths of what
+    is cut by rows of the vocabulary (the head is one of `layers`), `tied` if they are one tensor."""
 
     layers: dict[str, LayerCut] = field(default_factory=dict)
     experts: dict[str, dict[str, LayerCut]] = field(default_factory=dict)
@@ -58,6 +59,9 @@ class Cuts:
     branches: list[str] = field(default_factory=list)
     counts: list[tuple[str, str]] = field(default_factory=list)
     configs: list[str] = field(default_factory=list)
+    embedding: str | None = None
+    head: str | None = None
+    tied: bool = False
 
     @property
     def adapted(self) -> dict[str, LayerCut]:
@@ -108,7 +112,24 @@ def cuts_of(model: PreTrainedModel, ranks: int) -> Cuts:
     if not found.layers:
         raise Refused(maker.asked, "nothing tells how its layers are cut", _instead())
     _check(model, found, ranks, maker.asked)
-    return found
+    return _with_vocabulary(model, found)
+
+
+def _with_vocabulary(model: PreTrainedModel, found: Cuts) -> Cuts:
+    """Embedding and head cut by rows; both or none of them where they are one tensor."""
+    paths = {id(module): path for path, module in model.named_modules()}
+    embedding: Any = model.get_input_embeddings()
+    head: Any = model.get_output_embeddings()
+    plain = isinstance(embedding, nn.Embedding) and embedding.max_norm is None
+    if head is None or not is_linear(head) or is_quantized(head):
+        head = None
+    tied = head is not None and head.weight is embedding.weight
+    if tied and not plain:
+        return found
+    if head is not None:
+        found.layers[paths[id(head)]] = LayerCut("outputs", (features(head)[1],))
+        found = replace(found, head=paths[id(head)], tied=tied)
+    return replace(found, embedding=paths[id(embedding)]) if plain else found
 
 
 def _layers(model: PreTrainedModel) -> list[tuple[str, Any]]:

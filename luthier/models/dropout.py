@@ -19,32 +19,44 @@ from luthier.models.families import family_of
 
 
 class RowDropout(nn.Dropout):
-    """`nn.Dropout` whose mask, inside a layout, depends on (seed, name, row). Plain outside of one."""
+    """`nn.Dropout` whose mask, inside a layout, depends on (seed, name, row). Plain outside of one.
 
-    def __init__(self, p: float, seed: int, name: str) -> None:
+    `tokens` (i, n): where x has fewer tokens than the layout, it is the i-th of n stretches, the last filled up.
+    """
+
+    def __init__(self, p: float, seed: int, name: str, tokens: tuple[int, int] = (0, 1)) -> None:
         super().__init__(p)
-        self.seed, self.name = seed, name
+        self.seed, self.name, self.tokens = seed, name, tokens
 
     @torch.compiler.disable
     def forward(self, input: Tensor) -> Tensor:
-        """x [B, ...] or [B*S, ...] -> the same shape."""
+        """x [B, S, ...] or [B*S, ...] -> the same shape."""
         layout = current_layout()
         if layout is None or not self.training:
             return super().forward(input)
         batch, width = layout.shape
         flat = input.shape[0] != batch
-        x = input.unflatten(0, (batch, width)) if flat else input
+        x = input.unflatten(0, (batch, -1)) if flat else input
         rows = layout.rows or tuple(range(batch))
-        part = layout.share
-        out = seeding.dropout(x, self.p, seed=self.seed, name=self.name, rows=rows, part=part)
+        i, n = self.tokens
+        if n > 1 and x.shape[1] != width:
+            shape = (batch, width, *x.shape[2:])
+            keep = seeding.kept(
+                shape, self.p, seed=self.seed, name=self.name, rows=rows, device=x.device
+            )
+            keep = nn.functional.pad(keep, (0, 0, 0, n * x.shape[1] - width))
+            out = x * keep.chunk(n, 1)[i] / (1 - self.p)
+        else:
+            part = layout.share
+            out = seeding.dropout(x, self.p, seed=self.seed, name=self.name, rows=rows, part=part)
         return out.flatten(0, 1) if flat else out
 
 
-def seed_dropout(model: PreTrainedModel, seed: int) -> None:
+def seed_dropout(model: PreTrainedModel, seed: int, tokens: tuple[int, int] = (0, 1)) -> None:
     """Make every dropout of `model` a function of (seed, module name, row) inside a layout.
 
     Call it after adapters are attached: an adapter's part of a layer's output is dropped with the rest.
-    Parameters and their names stay as they are.
+    Parameters and their names stay as they are. `tokens`: as in `RowDropout`.
     """
     for parent_name, parent in list(model.named_modules()):
         if hasattr(parent, "layer_idx"):
@@ -52,12 +64,12 @@ def seed_dropout(model: PreTrainedModel, seed: int) -> None:
             parent.dropout_key = (seed, f"{parent_name}.attention")  # pyright: ignore[reportArgumentType]
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Dropout):
-                made = RowDropout(child.p, seed, f"{parent_name}.{name}")
+                made = RowDropout(child.p, seed, f"{parent_name}.{name}", tokens)
                 setattr(parent, name, made.train(child.training))
-    _seed_functional(model, seed)
+    _seed_functional(model, seed, tokens)
 
 
-def _seed_functional(model: PreTrainedModel, seed: int) -> None:
+def _seed_functional(model: PreTrainedModel, seed: int, tokens: tuple[int, int]) -> None:
     """Families that call the function: their own rate becomes 0, and hooks drop the same outputs."""
     table = family_of(model.config.model_type).functional_dropout or {}
     for layer_name, layer in model.named_modules():
@@ -69,7 +81,7 @@ def _seed_functional(model: PreTrainedModel, seed: int) -> None:
             continue
         setattr(layer, attribute, 0.0)
         for output in outputs:
-            drop = RowDropout(rate, seed, f"{layer_name}.{output}.dropout")
+            drop = RowDropout(rate, seed, f"{layer_name}.{output}.dropout", tokens)
             layer.get_submodule(output).register_forward_hook(_Hook(drop))
 
 

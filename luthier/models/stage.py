@@ -31,11 +31,11 @@ from luthier.models.families import family_of
 from luthier.models.zoo.glm_generation import context_mask, infilling_positions
 from luthier.positions import position_axes
 
-# results that `selective` recomputation keeps: matrix products are dear to redo, the rest is cheap
+# results that `selective` recomputation keeps: matrix products are dear to redo, the rest is cheap. Not those that are
+# written into a tensor that is there (`addmm_`): torch takes that for a change of what it kept
 _KEPT = {
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
-    torch.ops.aten.addmm_.default,
     torch.ops.aten.bmm.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
@@ -55,6 +55,7 @@ class Stage(nn.Module):
         self.model = model
         self.recompute = "none"  # see `set_recompute`
         self.autocast: torch.dtype | None = None  # type of matrix products over wider weights
+        self.vocabulary: Any = None  # `parallel.vocabulary.Vocabulary`, of a head cut by tokens
         self.share: Any = None  # `partial.Share` of a pipeline's rank
         self._family = family_of(model.config.model_type)
         self._randomness_checked = False
@@ -109,8 +110,10 @@ class Stage(nn.Module):
         return out[0]
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Logits [N, V] of hidden states [N, D], with all that the family does after its output layer."""
-        with self._products(hidden.device):
+        """Logits [N, V] of hidden states [N, D], with all that the family does after its output layer; of a head
+        that is cut, this rank's columns."""
+        own = nullcontext() if self.vocabulary is None else self.vocabulary.columns()
+        with self._products(hidden.device), own:
             logits = _output_layer(self.model)(hidden)
         config, family = self.model.config, self._family
         if family.multiply:
@@ -243,7 +246,7 @@ def check_stage(stage: Stage) -> None:
                 if not stage.has_head:
                     continue  # the last stage compares
                 _same(stage, "hidden states in a packed row", hidden, seen[0][0])
-                _same(stage, "logits", stage.head(seen[0][0]), out.logits[0])
+                _same(stage, "logits", stage.head(seen[0][0]), _columns(stage, out.logits[0]))
     finally:
         hook.remove()
         model.train(training)
@@ -251,16 +254,19 @@ def check_stage(stage: Stage) -> None:
 
 @contextmanager
 def same_stage(stage: Stage) -> Iterator[None]:
-    """Refused unless the hidden states of two short documents are the same after what is done inside as before."""
+    """Refused unless the hidden states of two short documents, and the logits of the same states, are after what is
+    done inside what they were before."""
     training = stage.model.training
     batch, _ = _trial(stage)
     stage.model.eval()
     with torch.no_grad():
         before = stage(batch)
+        logits = stage.head(before[0])
     yield
+    what, do = "cut among tensor-parallel ranks", "use parallel.shard in place of parallel.tensor"
     with torch.no_grad():
-        what = "hidden states cut among tensor-parallel ranks"
-        _same(stage, what, stage(batch), before, "use parallel.shard in place of parallel.tensor")
+        _same(stage, f"hidden states {what}", stage(batch), before, do)
+        _same(stage, f"logits {what}", stage.head(before[0]), _columns(stage, logits), do)
     stage.model.train(training)
 
 
@@ -284,6 +290,11 @@ def check_shared(stage: Stage, split: Callable[[Batch], Batch]) -> None:
             what = "hidden states shared out among context-parallel ranks"
             _same(stage, what, ours, wanted, "use parallel.shard in place of parallel.context")
     stage.model.train(training)
+
+
+def _columns(stage: Stage, logits: Tensor) -> Tensor:
+    """Of all logits [N, V], those that `Stage.head` gives."""
+    return logits if stage.vocabulary is None else stage.vocabulary.part.of(logits)
 
 
 def _trial(stage: Stage) -> tuple[Batch, tuple[int, ...]]:

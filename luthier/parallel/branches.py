@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from luthier.layers import is_quantized
-from luthier.parallel.tensor import SIDES, LayerCut, SumBackward, SumForward, cut_adapter, put_part
-from luthier.parallel.world import World
+from luthier.parallel.collectives import Axis, all_parts, sum_backward, sum_forward, total
+from luthier.parallel.tensor import SIDES, LayerCut, cut_adapter, put_part
 from luthier.parts import Part, mark_share
 
 
@@ -35,29 +35,28 @@ class Cuts(Protocol):
 
 
 def cut_branches(
-    model: nn.Module, cuts: Cuts, adapters: Mapping[str, nn.Module], world: World
+    model: nn.Module, cuts: Cuts, adapters: Mapping[str, nn.Module], axis: Axis
 ) -> None:
     """Cut all of `cuts` that is no linear layer, and the adapters on experts, to this rank's part."""
-    rank, ranks = world.mesh.get_local_rank("tensor"), world.sizes["tensor"]
-    group = world.mesh.get_group("tensor")
+    rank, ranks = axis.rank, axis.ranks
     for path, stacks in cuts.experts.items():
         experts: Any = model.get_submodule(path)
         for name, how in stacks.items():
             _cut_stack(experts, name, how, rank, ranks)
             if (adapter := adapters.get(f"{path}.{name}")) is not None:
-                cut_adapter(adapter, how, rank, ranks)
-        hooks = _Experts(group, rank)
+                cut_adapter(adapter, how, axis)
+        hooks = _Experts(axis)
         experts.register_forward_pre_hook(hooks.enter)
         experts.register_forward_hook(hooks.leave, always_call=True)
     for path, how in cuts.rows.items():
         owner, _, name = path.rpartition(".")
         put_part(model.get_submodule(owner), name, how.part(0, rank, ranks))
     for path, how in cuts.gathered.items():
-        norm, hooks = model.get_submodule(path), _Width(group, how.part(-1, rank, ranks))
+        norm, hooks = model.get_submodule(path), _Width(axis, how.part(-1, rank, ranks))
         norm.register_forward_pre_hook(hooks.enter)
         norm.register_forward_hook(hooks.leave)
     for path in cuts.branches:
-        model.get_submodule(path).register_forward_hook(_Branch(group))
+        model.get_submodule(path).register_forward_hook(_Branch(axis))
 
 
 def _cut_stack(experts: Any, name: str, how: LayerCut, rank: int, ranks: int) -> None:
@@ -79,35 +78,35 @@ def _cut_stack(experts: Any, name: str, how: LayerCut, rank: int, ranks: int) ->
 class _Experts:
     """x [N, D], the experts of each token and their weights [N, K] -> the sum of what the ranks' parts give."""
 
-    def __init__(self, group: Any, rank: int) -> None:
-        self.group, self.rank = group, rank
+    def __init__(self, axis: Axis) -> None:
+        self.axis = axis
 
     def enter(self, experts: Any, args: tuple[Any, ...]) -> Any:
         hidden, chosen, weights = args
         if experts.has_bias:
             # an instance's own attribute comes before its parameter
             bias = experts._parameters["down_proj_bias"]
-            vars(experts)["down_proj_bias"] = bias * float(self.rank == 0)
+            vars(experts)["down_proj_bias"] = bias * float(self.axis.rank == 0)
         return (
-            SumBackward.apply(hidden, self.group),
+            sum_backward(hidden, self.axis),
             chosen,
-            SumBackward.apply(weights, self.group),
+            sum_backward(weights, self.axis),
         )
 
     def leave(self, experts: Any, args: tuple[Any, ...], output: Tensor | None) -> Any:
         vars(experts).pop("down_proj_bias", None)
         # none if the forward was left early: an error, or all is recomputed that is needed
-        return None if output is None else SumForward.apply(output, self.group)
+        return None if output is None else sum_forward(output, self.axis)
 
 
 class _Width:
     """A norm over numbers of which each rank has a part."""
 
-    def __init__(self, group: Any, how: Part) -> None:
-        self.group, self.how = group, how
+    def __init__(self, axis: Axis, how: Part) -> None:
+        self.axis, self.how = axis, how
 
     def enter(self, norm: nn.Module, args: tuple[Any, ...]) -> Any:
-        return (_Gather.apply(args[0], self.group, self.how), *args[1:])
+        return (_Gather.apply(args[0], self.axis, self.how), *args[1:])
 
     def leave(self, norm: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         return self.how.of(output)
@@ -116,11 +115,11 @@ class _Width:
 class _Branch:
     """Outputs that the heads of every rank read."""
 
-    def __init__(self, group: Any) -> None:
-        self.group = group
+    def __init__(self, axis: Axis) -> None:
+        self.axis = axis
 
     def __call__(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Any:
-        return SumBackward.apply(output, self.group)
+        return sum_backward(output, self.axis)
 
 
 class _Gather(torch.autograd.Function):
@@ -130,18 +129,15 @@ class _Gather(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Any, how: Part) -> Tensor:
-        ctx.group, ctx.how = group, how
-        parts = [torch.empty_like(x) for _ in range(how.ranks)]
-        torch.distributed.all_gather(parts, x.contiguous(), group=group)
-        return how.join(parts)
+    def forward(ctx: Any, x: Tensor, axis: Axis, how: Part) -> Tensor:
+        ctx.axis, ctx.how = axis, how
+        return all_parts(x, axis.group, how)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        total, how = gradient.clone(memory_format=torch.contiguous_format), ctx.how
-        torch.distributed.all_reduce(total, group=ctx.group)
-        own = how.of(total)
+        how = ctx.how
+        own = how.of(total(gradient, ctx.axis))
         if how.rank != how.holders[0]:
             own = own.masked_fill(how.copied(own), 0)
         return own, None, None

@@ -25,12 +25,6 @@ def mesh_sizes(parallel: ParallelConfig, processes: int) -> dict[str, int]:
         "context": parallel.context,
         "tensor": parallel.tensor,
     }
-    if sizes["tensor"] != 1 and parallel.sequence and "sequence" in parallel.model_fields_set:
-        raise Refused(
-            "parallel.sequence=true",
-            "sequence parallelism is not there in this version of Luthier",
-            "leave it out: parallel.tensor works without it",
-        )
     if sizes["context"] == 1 and parallel.context_method != "auto":
         raise Refused(
             f"parallel.context_method={parallel.context_method}",
@@ -119,13 +113,12 @@ def check_sharding(config: RunConfig, sizes: Mapping[str, int]) -> None:
             "layers of a pipeline's stages are not compiled in this version",
             "leave train.compile out",
         )
-    for axis in ("tensor", "context"):
-        if sizes[axis] > 1 and config.train.compile:
-            raise Refused(
-                f"train.compile=true with parallel.{axis}={sizes[axis]}",
-                "layers that exchange something with other ranks are not compiled in this version",
-                "leave train.compile out",
-            )
+    if sizes["context"] > 1 and config.train.compile:
+        raise Refused(
+            f"train.compile=true with parallel.context={sizes['context']}",
+            "attention that exchanges tokens with other ranks is not compiled in this version",
+            "leave train.compile out",
+        )
 
 
 def check_processes(config: RunConfig, processes: int) -> None:

@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
 from luthier.errors import Refused
+from luthier.parallel.collectives import all_parts
 from luthier.parallel.world import World
 from luthier.parts import Part, copy_of, cut_of, is_share, marked
 
@@ -139,10 +140,7 @@ def full(tensor: Tensor, world: World) -> Tensor:
     how = cut_of(tensor)
     if how is None:
         return one
-    one = one.detach().contiguous()
-    parts = [torch.empty_like(one) for _ in range(how.ranks)]
-    torch.distributed.all_gather(parts, one, group=world.mesh.get_group("tensor"))
-    return how.join(parts)
+    return all_parts(one.detach(), world.mesh.get_group("tensor"), how)
 
 
 @torch.no_grad()

@@ -3,23 +3,25 @@
 A layer cut by its outputs takes whole inputs, whose gradient is summed in the backward; one cut by its inputs
 gives a partial sum, which is added up in the forward, and its bias once. Between the two, heads and inner numbers are
 a rank's own. Weights stay plain tensors of the rank's part (`parts.py`), so that adapters, recomputation and
-sharding work on them as on any other. Embedding, norms and head are whole on every rank. Which layers are cut,
-and how, is told by `models/cuts.py`.
+sharding work on them as on any other. Embedding and head are cut by rows of the vocabulary (`vocabulary.py`);
+between the layers a rank may hold its own tokens only (`sequence.py`). Which layers are cut, and how, is told
+by `models/cuts.py`; adapters that cannot be cut are told their part by `beside.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 
-from luthier.errors import Refused
+from luthier.batch import current_layout
 from luthier.layers import is_quantized, is_transposed
-from luthier.parallel.world import World
+from luthier.parallel.beside import Columns, Rows
+from luthier.parallel.collectives import Axis, sum_backward, sum_forward, sum_tokens, total
 from luthier.parts import Part, mark_part, mark_share
 
 
@@ -31,9 +33,7 @@ class LayerCut(Protocol):
     @property
     def sizes(self) -> tuple[int, ...]: ...  # what lies one after the other along that side
     @property
-    def entering(
-        self,
-    ) -> bool: ...  # whether its inputs are whole up to here, or a rank's share of a branch
+    def entering(self) -> bool: ...  # whether its inputs are whole up to here, or a rank's share
     def part(self, dim: int, rank: int, ranks: int) -> Part: ...
 
 
@@ -45,110 +45,97 @@ class Sides(NamedTuple):
 SIDES = {"outputs": Sides("colwise", 0), "inputs": Sides("rowwise", 1)}
 
 
-def check_method(method: str, follows: Mapping[str, Any], tensor: int) -> None:
-    """Refuse an adapter method that says nothing about how it is cut (`Adapter.follows`)."""
-    if not follows:
-        raise Refused(
-            f"adapter.method={method} with parallel.tensor={tensor}",
-            "what it adds to a layer cannot be cut as the layer is",
-            "use parallel.shard in place of parallel.tensor, or adapter.method=lora",
-        )
-
-
-def check_adapters(
-    layers: Mapping[str, LayerCut], adapters: Mapping[str, nn.Module], world: World
-) -> None:
-    """Refuse adapters that cannot be cut as their layers are. `adapters`: path of the layer -> its adapter."""
-    for path, adapter in adapters.items():
-        config: Any = adapter.config
-        asked = f"adapter.method={config.method} with parallel.tensor={world.sizes['tensor']}"
-        follows: Any = adapter.follows
-        check_method(config.method, follows, world.sizes["tensor"])
-        if path not in layers:
-            continue
-        how = layers[path]
-        if SIDES[how.along].style not in follows:
-            raise Refused(
-                asked,
-                f"layer '{path}' is cut by its {how.along}, and with these options of the adapter "
-                "the other side is needed whole",
-                f"leave '{path.rpartition('.')[2]}' out of adapter.targets, or use parallel.shard",
-            )
-        for name, axis in follows[SIDES[how.along].style].items():
-            tensor = getattr(adapter, name, None)
-            if tensor is None:
-                continue
-            length = tensor.shape[axis + bool(adapter.stacked)]
-            if part_beside(length, how, 0, 0, world.sizes["tensor"]) is None:
-                raise Refused(
-                    asked,
-                    f"{name} of layer '{path}' has {length} rows or columns, which cannot be "
-                    f"shared out as the layer's {sum(how.sizes)} {how.along} are",
-                    "leave the layer out of adapter.targets, or use parallel.shard",
-                )
-
-
 def cut_layers(
     model: nn.Module,
     layers: Mapping[str, LayerCut],
     adapters: Mapping[str, nn.Module],
     shares: Iterable[str],
-    world: World,
+    axis: Axis,
+    *,
+    by_tokens: bool = False,
+    whole: Iterable[str] = (),
 ) -> None:
     """Cut the linear layers of `model` at these paths, and the adapters on them, to this rank's part.
 
     All values are there and whole before: they depend on no rank. `shares`: modules between the cuts whose
-    parameters are whole on each rank and whose gradients are summed.
+    parameters are whole on each rank and whose gradients are summed. `by_tokens`: in a layout, tokens are gathered
+    before the layers and scattered behind them; the layers of `whole` (the head) are outside of that.
     """
-    rank, ranks = world.mesh.get_local_rank("tensor"), world.sizes["tensor"]
-    group = world.mesh.get_group("tensor")
+    kept = set(whole)
     for path, how in layers.items():
         layer: Any = model.get_submodule(path)
         sides = SIDES[how.along]
         if is_quantized(layer):
-            layer.keep(how.part(sides.weight - 2, rank, ranks))
+            layer.keep(part_of(sides.weight - 2, how, axis))
         else:
-            axis = 1 - sides.weight if is_transposed(layer) else sides.weight
-            put_part(layer, "weight", how.part(axis, rank, ranks))
-            _resize(layer, how.along, sum(how.part(0, rank, ranks).own_sizes))
+            dim = 1 - sides.weight if is_transposed(layer) else sides.weight
+            put_part(layer, "weight", part_of(dim, how, axis))
+            _resize(layer, how.along, part_of(0, how, axis).length(axis.rank))
         if how.along == "outputs":
             if layer._parameters.get("bias") is not None:
-                put_part(layer, "bias", how.part(0, rank, ranks))
+                put_part(layer, "bias", part_of(0, how, axis))
             if how.entering:
-                layer.register_forward_pre_hook(_Entering(group), prepend=True)
+                entering = _Entering(axis, by_tokens and path not in kept)
+                layer.register_forward_pre_hook(entering, prepend=True)
         else:
-            leaving = _Leaving(group)
+            leaving = _Leaving(axis, by_tokens)
             layer.register_forward_pre_hook(leaving.enter)
             layer.register_forward_hook(leaving.leave, always_call=True)
         if path in adapters:
-            cut_adapter(adapters[path], how, rank, ranks)
+            cut_adapter(adapters[path], how, axis)
     for path in shares:
         for parameter in model.get_submodule(path).parameters():
             mark_share(parameter)
 
 
-def cut_adapter(adapter: Any, how: LayerCut, rank: int, ranks: int) -> None:
-    """Cut an adapter as the layer, or the stack of experts, is that it is on."""
+def by_heads(adapters: Mapping[str, nn.Module], axis: Axis) -> None:
+    """Give adapters that have heads of keys and values for all layers (prefixes) this rank's of them."""
+    for adapter in adapters.values():
+        one: Any = adapter
+        if not one.by_heads:
+            continue
+        copies = (max(1, axis.ranks // one.kv_heads),)
+        one.heads_here = Part(1, (one.kv_heads,), axis.rank, axis.ranks, copies)
+        for parameter in one.parameters():
+            mark_share(parameter)
+
+
+def part_of(dim: int, how: LayerCut, axis: Axis) -> Part:
+    return how.part(dim, axis.rank, axis.ranks)
+
+
+def cut_adapter(adapter: Any, how: LayerCut, axis: Axis) -> None:
+    """Cut an adapter as the layer, or the stack of experts, is that it is on; one that cannot be stays whole, and takes
+    its part of what it gives. All that is whole then has a share of its gradient on each rank."""
     if how.along == "inputs":
-        adapter.entering = how.part(-1, rank, ranks)
-    axes = adapter.follows[SIDES[how.along].style]
-    for name, tensor in (*adapter.named_parameters(), *adapter.named_buffers()):
-        if name in axes:
-            axis = axes[name] + bool(adapter.stacked)
-            part = part_beside(tensor.shape[axis], how, axis, rank, ranks)
-            assert part is not None  # `check_adapters`
+        adapter.entering = part_of(-1, how, axis)
+        adapter.total = partial(total, axis=axis)
+    axes = adapter.follows.get(SIDES[how.along].style)
+    named = [*adapter.named_parameters(), *adapter.named_buffers()]
+    parts: dict[str, Part | None] = {}
+    for name, tensor in named:
+        if axes and name in axes:
+            dim = axes[name] + bool(adapter.stacked)
+            parts[name] = part_beside(tensor.shape[dim], how, dim, axis)
+    if axes is None or None in parts.values():
+        adapter.beside = (Columns if how.along == "outputs" else Rows)(how.part, axis)
+        parts = {}
+    for name, tensor in named:
+        part = parts.get(name)
+        if part is not None:
             put_part(adapter, name, part)
         elif isinstance(tensor, Parameter):
             mark_share(tensor)
 
 
-def part_beside(length: int, how: LayerCut, axis: int, rank: int, ranks: int) -> Part | None:
+def part_beside(length: int, how: LayerCut, dim: int, axis: Axis) -> Part | None:
     """How a side of an adapter's tensor is cut beside a layer; None if it cannot be."""
-    part = how.part(axis, rank, ranks)
+    part, ranks = part_of(dim, how, axis), axis.ranks
     if length == sum(how.sizes):
         return part
-    plain = len(how.sizes) == 1 and length % ranks == 0 and how.sizes[0] % length == 0
-    return Part(axis, (length,), rank, ranks) if plain and not part.copies else None
+    even = length % ranks == 0 and how.sizes[0] % ranks == 0 and how.sizes[0] % length == 0
+    plain = len(how.sizes) == 1 and even and not part.copies
+    return Part(dim, (length,), axis.rank, ranks) if plain else None
 
 
 @torch.no_grad()
@@ -184,58 +171,53 @@ def _hide_bias(layer: nn.Module) -> None:
 class _Entering:
     """Whole inputs of a layer that is cut by its outputs."""
 
-    def __init__(self, group: Any) -> None:
-        self.group = group
+    def __init__(self, axis: Axis, by_tokens: bool) -> None:
+        self.axis, self.by_tokens = axis, by_tokens
 
+    @torch.compiler.disable()
     def __call__(self, layer: nn.Module, args: tuple[Any, ...]) -> Any:
-        return (SumBackward.apply(args[0], self.group), *args[1:])
+        if self.by_tokens and current_layout() is not None:
+            return None  # the gradient is summed where the tokens were gathered
+        return (sum_backward(args[0], self.axis), *args[1:])
 
 
 class _Leaving:
     """The sum of the ranks' outputs of a layer that is cut by its inputs, and its bias."""
 
-    def __init__(self, group: Any) -> None:
-        self.group = group
+    def __init__(self, axis: Axis, by_tokens: bool) -> None:
+        self.axis, self.by_tokens = axis, by_tokens
 
+    @torch.compiler.disable()
     def enter(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
         _hide_bias(layer)
 
+    @torch.compiler.disable()
     def leave(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor | None) -> Any:
         vars(layer).pop("bias", None)
         if (
             output is None
         ):  # the forward was left early: an error, or all is recomputed that is needed
             return None
-        y: Any = SumForward.apply(output, self.group)
+        layout = current_layout() if self.by_tokens else None
+        if layout is not None:
+            rows = (
+                output.unflatten(0, (len(layout.document_ids), -1)) if output.ndim == 2 else output
+            )
+            y = sum_tokens(rows, self.axis)
+            y = y.flatten(0, 1) if output.ndim == 2 else y
+        else:
+            y = sum_forward(output, self.axis)
         bias = layer._parameters.get("bias")
-        return y if bias is None else y + bias.to(y.dtype)
+        if bias is None:
+            return y
+        adapter: Any = getattr(layer, "adapter", None)
+        if adapter is not None:
+            bias = adapter.fold_bias(bias)
+            # what the adapter has from here is whole on each rank, and of its own tokens only where they are cut
+            bias = _shared(bias, self.axis.ranks) if layout is None else bias
+        return y + bias.to(y.dtype)
 
 
-class SumBackward(torch.autograd.Function):
-    """x -> x; the gradients of the ranks are summed."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
-        ctx.group = group
-        return x.view_as(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        total = gradient.clone(memory_format=torch.contiguous_format)
-        torch.distributed.all_reduce(total, group=ctx.group)
-        return total, None
-
-
-class SumForward(torch.autograd.Function):
-    """The ranks' y -> their sum; each gets the gradient of the sum."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, group: Any) -> Tensor:
-        total = y.clone(memory_format=torch.contiguous_format)
-        torch.distributed.all_reduce(total, group=group)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return gradient, None
+def _shared(x: Tensor, ranks: int) -> Tensor:
+    """x, of whose gradient each rank counts an equal share."""
+    return x.detach() + (x - x.detach()) / ranks if x.requires_grad else x

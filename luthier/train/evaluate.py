@@ -81,7 +81,9 @@ def evaluate_loss(
             batch = (split(batch) if split else batch).to(device)
             hidden = stage(batch)  # [B, S, D]
             if own and stage.has_head:
-                loss, hits, count = token_stats(hidden, batch.labels, stage.head)
+                loss, hits, count = token_stats(
+                    hidden, batch.labels, stage.head, vocabulary=stage.vocabulary
+                )
                 losses.append(loss)
                 correct += hits
                 tokens += count

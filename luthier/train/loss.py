@@ -3,7 +3,8 @@
 Only supervised positions reach the language-model head, some rows at a time, and each chunk's
 gradient is taken right after its forward: what lives at once is one chunk of logits and its gradient.
 The head is any function [N, D] -> [N, V], so softcaps, logit scaling, biases, tied and adapted heads need
-nothing special. Losses are sums; who divides them by the step's count of supervised tokens is the loop.
+nothing special. Where it is cut by tokens among ranks, each works on its own columns, and no rank ever has
+all of a row. Losses are sums; who divides them by the step's count of supervised tokens is the loop.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from luthier import native
 from luthier.batch import IGNORE
 from luthier.errors import Failed
+from luthier.parallel.vocabulary import Vocabulary
 
 Head = Callable[[Tensor], Tensor]
 
@@ -34,6 +36,7 @@ def token_loss(
     parameters: Sequence[Tensor] = (),
     *,
     chunk_rows: int | None = None,
+    vocabulary: Vocabulary | None = None,
 ) -> Tensor:
     """Sum over supervised positions of -log softmax(head(hidden))[label]: a scalar, differentiable once.
 
@@ -45,37 +48,57 @@ def token_loss(
     models). `chunk_rows` is the most rows per call of `head`. Default: what keeps float32 logits within
     CHUNK_BYTES (or, if the head is trained, within the size of its own float32 gradient, since each
     chunk adds to all of it), at least MIN_ROWS. V is learned from a call with no rows.
-    Without supervised positions the loss is a zero connected to the graph. Raises Failed for a label
-    outside the vocabulary.
+    Without supervised positions the loss is a zero connected to the graph. `vocabulary`: `head` gives this rank's
+    columns of the logits, and sums the gradient of what enters it; the loss is everybody's. Raises Failed for a
+    label outside the vocabulary.
     """
     trained = [p for p in parameters if p.requires_grad]
     if torch.is_grad_enabled() and (hidden.requires_grad or trained):
-        return _TokenLoss.apply(hidden, labels, head, chunk_rows, *trained)  # pyright: ignore[reportReturnType]
+        return _TokenLoss.apply(hidden, labels, head, chunk_rows, vocabulary, *trained)  # pyright: ignore[reportReturnType]
     loss = torch.zeros((), dtype=_wide(hidden.dtype), device=hidden.device)
     with torch.no_grad():
-        for rows, targets in _chunks(hidden, labels, head, chunk_rows, CHUNK_BYTES):
-            loss += _cross_entropy(head(hidden.reshape(-1, hidden.shape[-1])[rows]), targets).sum()
+        for rows, targets in _chunks(hidden, labels, head, chunk_rows, CHUNK_BYTES, vocabulary):
+            logits = head(hidden.reshape(-1, hidden.shape[-1])[rows])
+            loss += _losses(logits, targets, vocabulary).sum()
     return loss
 
 
 @torch.no_grad()
 def token_stats(
-    hidden: Tensor, labels: Tensor, head: Head, *, chunk_rows: int | None = None
+    hidden: Tensor,
+    labels: Tensor,
+    head: Head,
+    *,
+    chunk_rows: int | None = None,
+    vocabulary: Vocabulary | None = None,
 ) -> tuple[float, int, int]:
     """(summed loss, number of positions whose likeliest token is the label, number of supervised positions).
 
-    Shapes and chunks as in `token_loss`; nothing is differentiable. A tie counts for the smallest token.
+    Shapes, chunks and `vocabulary` as in `token_loss`; nothing is differentiable. A tie counts for the
+    smallest token.
     """
     flat = hidden.reshape(-1, hidden.shape[-1])
     loss, correct, count = 0.0, 0, 0
-    for rows, targets in _chunks(hidden, labels, head, chunk_rows, CHUNK_BYTES):
+    for rows, targets in _chunks(hidden, labels, head, chunk_rows, CHUNK_BYTES, vocabulary):
         logits = head(flat[rows])  # [n, V]
-        loss += float(_cross_entropy(logits, targets).sum(dtype=torch.float64))
-        # argmax is slow: look for it only where the label reaches the maximum
-        best = logits.gather(1, targets[:, None]).squeeze(1) == logits.amax(-1)
-        correct += int((logits[best].argmax(-1) == targets[best]).sum())
+        loss += float(_losses(logits, targets, vocabulary).sum(dtype=torch.float64))
+        correct += _hits(logits, targets, vocabulary)
         count += len(targets)
     return loss, correct, count
+
+
+def _hits(logits: Tensor, targets: Tensor, vocabulary: Vocabulary | None) -> int:
+    """In how many rows the target is the likeliest token, of logits [n, V] or a rank's columns of them."""
+    # argmax is slow: look for it only where the target reaches the maximum
+    if vocabulary is None:
+        best = logits.gather(1, targets[:, None]).squeeze(1) == logits.amax(-1)
+        return int((logits[best].argmax(-1) == targets[best]).sum())
+    here, own = vocabulary.locate(targets)
+    picked = vocabulary.total(logits.gather(1, here[:, None]).squeeze(1) * own)
+    best = picked == vocabulary.everybody(logits.amax(-1)).amax(0)
+    values, places = logits[best].max(-1)
+    tokens = (places + vocabulary.start).where(values == picked[best], vocabulary.size)
+    return int((vocabulary.everybody(tokens).amin(0) == targets[best]).sum())
 
 
 class _TokenLoss(torch.autograd.Function):
@@ -86,6 +109,7 @@ class _TokenLoss(torch.autograd.Function):
         labels: Tensor,
         head: Head,
         chunk_rows: int | None,
+        vocabulary: Vocabulary | None,
         *trained: Tensor,
     ) -> Tensor:
         flat = hidden.detach().reshape(-1, hidden.shape[-1])  # [B*S, D]
@@ -93,18 +117,18 @@ class _TokenLoss(torch.autograd.Function):
         grad_hidden = torch.zeros_like(flat) if wants_hidden else None
         grads: list[Tensor | None] = [None] * len(trained)
         loss = torch.zeros((), dtype=_wide(hidden.dtype), device=hidden.device)
-        budget = max(CHUNK_BYTES, sum(p.numel() for p in trained) * 4)
+        budget = max(CHUNK_BYTES, sum(_numbers(p, vocabulary) for p in trained) * 4)
         buffer = (
             None  # the gradient of a chunk's logits; fresh memory would cost page faults each time
         )
-        for rows, targets in _chunks(hidden, labels, head, chunk_rows, budget):
+        for rows, targets in _chunks(hidden, labels, head, chunk_rows, budget, vocabulary):
             chunk = flat[rows].requires_grad_(wants_hidden)  # [n, D]
             with torch.enable_grad():
                 logits = head(chunk)  # [n, V]
             if buffer is None:
                 buffer = torch.empty_like(logits)
             grad_logits = buffer[: len(rows)]
-            loss += _cross_entropy(logits.detach(), targets, grad_logits).sum()
+            loss += _losses(logits.detach(), targets, vocabulary, grad_logits).sum()
             inputs = (*([chunk] if wants_hidden else []), *trained)
             found = list(torch.autograd.grad(logits, inputs, grad_logits, allow_unused=True))
             if grad_hidden is not None:
@@ -127,7 +151,7 @@ class _TokenLoss(torch.autograd.Function):
             for grad, (size, dtype) in zip(grads, like, strict=True)
         ]
         scaled = None if grad_hidden is None else (grad_hidden * scale).view(shape)
-        return scaled, None, None, None, *out
+        return scaled, None, None, None, None, *out
 
 
 def _add(total: Tensor | None, part: Tensor | None) -> Tensor | None:
@@ -155,7 +179,12 @@ def _blocks(x: Tensor) -> tuple[Tensor, ...]:
 
 
 def _chunks(
-    hidden: Tensor, labels: Tensor, head: Head, chunk_rows: int | None, budget: int
+    hidden: Tensor,
+    labels: Tensor,
+    head: Head,
+    chunk_rows: int | None,
+    budget: int,
+    vocabulary: Vocabulary | None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Flat positions and labels, both [n], of the supervised tokens, in chunks of nearly equal size."""
     flat = labels.reshape(-1)
@@ -163,18 +192,53 @@ def _chunks(
     if len(rows) == 0:
         return
     targets = flat[rows]
-    with torch.no_grad():
-        vocabulary = head(hidden.detach().reshape(-1, hidden.shape[-1])[:0]).shape[-1]
+    if vocabulary is None:
+        with torch.no_grad():
+            columns = num_tokens = head(hidden.detach().reshape(-1, hidden.shape[-1])[:0]).shape[-1]
+    else:  # the same number on every rank, for they go through the chunks together
+        columns, num_tokens = vocabulary.most, vocabulary.size
     low, high = (int(x) for x in targets.aminmax())
-    if low < 0 or high >= vocabulary:
+    if low < 0 or high >= num_tokens:
         raise Failed(
             "computing the loss",
-            f"a label is {low if low < 0 else high}, the model's head has {vocabulary} tokens",
+            f"a label is {low if low < 0 else high}, the model's head has {num_tokens} tokens",
             "check that the tokenizer belongs to the model",
         )
-    size = chunk_rows or max(MIN_ROWS, budget // (4 * vocabulary))
+    size = chunk_rows or max(MIN_ROWS, budget // (4 * columns))
     number = -(-len(rows) // size)
     yield from zip(rows.tensor_split(number), targets.tensor_split(number), strict=True)
+
+
+def _numbers(parameter: Tensor, vocabulary: Vocabulary | None) -> int:
+    """How many numbers a parameter of the head has, on the rank that has the most of them."""
+    if vocabulary is None or len(parameter) != vocabulary.length:
+        return parameter.numel()
+    return parameter.numel() // len(parameter) * vocabulary.most
+
+
+def _losses(
+    logits: Tensor,
+    targets: Tensor,
+    vocabulary: Vocabulary | None,
+    gradient: Tensor | None = None,
+) -> Tensor:
+    """As `_cross_entropy`, also of a rank's columns of the logits [n, V/ranks].
+
+    Each rank takes the loss among its own columns; with their log-sum-exps a and that of all, A, probabilities
+    are exp(a - A) times those among its own.
+    """
+    if vocabulary is None:
+        return _cross_entropy(logits, targets, gradient)
+    here, own = vocabulary.locate(targets)
+    among = _cross_entropy(logits, here, gradient)  # a - logits[here]
+    picked = logits.gather(1, here[:, None]).squeeze(1).to(among.dtype)
+    parts = vocabulary.everybody(torch.stack([among + picked, picked * own]))  # [ranks, 2, n]
+    log_sum = parts[:, 0].logsumexp(0)  # A
+    if gradient is not None:
+        gradient *= (among + picked - log_sum).exp()[:, None]
+        wanted = (picked - log_sum).exp() - own.to(picked.dtype)
+        gradient.scatter_(1, here[:, None], wanted[:, None].to(gradient.dtype))
+    return log_sum - parts[:, 1].sum(0)
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor, gradient: Tensor | None = None) -> Tensor:

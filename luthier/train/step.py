@@ -49,6 +49,8 @@ class Stage(Protocol):
 
     @property
     def model(self) -> Module: ...
+    @property
+    def vocabulary(self) -> Any: ...
     def __call__(self, batch: Batch, /, *where: Any) -> Any: ...
     def head(self, hidden: Tensor, /) -> Tensor: ...
     def head_parameters(self) -> list[Parameter]: ...
@@ -176,7 +178,13 @@ class Updater:
 
     def _loss_sum(self, batch: Batch) -> Tensor:
         hidden = self.stage(batch)  # [B, S, D]
-        return token_loss(hidden, batch.labels, self.stage.head, self.stage.head_parameters())
+        return token_loss(
+            hidden,
+            batch.labels,
+            self.stage.head,
+            self.stage.head_parameters(),
+            vocabulary=self.stage.vocabulary,
+        )
 
     def _not_finite(
         self, loss: float, norm: float, report: StepReport, micro_batches: Sequence[Batch]
@@ -278,8 +286,9 @@ class _Passes:
         """The part of the loss, scaled."""
         updater = self.updater
         labels = batch.labels.to(updater.device)
-        parameters = updater.stage.head_parameters()
-        total = token_loss(hidden, labels, updater.stage.head, parameters)
+        stage = updater.stage
+        parameters, vocabulary = stage.head_parameters(), stage.vocabulary
+        total = token_loss(hidden, labels, stage.head, parameters, vocabulary=vocabulary)
         loss = total / self.report.num_supervised
         if not loss.requires_grad:
             raise Failed(

@@ -53,6 +53,25 @@ def test_degrees_hold_in_several_processes(
 
 
 @pytest.mark.parametrize(
+    ("arguments", "sequence", "asked"),
+    [
+        ({}, True, False),
+        ({"sequence_parallel": False}, False, True),
+        ({"sequence_parallel": True, "tensor_parallel_output": True}, True, True),
+    ],
+)
+def test_tensor_parallel_keys(
+    tmp_path: Path, arguments: dict[str, Any], sequence: bool, asked: bool
+) -> None:
+    """`tensor_parallel_output`, whether logits are gathered for the loss, changes no result: they are not."""
+    parallel = config(tmp_path, 4, tensor_parallel_degree=2, **arguments).config.parallel
+    sizes = mesh_sizes(parallel, 4)
+    assert (sizes["tensor"], sizes["replicate"], sizes["shard"]) == (2, 2, 1)
+    assert parallel.sequence == sequence
+    assert ("sequence" in parallel.model_fields_set) == asked
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"data_parallel_degree": 2}, "2 processes, and 4 were started"),

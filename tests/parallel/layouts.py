@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from tiny_runs import tiny_config
 
 from luthier.assemble import build, make_updater, open_data, open_text
@@ -75,3 +76,17 @@ def worst(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> tuple[f
         # a gradient that is zero but for rounding has no digits to compare
         found.append((distance / size if size > 1e-12 * scale else distance / scale, name))
     return max(found)
+
+
+def same_run(ours: Found, theirs: Found, tolerance: float = 1e-9) -> None:
+    """The same tokens, losses, norms, gradients of every step and weights."""
+    assert ours["tokens"] == theirs["tokens"]
+    assert ours["loss"] == pytest.approx(theirs["loss"], rel=tolerance)
+    assert ours["norm"] == pytest.approx(theirs["norm"], rel=1e-7)  # their norms are float32's
+    for step, (mine, other) in enumerate(
+        zip(ours["gradients"], theirs["gradients"], strict=True), 1
+    ):
+        error, name = worst(mine, other)
+        assert error < tolerance, f"gradient of {name} in step {step}: {error}"
+    error, name = worst(ours["weights"], theirs["weights"])
+    assert error < tolerance, f"{name}: {error}"

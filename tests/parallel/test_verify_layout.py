@@ -150,9 +150,13 @@ def test_faults_are_found(
         assert "the gradient of" in found
 
 
+@pytest.mark.parametrize("sequence", [True, False])
 @pytest.mark.parametrize("family", ["qwen3", "gpt2"])
-def test_tensor_ranks_agree(family: str, folders: Any, model_folder: Callable[[str], Path]) -> None:
-    given, here = BATCH | FULL | {"parallel__tensor": 2}, (model_folder(family), *folders[1:])
+def test_tensor_ranks_agree(
+    family: str, sequence: bool, folders: Any, model_folder: Callable[[str], Path]
+) -> None:
+    cut = {"parallel__tensor": 2, "parallel__sequence": sequence}
+    given, here = BATCH | FULL | cut, (model_folder(family), *folders[1:])
     for found, said in run_ranks({"tensor": 2}, check, here, given, None):
         assert found["2 processes = one process"]["worst"] < 1e-5
         assert said[-1] == "verify layout: ok"
@@ -166,15 +170,18 @@ def test_tensor_ranks_agree(family: str, folders: Any, model_folder: Callable[[s
         ("bias", "gpt2", "", FULL),
     ],
 )
+@pytest.mark.parametrize("sequence", [True, False])
 def test_faults_of_tensor_ranks_are_found(
     fault: str,
     family: str,
     name: str,
     keys: dict[str, Any],
+    sequence: bool,
     folders: Any,
     model_folder: Callable[[str], Path],
 ) -> None:
-    given, here = BATCH | keys | {"parallel__tensor": 2}, (model_folder(family), *folders[1:])
+    keys = keys | {"parallel__tensor": 2, "parallel__sequence": sequence}
+    given, here = BATCH | keys, (model_folder(family), *folders[1:])
     for found, _ in run_ranks({"tensor": 2}, check, here, given, fault):
         assert isinstance(found, str) and "more than rounding" in found
         assert name in found.split("the gradient of")[1].split(" by ")[0]
