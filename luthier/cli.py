@@ -48,8 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _tell(error: BaseException, text: str, debug: bool) -> None:
     """Show an error, once in a run of several processes."""
-    from luthier.parallel.world import tells
+    from luthier.parallel.world import note, tells
 
+    note(error)
     if tells(error):
         if debug:
             traceback.print_exception(error)
@@ -76,7 +77,16 @@ def _run(words: list[str]) -> int:
     if name in LAUNCHED:
         restarts, rest = _take_option(rest, "--max-restarts", 0)
         processes, rest = _take_option(rest, "--nproc", 1)
-        if processes > 1:
+        if restarts and name != "finetune":
+            raise Refused(
+                f"luthier {name} --max-restarts {restarts}",
+                "only finetune leaves checkpoints to go on from",
+                "leave it out",
+            )
+        if processes > 1 or restarts:
+            if name == "verify" and rest[:1] == ["resume"]:  # it starts the runs itself
+                verify(rest, processes)
+                return 0
             if name == "verify" and rest[:1] != ["layout"]:
                 raise Refused(
                     f"luthier verify {' '.join(rest[:1])} --nproc {processes}",
@@ -95,14 +105,23 @@ def _no_words(name: str, words: list[str]) -> None:
 
 def _launch(name: str, words: list[str], processes: int, restarts: int) -> int:
     """Run the command in several processes, after whatever the config alone tells is refused."""
-    from luthier.parallel.degrees import check_sharding, fit_batch, mesh_sizes
+    from luthier.parallel.degrees import check_processes, fewer
     from luthier.parallel.launch import launch
 
     config = _config(name, words[1:] if name == "verify" else words, processes=processes).config
-    sizes = mesh_sizes(config.parallel, processes)
-    fit_batch(config, sizes["replicate"] * sizes["shard"], sizes["pipeline"])
-    check_sharding(config, sizes)
-    return launch([name, *words], processes, restarts)
+    check_processes(config, processes)
+    if not restarts:
+        return launch([name, *words], processes)
+    from luthier.train.ending import check_restarts, newest_in
+
+    check_restarts(config.checkpoint.every, restarts)
+    return launch(
+        [name, *words],
+        processes,
+        restarts,
+        fewer=lambda number: fewer(config, number),
+        newest=lambda: newest_in(config.output),
+    )
 
 
 def _config(
@@ -208,7 +227,7 @@ def tokenize(words: list[str]) -> None:
     run(resolved, out=out)
 
 
-def verify(words: list[str]) -> None:
+def verify(words: list[str], processes: int | None = None) -> None:
     from luthier.verify import CHECKS
 
     if not words or words[0] not in CHECKS:
@@ -218,8 +237,8 @@ def verify(words: list[str]) -> None:
             f"checks: {', '.join(CHECKS)}",
             suggest(given, CHECKS) or "luthier verify data run.yaml",
         )
-    resolved = _config(f"verify {words[0]}", words[1:])
-    CHECKS[words[0]](resolved)
+    resolved = _config(f"verify {words[0]}", words[1:], processes=processes)
+    CHECKS[words[0]](resolved, **({} if processes is None else {"processes": processes}))
 
 
 MERGE_ALIASES = {

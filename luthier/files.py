@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from luthier.errors import Failed, Refused
+from luthier.errors import Refused, Unwritten
 
 MANIFEST = "manifest.json"
 PARTIAL = ".partial-"  # prefix of a folder that is being written
@@ -137,8 +137,8 @@ def damage(folder: Path, *, hashes: bool = True) -> str | None:
     return None
 
 
-def _failed(path: Path, error: OSError) -> Failed:
-    return Failed(
+def _failed(path: Path, error: OSError) -> Unwritten:
+    return Unwritten(
         f"writing {path}",
         f"{error.strerror or error} ({type(error).__name__}); what was saved before is untouched",
         "free space or give another output, then go on with checkpoint.resume=auto",

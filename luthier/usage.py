@@ -14,14 +14,14 @@ usage: luthier COMMAND ...
   show     FILE [...]                            the resolved config and where each value comes from
   plan     FILE [...] [--devices N]              will it fit, which layout, how long a step; reads no weights
   preview  FILE [...] [--rows N]                 rows as coloured tokens: what is trained and what is not
-  verify   CHECK FILE [...]                      prove on your model and data: data, packing, loss, layout
+  verify   CHECK FILE [...]                      prove on your model and data: data, packing, loss, layout, resume
   convert  SOURCE OUT                            GGUF, checkpoint, PaddleNLP adapter -> Hugging Face / PEFT folder
   example  [NAME]                                list ready configs, or print one
   schema                                         JSON schema of the config, for editors
   env                                            versions and devices
   --version
 
-  --nproc N [--max-restarts N] after finetune, evaluate, predict or verify layout runs it in N processes.
+  --nproc N [--max-restarts N] after finetune, evaluate, predict or verify layout/resume runs it in N processes.
   --debug after any command shows the traceback of an error.
 """
 ABOUT = USAGE.splitlines()[2].index("train,")  # the column where what a command does begins

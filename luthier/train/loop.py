@@ -16,18 +16,19 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-
 from luthier.batch import Batch
 from luthier.errors import Failed, LuthierError, Stopped
 from luthier.files import damage
+from luthier.parallel.restarts import Restart
 from luthier.parallel.shard import gathered, local
-from luthier.parallel.world import World, lost_peer
+from luthier.parallel.world import World
 from luthier.train.checkpoint import Checkpoints, Saved, non_finite, read
+from luthier.train.ending import failure, keep_last_step, recovery, try_save
 from luthier.train.metrics import Metrics, StepReport, Window, memory, plain
 from luthier.train.plan import Every, FitResult, Pace, Plan
 from luthier.train.signals import Interrupted, Signals
 from luthier.train.step import Updater
+from luthier.train.watchdog import Watchdog
 
 COMPARED = 20  # steps of this process after which the plan is set beside them
 
@@ -56,6 +57,8 @@ class Trainer:
 
     In a run of several processes all of them fit, in step; `world` is where they exchange what they decide
     on, and only its rank 0 writes. `held` makes the model whole for `write_model`; every rank enters it.
+    `restart`: what its launcher started it again for. `stop_unwritten`: a checkpoint that cannot be written
+    ends the run.
     `compare(seconds per step)` sets what was predicted beside what the first steps took; rank 0 calls it once.
     """
 
@@ -74,6 +77,9 @@ class Trainer:
     remarks: list[str] = field(default_factory=list)
     world: World = field(default_factory=World)
     held: Callable[[], AbstractContextManager[None]] = nullcontext
+    watchdog: Watchdog = field(default_factory=Watchdog)
+    restart: Restart | None = None
+    stop_unwritten: bool = False
     compare: Callable[[float], Mapping[str, Any]] | None = None
 
     def __post_init__(self) -> None:
@@ -88,6 +94,9 @@ class Trainer:
         self._epoch_ended = False  # with the latest step
         self._saved_at = 0  # the step of our latest checkpoint
         self._unsupervised = False  # a step without supervised tokens was seen
+        self._finished: tuple[Any, Any] | None = (
+            None  # states of data and updater after the last step
+        )
 
     def step(self, micro_batches: Sequence[Batch]) -> StepReport:
         """The next optimiser step; see `Updater.update`."""
@@ -106,22 +115,26 @@ class Trainer:
         """
         self.world.lead(lambda: self.checkpoints.start(path) is None)
         saved = None if path is None else read(path)
-        with Signals(tell=self.world.is_main) as signals:
+        with Signals(tell=self.world.is_main) as signals, self.watchdog, self.metrics:
             try:
-                with self.metrics:
-                    self._begin(saved)
-                    self._run(signals)
-                    result = self._finish()
-                    self._stop_if_asked(signals)
-                    return result
-            except LuthierError:
+                self._begin(saved)
+                self._run(signals)
+                result = self._finish()
+                self._stop_if_asked(signals)
+                return result
+            except LuthierError as error:
+                self._last_words(error)
                 raise
             except Exception as error:
-                raise self._failure(error) from error
+                text = failure(error, self.done, self.checkpoints.newest())
+                self._last_words(text)
+                raise text from error
 
     def _begin(self, saved: Saved | None) -> None:
         if saved is not None:
             self._restore(saved)
+        self._finished = self.data.state(), self.updater.state()
+        self.metrics.alive = self.watchdog.beat
         self.metrics.start(self.done, evaluated=self._evaluated())
         self.metrics.log("start", self.done, {**self.facts, "resumed": saved is not None})
         for text in self.remarks:
@@ -142,8 +155,14 @@ class Trainer:
                 wait = time.perf_counter() - begin
                 report = self.step(micro_batches)
                 self._epoch_ended = self.data.epoch > epoch
+                self._finished = self.data.state(), self.updater.state()
+                self.watchdog.stepped(self.done)
                 seconds = time.perf_counter() - begin
                 self._record(replace(report, seconds=seconds, wait=wait))
+                if self.restart is not None:
+                    told = recovery(self.restart, self.done, self.metrics.reached, self.world.size)
+                    self.metrics.log("restart", self.done, told)
+                    self.restart = None
                 if len(self._pace.recent) == COMPARED and self.compare and self.world.is_main:
                     self.metrics.log("plan", self.done, self.compare(self._pace.seconds()))
                     self.compare = None
@@ -154,11 +173,13 @@ class Trainer:
 
     def _after_step(self, signals: Signals) -> None:
         """Evaluate and save, if due and not done yet. A new best is saved whenever anything is."""
-        due = self._due(self.plan.evaluate_every) and not self._evaluated()
+        due, best = self._due(self.plan.evaluate_every) and not self._evaluated(), self.best
         improved = due and self._evaluate(signals)
         save = self._due(self.plan.save_every) or (improved and self.plan.save_every != "never")
         if save and self._saved_at != self.done:
-            self._save()
+            last = self._over()
+            if not try_save(self._save, self._remark, last=last, stop=self.stop_unwritten):
+                self.best = best  # nothing holds these weights
 
     def _over(self) -> bool:
         return self.plan.over(self.done, self.num_tokens)
@@ -178,6 +199,8 @@ class Trainer:
         self._pace.add(report.seconds, report.num_tokens)
         self.seconds += report.seconds
         self._loss = report.loss
+        if report.told:
+            self.metrics.remark(report.told, report.step)
         if not report.num_supervised and not self._unsupervised:
             self._unsupervised = True
             self._remark(
@@ -215,8 +238,9 @@ class Trainer:
         """What an evaluation gives. A signal ends it at once, but for several processes, which it would not
         reach at the same place: the resumed run does it again."""
         self.metrics.activity("evaluating")
+        interruptible = signals.interruptible if self.world.size == 1 else nullcontext
         try:
-            with signals.interruptible() if self.world.size == 1 else nullcontext():
+            with self.watchdog.phase("evaluating"), interruptible():
                 return dict(how())
         except Interrupted:
             self._stop_if_asked(signals)
@@ -249,11 +273,13 @@ class Trainer:
                 f"NaN or infinity in {', '.join(bad)}",
                 f"nothing was written; go on from {self.checkpoints.newest()} with a lower optim.lr",
             )
+        # of the last finished step: another one may have begun
+        finished = self._finished or (self.data.state(), self.updater.state())
         state = {
             "tokens": self.num_tokens,
             "seconds": self.seconds,
-            "data": self.data.state(),
-            "updater": self.updater.state(),
+            "data": finished[0],
+            "updater": finished[1],
             "epoch_ended": self._epoch_ended,
             "window": asdict(self._window),
             "evaluation": self.evaluation,
@@ -263,7 +289,7 @@ class Trainer:
         best = self.best["step"] if self.best else None
         self.metrics.activity("saving")
         self.metrics.flush()  # metrics.jsonl must not be behind the checkpoint
-        with self.held():
+        with self.watchdog.phase("saving"), self.held():
             tensors = gathered(live, self.world, keep=self.world.is_main)
             path = self.checkpoints.path(self.done)
             self.world.lead(
@@ -358,13 +384,14 @@ class Trainer:
         self.read_model(path)
         self._remark(f"the final model is that of {path.name}, the best by {self.plan.best}")
 
-    def _failure(self, error: Exception) -> Failed:
-        """An unexpected error as a message; the error itself is its cause."""
-        text = f"{type(error).__name__}: {error}"
-        if lost_peer(error):
-            text = f"another process of the run is gone ({str(error).splitlines()[0][:160]})"
-        do = f"what was saved is untouched: go on from {self.checkpoints.newest()}"
-        full = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-        if full or "can't allocate memory" in text:
-            do += ", with a smaller train.micro_batch or train.recompute=layer"
-        return Failed(f"training, after step {self.done}", text, do)
+    def _last_words(self, error: LuthierError) -> None:
+        """Save the last finished step, where that can be, and say in `error` what is kept of the run."""
+
+        def save(world: World) -> Path:
+            if world is not self.world:  # alone: the others may be gone
+                self.world, self.held = world, nullcontext
+            return self._save()
+
+        whole, unsaved = not self.updater.half_updated, self.done > self._saved_at
+        if isinstance(error, Failed) and unsaved and self._finished is not None:
+            keep_last_step(error, save, self.world, step=self.done, whole=whole)
