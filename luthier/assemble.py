@@ -56,7 +56,7 @@ from luthier.models.load import (
     resolve_device,
 )
 from luthier.models.partial import places_of
-from luthier.models.stage import Stage, check_stage, compile_layers, set_recompute
+from luthier.models.stage import Stage, check_kept, check_stage, compile_layers, set_recompute
 from luthier.parallel.degrees import check_stages
 from luthier.parallel.tensor import check_method
 from luthier.parallel.world import World
@@ -210,7 +210,8 @@ def build(
     if train:
         add_noise(model, config.adapter, seed=config.train.seed)
         seed_dropout(model, config.train.seed)
-        set_recompute(built.stage, config.train.recompute)
+        check_kept(config.train.keep_attention, built.kernel)
+        set_recompute(built.stage, config.train.recompute, config.train.keep_attention)
         built.remarks += why_torch(built.kernel, built.device, built.dtype)
         if config.train.compile:
             compile_layers(built.stage)

@@ -257,7 +257,7 @@ def _build(
     else:
         attach(model, config.adapter, seed=0)
     seed_dropout(model, 0)
-    set_recompute(Stage(model), config.train.recompute)
+    set_recompute(Stage(model), config.train.recompute, config.train.keep_attention)
     return model.train()
 
 

@@ -14,6 +14,7 @@ from functools import cache, partial
 from typing import Any, Literal
 
 import torch
+import torch.nn.attention.varlen  # registers its operator
 from torch import Tensor, nn
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -26,23 +27,27 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from luthier.batch import IGNORE, Batch, Layout, current_layout, layout_scope
 from luthier.errors import Failed, Refused
 from luthier.models import cpu_attention as cpu_attention  # registers the operator
-from luthier.models.absent import present
+from luthier.models.absent import Absent, present
 from luthier.models.families import family_of
 from luthier.models.zoo.glm_generation import context_mask, infilling_positions
 from luthier.positions import position_axes
 
-# results that `selective` recomputation keeps: matrix products are dear to redo, the rest is cheap
-_KEPT = {
-    torch.ops.aten.mm.default,
-    torch.ops.aten.addmm.default,
-    torch.ops.aten.addmm_.default,
-    torch.ops.aten.bmm.default,
+_ATTENTION = {  # of the kernels `native`, `sdpa` and `varlen`
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.torch_attn._varlen_attn.default,
     torch.ops.luthier.attention.default,
 }
+# results that `selective` recomputation keeps: matrix products are dear to redo, the rest is cheap
+_KEPT = _ATTENTION | {
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.addmm_.default,
+    torch.ops.aten.bmm.default,
+}
+KEEPS = ("native", "sdpa", "varlen")  # kernels whose results `keep_attention` finds
 # the relative error that rounding may cause in `check_stage`: far above it, far below a wrong formula
 _ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
@@ -53,7 +58,7 @@ class Stage(nn.Module):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
-        self.recompute = "none"  # see `set_recompute`
+        self.recompute, self.keep_attention = "none", 0  # see `set_recompute`
         self.autocast: torch.dtype | None = None  # type of matrix products over wider weights
         self.share: Any = None  # `partial.Share` of a pipeline's rank
         self._family = family_of(model.config.model_type)
@@ -166,25 +171,46 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     )
 
 
-def set_recompute(stage: Stage, mode: Literal["none", "layer", "selective"]) -> None:
+def set_recompute(
+    stage: Stage, mode: Literal["none", "layer", "selective"], keep_attention: int = 0
+) -> None:
     """What the layers keep for the backward: all; their input; or their input and matrix products.
 
+    With `layer`, the first `keep_attention` layers (-1: all) keep what attention gives, too.
     The results are the same. It acts in training mode only.
     """
-    stage.recompute = mode
+    stage.recompute, stage.keep_attention = mode, keep_attention
     if mode == "none":
         for module in stage.model.modules():
             if isinstance(module, GradientCheckpointingLayer):
                 module.gradient_checkpointing = False
         return
-    contexts = partial(_contexts, mode == "selective")
-    run = partial(
-        checkpoint, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
-    )  # dropout is a function of the rows: there is no generator state to keep
-    for layer in present(decoder_layers(stage.model)):
+    for number, layer in enumerate(decoder_layers(stage.model)):
+        if isinstance(layer, Absent):
+            continue
+        kept = _KEPT if mode == "selective" else set()
+        if mode == "layer" and (keep_attention < 0 or number < keep_attention):
+            kept = _ATTENTION
+        # dropout is a function of the rows: there is no generator state to keep
+        run = partial(
+            checkpoint,
+            use_reentrant=False,
+            preserve_rng_state=False,
+            context_fn=partial(_contexts, kept),
+        )
         # the switch that transformers documents on GradientCheckpointingLayer
         layer.gradient_checkpointing = True  # pyright: ignore[reportArgumentType]
         layer._gradient_checkpointing_func = run  # pyright: ignore[reportArgumentType]
+
+
+def check_kept(keep_attention: int, kernel: str) -> None:
+    """Refuse `keep_attention` with an attention kernel whose results recomputation does not see as one."""
+    if keep_attention and kernel not in KEEPS:
+        raise Refused(
+            f"train.keep_attention={keep_attention}",
+            f"attention is computed by {kernel} here, whose results cannot be told from others",
+            f"give model.attention={' or '.join(KEEPS[1:])}, or leave train.keep_attention out",
+        )
 
 
 def compile_layers(stage: Stage) -> None:
@@ -327,17 +353,17 @@ def _same(stage: Stage, what: str, ours: Tensor, plain: Tensor, do: str = _DO) -
         )
 
 
-def _contexts(selective: bool) -> tuple[AbstractContextManager, AbstractContextManager]:
+def _contexts(kept: set[Any]) -> tuple[AbstractContextManager, AbstractContextManager]:
     """Contexts of a layer's first run and of its recomputation, which re-enters the layout of the first."""
     again = layout_scope(current_layout())
-    if not selective:
+    if not kept:
         return nullcontext(), again
-    first, replay = create_selective_checkpoint_contexts(_policy)
+    first, replay = create_selective_checkpoint_contexts(partial(_policy, kept))
     return first, _both(again, replay)
 
 
-def _policy(context: Any, op: Callable[..., Any], *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+def _policy(kept: set[Any], context: Any, op: Any, *args: Any, **_: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 @contextmanager
