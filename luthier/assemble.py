@@ -57,7 +57,8 @@ from luthier.models.load import (
     resolve_device,
 )
 from luthier.models.partial import places_of
-from luthier.models.stage import Stage, check_stage, compile_layers, set_recompute
+from luthier.models.recompute import check_kept, compile_layers
+from luthier.models.stage import Stage
 from luthier.parallel.degrees import check_stages
 from luthier.parallel.world import World
 from luthier.positions import num_positions
@@ -213,7 +214,8 @@ def build(
     if train:
         add_noise(model, config.adapter, seed=config.train.seed)
         seed_dropout(model, config.train.seed, built.tokens)
-        set_recompute(built.stage, config.train.recompute)
+        check_kept(config.train.keep_attention, built.kernel)
+        set_recompute(built.stage, config.train.recompute, config.train.keep_attention)
         built.remarks += why_torch(built.kernel, built.device, built.dtype)
         if config.train.compile:
             compile_layers(built.stage)

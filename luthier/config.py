@@ -122,6 +122,10 @@ class TrainConfig(Section):
         description="Trade time for memory: keep only each layer's input (`layer`), or also the results of "
         "its matrix products (`selective`).",
     )
+    keep_attention: Annotated[int, Field(ge=-1)] = Field(
+        0,
+        description="With `recompute: layer`: the first n layers keep what attention gives, too; -1 = all of them.",
+    )
     compile: bool = Field(False, description="Compile the layers with torch.compile.")
     router_loss: Annotated[float, Field(ge=0)] | None = Field(
         None,
@@ -146,6 +150,19 @@ class TrainConfig(Section):
     seed: Annotated[int, Field(ge=0)] = Field(
         42, description="Order of rows, dropout, initial values."
     )
+
+    @model_validator(mode="after")
+    def _kept(self) -> TrainConfig:
+        if self.keep_attention and self.recompute != "layer":
+            raise ValueError(
+                f"train.keep_attention={self.keep_attention} says what train.recompute=layer keeps, and "
+                f"train.recompute is {self.recompute}; give train.recompute=layer, or leave it out"
+            )
+        if self.keep_attention and self.compile:
+            raise ValueError(
+                "train.keep_attention cannot see into the layers that train.compile compiles; leave one of them out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _batch(self) -> TrainConfig:

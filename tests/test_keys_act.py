@@ -128,6 +128,7 @@ def model(tree: Tree) -> Any:
             str(built.device),
             built.num_base,
             built.stage.recompute,
+            built.stage.keep_attention,
             layer._compiled_call_impl is not None,
         )
 
@@ -335,6 +336,9 @@ TABLE = [
     Row("train.micro_batch", 2, data),
     Row("train.accumulation", 3, data, {"train__batch": None, "train__micro_batch": 2}),
     Row("train.recompute", "layer", model),
+    Row(
+        "train.keep_attention", 1, model, {"train__recompute": "layer", "model__attention": "sdpa"}
+    ),
     Row("train.compile", True, model),
     Row("train.on_nan", "skip", passed_over),
     Row("train.max_nan_steps", 1, passed_over, {"train__on_nan": "skip"}),

@@ -29,7 +29,6 @@ from luthier.batch import IGNORE, Layout
 from luthier.config import AdapterConfig
 from luthier.errors import Refused
 from luthier.models.generate import GenerateOptions, generate
-from luthier.models.stage import Stage, set_recompute
 from luthier.seeding import generator
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT's

@@ -19,7 +19,6 @@ from luthier.adapters.virtual import COMMON
 from luthier.batch import Batch, Layout, layout_scope
 from luthier.config import AdapterConfig
 from luthier.models.dropout import seed_dropout
-from luthier.models.stage import Stage, set_recompute
 from luthier.seeding import generator
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT's

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from luthier import native
 from luthier.models import fast
-from luthier.models.stage import Stage, set_recompute
 from luthier.native import ops
 from luthier.train.loss import token_loss
 

@@ -15,7 +15,6 @@ from luthier.models import attention, kernels
 from luthier.models.attention import attend, capture, install
 from luthier.models.dropout import seed_dropout
 from luthier.models.kernels import Scores
-from luthier.models.stage import Stage, set_recompute
 from luthier.seeding import generator
 
 DOCUMENTS = [[5, 3, 7], [8, 4], [1, 14]]
