@@ -57,8 +57,8 @@ from luthier.models.load import (
     resolve_device,
 )
 from luthier.models.partial import places_of
-from luthier.models.recompute import check_kept, compile_layers
-from luthier.models.stage import Stage
+from luthier.models.recompute import check_kept, compile_layers, set_recompute
+from luthier.models.stage import Stage, check_stage
 from luthier.parallel.degrees import check_stages
 from luthier.parallel.world import World
 from luthier.positions import num_positions

@@ -33,7 +33,8 @@ from luthier.models import attention, rotary
 from luthier.models.dropout import seed_dropout
 from luthier.models.folder import first_line, quiet
 from luthier.models.load import load_config, resolve_device, resolve_dtype
-from luthier.models.stage import Stage
+from luthier.models.recompute import set_recompute
+from luthier.models.stage import Stage, decoder_layers
 from luthier.prequantized import prequantized
 from luthier.quantize.linears import QuantizedLinear
 from luthier.quantize.loading import plan_quantization

@@ -34,7 +34,8 @@ from luthier.adapters import (
 from luthier.adapters.store import load_tensors
 from luthier.batch import Batch
 from luthier.layers import count
-from luthier.models.stage import Stage
+from luthier.models.recompute import set_recompute
+from luthier.models.stage import Stage, decoder_layers
 
 
 def _rows(**wanted: Any) -> Any:

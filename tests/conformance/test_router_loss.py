@@ -14,7 +14,8 @@ from luthier.assemble import Built, make_updater
 from luthier.batch import TENSORS, Batch
 from luthier.config import RunConfig
 from luthier.errors import Refused
-from luthier.models.recompute import compile_layers
+from luthier.models.recompute import compile_layers, set_recompute
+from luthier.models.stage import Stage
 
 # rows of one document each and of two; the last has padding
 DOCUMENTS = [[9], [8], [5, 3], [6]]

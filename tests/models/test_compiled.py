@@ -14,7 +14,8 @@ from luthier.adapters.placing import attach
 from luthier.config import QuantizeConfig
 from luthier.config_adapter import AdapterConfig
 from luthier.models import attention, fast
-from luthier.models.recompute import compile_layers
+from luthier.models.recompute import compile_layers, set_recompute
+from luthier.models.stage import Stage
 from luthier.quantize.loading import Quantization
 from luthier.train.loss import token_loss
 

@@ -15,8 +15,8 @@ from luthier.errors import Failed, Refused
 from luthier.models.attention import install
 from luthier.models.dropout import seed_dropout
 from luthier.models.families import Family
-from luthier.models.recompute import _ATTENTION, compile_layers
-from luthier.models.stage import Stage
+from luthier.models.recompute import _ATTENTION, compile_layers, set_recompute
+from luthier.models.stage import Stage, check_stage
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gpt2", "opt", "bloom")
 DOCUMENTS = [[5, 3, 7], [8, 4], [1, 14]]  # rows of 15, so the second one has padding
