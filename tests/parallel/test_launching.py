@@ -139,28 +139,33 @@ def test_what_the_config_tells_is_refused_before_processes_are_started(
     assert "only `verify layout` compares several" in told
 
 
+@pytest.mark.long
 def test_a_killed_process_is_started_again_and_nothing_is_lost(
     run_file: Callable[..., Path],
 ) -> None:
     """Two kills of the same rank with no checkpoint in between: it goes on in one process."""
-    path = run_file(train__steps=60, checkpoint__every=20, evaluate__every="never")
+    path = run_file(
+        train__steps=150, checkpoint__every=60, log__progress="plain", evaluate__every="never"
+    )
     output = path.parent / "out"
     run = Running([*LUTHIER, str(path), "--nproc", "2", "--max-restarts", "3"], path.parent)
     for kill in (1, 2):
         if kill == 1:
-            run.until(lambda: "step-20" in run.text())
-        run.until(lambda: len(run.ranks()) == 2)
-        os.kill(run.ranks()[1], signal.SIGKILL)
+            run.until(lambda: "step-60" in run.text())
+        while len(ranks := run.ranks()) < 2:
+            assert run.process.poll() is None, run.text()
+            time.sleep(0.05)
+        os.kill(ranks[1], signal.SIGKILL)
         run.wait_for(f"Restart {kill} of 3")
     run.until(lambda: False)
     assert run.process.returncode == 0, run.text()
     text = run.text()
     assert text.count("rank 1 was ended by SIGKILL") == 2
-    assert "Restart 1 of 3 in 2 processes, from" in text and "checkpoints/step-20" in text
+    assert "Restart 1 of 3 in 2 processes, from" in text and "checkpoints/step-60" in text
     assert "Restart 2 of 3 in one process (rank 1 failed twice" in text
     records = read_metrics(output / "metrics.jsonl")
-    assert [r["step"] for r in records if r["kind"] == "train"] == list(range(1, 61))
+    assert [r["step"] for r in records if r["kind"] == "train"] == list(range(1, 151))
     restarts = [r for r in records if r["kind"] == "restart"]
     assert restarts[-1]["processes"] == 1 and restarts[-1]["processes_before"] == 2
-    assert restarts[-1]["step"] == 21 and restarts[-1]["recovery_seconds"] > 0
+    assert restarts[-1]["step"] == 61 and restarts[-1]["recovery_seconds"] > 0
     assert "restarts" in (output / "report.html").read_text("utf-8")
