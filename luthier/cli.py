@@ -16,29 +16,7 @@ from typing import Any
 
 from luthier import __version__
 from luthier.errors import LuthierError, Refused, suggest
-
-USAGE = """\
-usage: luthier COMMAND ...
-
-  finetune FILE [FILE] [section.key=value ...]   train, evaluate, save; FILE: YAML, JSON, PaddleNLP arguments
-  evaluate FILE [...]                            loss, perplexity, accuracy (and BLEU/ROUGE) of the run's model
-  predict  FILE [...]                            answer rows: JSON lines in, JSON lines out
-  quantize FILE [...]                            the base in few bits: a folder that transformers opens
-  merge    BASE ADAPTER OUT                      fold an adapter into its base, checked before it is published
-  tokenize FILE [...] [--out NAME]               pretraining: tokenise ahead, or write NAME.bin and NAME.idx
-  show     FILE [...]                            the resolved config and where each value comes from
-  plan     FILE [...] [--devices N]              will it fit, which layout, how long a step; reads no weights
-  preview  FILE [...] [--rows N]                 rows as coloured tokens: what is trained and what is not
-  verify   CHECK FILE [...]                      prove on your model and data: data, packing, loss, layout, resume
-  convert  SOURCE OUT                            GGUF, checkpoint, PaddleNLP adapter -> Hugging Face / PEFT folder
-  example  [NAME]                                list ready configs, or print one
-  schema                                         JSON schema of the config, for editors
-  env                                            versions and devices
-  --version
-
-  --nproc N [--max-restarts N] after finetune, evaluate, predict or verify layout/resume runs it in N processes.
-  --debug after any command shows the traceback of an error.
-"""
+from luthier.usage import LAUNCHED, USAGE, help_of
 
 Command = Callable[[list[str]], Any]
 
@@ -93,8 +71,8 @@ def _run(words: list[str]) -> int:
             f"known: {', '.join(COMMANDS)}",
             suggest(name, COMMANDS) or "see luthier --help",
         )
-    if rest and rest[0] in ("-h", "--help"):
-        print(USAGE, end="")
+    if {"-h", "--help"} & set(rest):
+        print(help_of(name), end="")
         return 0
     if name in LAUNCHED:
         restarts, rest = _take_option(rest, "--max-restarts", 0)
@@ -118,6 +96,11 @@ def _run(words: list[str]) -> int:
             return _launch(name, rest, processes, restarts)
     COMMANDS[name](rest)
     return 0
+
+
+def _no_words(name: str, words: list[str]) -> None:
+    if words:
+        raise Refused(f"luthier {name} {words[0]}", "it takes no argument", f"luthier {name}")
 
 
 def _launch(name: str, words: list[str], processes: int, restarts: int) -> int:
@@ -362,18 +345,19 @@ def example(words: list[str]) -> None:
 
 
 def schema(words: list[str]) -> None:
+    _no_words("schema", words)
     from luthier.configfile import json_schema
 
     print(json.dumps(json_schema(), indent=2))
 
 
 def env(words: list[str]) -> None:
+    _no_words("env", words)
     from luthier.exchange import env as run
 
     run()
 
 
-LAUNCHED = ("finetune", "evaluate", "predict", "verify")  # commands that several processes can run
 COMMANDS: dict[str, Command] = {
     "finetune": finetune,
     "evaluate": evaluate,

@@ -72,7 +72,7 @@ def facts_of(
     words = method_words(config, built)
     processes = {}
     if built.world.size > 1:
-        processes["Processes"] = f"{built.world.words}, stage {config.parallel.stage}"
+        processes["Processes"] = built.world.layout(config.parallel)
     facts = Facts(
         title=f"{words.split(',')[0][:1].upper()}{words.split(',')[0][1:]} of {Path(built.base).name}",
         status="finished",
@@ -81,7 +81,7 @@ def facts_of(
         data=data.train.ledger.source,
         adapter=words,
         device=device_name(built.device),
-        dtype=str(built.model.dtype).removeprefix("torch.")
+        dtype=str(built.dtype).removeprefix("torch.")
         + (f"; {stored}" if (stored := storage_words(built.model)) else ""),
         trained_parameters=built.num_trained,
         total_parameters=built.num_base,

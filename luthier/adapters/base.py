@@ -79,6 +79,9 @@ class Adapter(nn.Module):
     shared_names: ClassVar[tuple[str, ...]] = ()
     """Names of tensors of the adapter's file that belong to no single layer."""
 
+    from_layer: ClassVar[bool] = True
+    """Whether an adapter's first values depend on its own layer alone: then a pipeline's rank reads no other."""
+
     zero_at_start: frozenset[str] = frozenset()
     """Parameters whose gradient is zero at the first step (LoRA's A while B is zero). A form or option may
     set it on the instance."""
@@ -88,6 +91,9 @@ class Adapter(nn.Module):
 
     may_idle: frozenset[str] = frozenset()
     """Parameters that the loss may not depend on at all (an edit of early tokens in the last layer)."""
+
+    tokens_aside: int = 0
+    """Tokens of its own that run through the layers beside the batch's, each time (prompt tuning)."""
 
     entering: Part | None = None
     """What of its whole inputs a tensor-parallel rank's layer has, where they are cut (last axis)."""

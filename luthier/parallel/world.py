@@ -65,7 +65,8 @@ def place() -> Place:
             size=int(env.get("WORLD_SIZE", "1")),
             local_rank=int(env.get("LOCAL_RANK", env["RANK"])),
             local_size=int(env.get("LOCAL_WORLD_SIZE", env.get("WORLD_SIZE", "1"))),
-            attempt=int(env.get("TORCHELASTIC_RESTART_COUNT", "0")) + (restart.attempt if restart else 0),
+            attempt=int(env.get("TORCHELASTIC_RESTART_COUNT", "0"))
+            + (restart.attempt if restart else 0),
             restart=restart,
             address=env["MASTER_ADDR"],
             port=int(env.get("MASTER_PORT", "29500")),
@@ -233,13 +234,48 @@ class World:
         axes = ", ".join(f"{axis} {size}" for axis, size in self.sizes.items() if size > 1)
         return f"{self.size} processes ({axes})" if self.size > 1 else "one process"
 
+    def layout(self, parallel: ParallelConfig) -> str:
+        """`4 processes (pipeline 2, shard 2), stage 2, schedule interleaved with 2 stages a process`."""
+        found = f"{self.words}, stage {parallel.stage}" if self.sharded else self.words
+        if self.sizes["pipeline"] > 1:
+            found += f", schedule {parallel.schedule}"
+            if parallel.virtual_stages > 1:
+                found += f" with {parallel.virtual_stages} stages a process"
+        return found
+
     def sum(self, value: float) -> float:
         """The sum of `value` over the data ranks; the same bits on each."""
         return math.fsum(self.of_data(self.values(value)))
 
     def of_data(self, values: list[T]) -> list[T]:
-        """Of one value per rank, one per data rank: the ranks that cut a model's layers see the same rows."""
-        return values[:: self.size // self.data_size]
+        """Of one value per rank, one per data rank: the ranks that cut a model's layers see the same rows.
+
+        In a pipeline those of the last stage, which has the loss.
+        """
+        own = values[-self.stage_size :]
+        return own[:: len(own) // self.data_size]
+
+    def of_stage(self, values: list[T]) -> list[T]:
+        """Of one value per rank, those of the ranks with the same pipeline stage."""
+        begin = self.rank // self.stage_size * self.stage_size
+        return values[begin : begin + self.stage_size]
+
+    @property
+    def stage_size(self) -> int:
+        """How many ranks a pipeline stage has; they follow each other."""
+        return self.size // self.sizes["pipeline"]
+
+    def sums(self, values: list[float]) -> list[float]:
+        """Sums over data ranks and pipeline stages, of lists that are empty where a stage has none."""
+        same = self.stage_size // self.data_size  # ranks that cut a layer see the same
+        rows = [row for row in self.gather(values)[::same] if row]
+        return [math.fsum(column) for column in zip(*rows, strict=True)]
+
+    def over_stages(self, value: float) -> float:
+        """The sum of one value per pipeline stage, the same on all of its ranks."""
+        if self.sizes["pipeline"] == 1:
+            return value
+        return math.fsum(self.values(value)[:: self.stage_size])
 
     def max(self, value: float) -> float:
         return max(self.values(value))
