@@ -5,7 +5,7 @@ It is made by `assemble.build`. Sharded weights are gathered here for whoever ne
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,16 +18,16 @@ from transformers import PreTrainedModel
 from luthier.adapters import ADAPTERS, adapters_of, whole_parameters
 from luthier.adapters.base import Adapter
 from luthier.adapters.facts import plain
-from luthier.adapters.store import load_tensors, save_adapter
-from luthier.config import AdapterConfig, RopeScaling, RunConfig
+from luthier.adapters.store import copy_adapter
+from luthier.config import AdapterConfig, RopeScaling
 from luthier.config_parallel import ParallelConfig
 from luthier.layers import count
 from luthier.models.cuts import cuts_of
+from luthier.models.export import FullModel, full_model
 from luthier.models.folder import original_hash
-from luthier.models.load import build_model, save_model
 from luthier.models.rotary import config_changes
 from luthier.models.stage import Stage, decoder_layers, same_stage
-from luthier.parallel.shard import Sharding, assign, whole
+from luthier.parallel.shard import Sharding, whole
 from luthier.parallel.tensor import check_adapters, cut_layers
 from luthier.parallel.world import World
 from luthier.parts import whole_numel
@@ -56,6 +56,7 @@ class Built:
     remarks: list[str] = field(default_factory=list)
     world: World = field(default_factory=World)
     sharding: Sharding | None = None
+    full: FullModel | None = None  # how it is written, once that was asked for
 
     def settle(self) -> None:
         """Free what a forward without backward left gathered."""
@@ -65,12 +66,6 @@ class Built:
     def gathered(self) -> AbstractContextManager[None]:
         """Every rank has the whole model inside, and computes on its own."""
         return nullcontext() if self.sharding is None else self.sharding.gathered()
-
-    def held(self) -> AbstractContextManager[None]:
-        """Rank 0 has the whole model inside, on the CPU, to write it; every rank enters."""
-        if self.sharding is None and self.world.sizes["tensor"] == 1:
-            return nullcontext()
-        return whole(self.model, world=self.world, keep=self.world.is_main)
 
     @property
     def kernel(self) -> str:
@@ -135,38 +130,43 @@ def cut_tensor(built: Built) -> None:
         found.settle(built.model, world.mesh.get_local_rank("tensor"), world.sizes["tensor"])
 
 
-def write_model(built: Built, text: Text, folder: Path) -> None:
-    """The trained thing as others read it: a PEFT folder, or a Hugging Face folder with its tokenizer."""
-    if built.adapter is not None:
-        made = {"num_layers": built.num_layers, "init": built.init}
-        if built.scaling is not None:
-            made |= {"rope_scaling": plain(built.scaling)}
-            made |= {"config_changes": config_changes(built.model.config)}
-        made |= {"quantize": built.quantize} if built.quantize else {}
-        if built.base_hash and (origin := original_hash(built.base)):
-            made |= {"original_hash": origin}
-        save_adapter(built.model, folder, built.adapter, built.base, built.base_hash, made)
-        return
-    keep_stops(built.model, text.renderer.stop_ids)
-    save_model(built.model, folder, text.tokenizer)
+@dataclass(frozen=True)
+class AdapterFolder:
+    """`train.saving.ModelCopy` of adapters: PEFT's folder has one file of weights, which rank 0 writes."""
+
+    save: Callable[[Path], None] | None
+
+    def write(self, folder: Path, weights: Any, rank: int, ranks: int) -> dict[str, Any]:
+        return {"files": {}}
+
+    def complete(self, folder: Path, parts: list[dict[str, Any]]) -> None:
+        if self.save is not None:
+            self.save(folder)
 
 
-def read_model(built: Built, config: RunConfig, folder: Path) -> None:
-    """Put the weights that `write_model` wrote back into the live model, bit for bit."""
-    if built.adapter is not None:
-        owners = [name.rpartition(".")[0] for name in whole_parameters(built.model)]
-        modules = [*adapters_of(built.model).values(), *map(built.model.get_submodule, owners)]
-        with whole(*modules, world=built.world, write=True):
-            load_tensors(built.model, folder)
-        return
-    again = config.model.model_copy(
-        update={"path": str(folder), "init": "pretrained", "dtype": name_of(built.model.dtype)}
-        | {"device": "cpu", "attention": "math", "num_layers": None, "rope_scaling": None}
-    )
-    saved = build_model(again, seed=config.train.seed).state_dict()
-    with torch.no_grad():
-        for name, tensor in built.model.state_dict(keep_vars=True).items():
-            assign(tensor, saved[name])
+def copy_model(built: Built, text: Text) -> AdapterFolder | FullModel:
+    """The trained thing as others read it, on its way to disk: a PEFT folder, or a Hugging Face folder with its
+    tokenizer. Every rank must ask."""
+    if built.adapter is None:
+        if built.full is None:
+            keep_stops(built.model, text.renderer.stop_ids)
+            built.full = full_model(built.model, text.tokenizer)
+        return built.full
+    made = {"num_layers": built.num_layers, "init": built.init}
+    if built.scaling is not None:
+        made |= {"rope_scaling": plain(built.scaling)}
+        made |= {"config_changes": config_changes(built.model.config)}
+    made |= {"quantize": built.quantize} if built.quantize else {}
+    if built.base_hash and (origin := original_hash(built.base)):
+        made |= {"original_hash": origin}
+    owners = [name.rpartition(".")[0] for name in whole_parameters(built.model)]
+    modules = [*adapters_of(built.model).values(), *map(built.model.get_submodule, owners)]
+    with whole(*modules, world=built.world, keep=built.world.is_main):
+        if not built.world.is_main:
+            return AdapterFolder(None)
+        return AdapterFolder(
+            copy_adapter(built.model, built.adapter, built.base, built.base_hash, made)
+        )
 
 
 def keep_stops(model: PreTrainedModel, stop_ids: Sequence[int]) -> None:

@@ -201,6 +201,10 @@ class CheckpointConfig(Section):
         "never",
         description="`never`, `auto` (newest whole checkpoint in `output`, or a fresh start), or a checkpoint folder.",
     )
+    background: bool = Field(
+        True,
+        description="Write checkpoints while the training goes on, from a copy in memory; off saves that memory.",
+    )
 
 
 class LogConfig(Section):

@@ -234,7 +234,7 @@ def _convert_checkpoint(path: Path, target: Path) -> dict[str, Any]:
         )
     with publish(target, manifest=False) as partial:
         for file in path.iterdir():
-            if not file.name.startswith("training_state.") and file.name != MANIFEST:
+            if not file.name.startswith("training_state") and file.name != MANIFEST:
                 shutil.copy2(file, partial / file.name)
     kind = "PEFT adapter" if (target / "adapter_config.json").is_file() else "model"
     return {"kind": kind, "from": path.name}

@@ -11,7 +11,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,12 +21,14 @@ import torch
 from luthier.batch import Batch
 from luthier.errors import Failed, LuthierError, Stopped
 from luthier.files import damage
-from luthier.parallel.shard import gathered, local
+from luthier.parallel.shard import local
 from luthier.parallel.world import World, lost_peer
 from luthier.train.checkpoint import Checkpoints, Saved, non_finite, read
 from luthier.train.metrics import Metrics, StepReport, Window, memory, plain
 from luthier.train.plan import Every, FitResult, Pace, Plan
+from luthier.train.saving import ModelCopy
 from luthier.train.signals import Interrupted, Signals
+from luthier.train.state import Stored
 from luthier.train.step import Updater
 
 
@@ -46,14 +48,13 @@ class Data(Protocol):
 class Trainer:
     """Runs `plan`: steps of `updater` on the batches of `data`.
 
-    `schedule(t)` is the learning rate of step t = 0, 1, ... `write_model(folder)` writes the model as others
-    read it; `read_model(folder)` puts such a folder's weights back into the live model, bit for bit.
-    `evaluate()` measures the model; `before()` does so once, before the first step. `facts` are recorded
+    `schedule(t)` is the learning rate of step t = 0, 1, ... `copy_model()` gives the model as others read it, on
+    its way to disk. `evaluate()` measures the model; `before()` does so once, before the first step. `facts` are recorded
     with the start of the run; `remarks` are told. `evaluation_data` is a fingerprint of what `evaluate`
     measures on: values on other data are not compared.
 
     In a run of several processes all of them fit, in step; `world` is where they exchange what they decide
-    on, and only its rank 0 writes. `held` makes the model whole for `write_model`; every rank enters it.
+    on.
     """
 
     updater: Updater
@@ -62,15 +63,13 @@ class Trainer:
     plan: Plan
     metrics: Metrics
     checkpoints: Checkpoints
-    write_model: Callable[[Path], object]
-    read_model: Callable[[Path], object]
+    copy_model: Callable[[], ModelCopy]
     evaluate: Callable[[], Mapping[str, float]] | None = None
     before: Callable[[], Mapping[str, float]] | None = None
     evaluation_data: str = ""
     facts: Mapping[str, Any] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
     world: World = field(default_factory=World)
-    held: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def __post_init__(self) -> None:
         self.done = 0  # optimiser steps so far
@@ -83,6 +82,7 @@ class Trainer:
         self._pace = Pace()
         self._epoch_ended = False  # with the latest step
         self._saved_at = 0  # the step of our latest checkpoint
+        self._told: dict[int, dict[str, Any]] = {}  # what is recorded of a step's checkpoint
         self._unsupervised = False  # a step without supervised tokens was seen
 
     def step(self, micro_batches: Sequence[Batch]) -> StepReport:
@@ -105,11 +105,17 @@ class Trainer:
         with Signals(tell=self.world.is_main) as signals:
             try:
                 with self.metrics:
-                    self._begin(saved)
-                    self._run(signals)
-                    result = self._finish()
-                    self._stop_if_asked(signals)
-                    return result
+                    try:
+                        self._begin(saved)
+                        self._run(signals)
+                        result = self._finish()
+                        self._stop_if_asked(signals)
+                        return result
+                    finally:  # whatever happened: a save that was begun is finished, and told
+                        with suppress(LuthierError):
+                            self.checkpoints.saver.wait()
+                        with suppress(LuthierError, ValueError):
+                            self._tell_saved()
             except LuthierError:
                 raise
             except Exception as error:
@@ -152,6 +158,7 @@ class Trainer:
         save = self._due(self.plan.save_every) or (improved and self.plan.save_every != "never")
         if save and self._saved_at != self.done:
             self._save()
+        self._tell_saved()
 
     def _over(self) -> bool:
         return self.plan.over(self.done, self.num_tokens)
@@ -234,8 +241,7 @@ class Trainer:
 
     def _save(self) -> Path:
         live = self.updater.tensors()
-        every = {**live, **self.updater.weights()}
-        found = self.world.gather(non_finite({name: local(t) for name, t in every.items()}))
+        found = self.world.gather(non_finite({name: local(t) for name, t in live.items()}))
         if bad := list(dict.fromkeys(name for names in found for name in names)):
             raise Failed(
                 f"saving step {self.done}",
@@ -256,26 +262,28 @@ class Trainer:
         best = self.best["step"] if self.best else None
         self.metrics.activity("saving")
         self.metrics.flush()  # metrics.jsonl must not be behind the checkpoint
-        with self.held():
-            tensors = gathered(live, self.world, keep=self.world.is_main)
-            path = self.checkpoints.path(self.done)
-            self.world.lead(
-                lambda: (
-                    self.checkpoints.save(
-                        self.done, self.write_model, tensors, plain(state), best=best
-                    ).name
-                )
-            )
+        told = {"best": best == self.done, "epoch": self._epoch()}
+        self._told[self.done] = told
+        path = self.checkpoints.save(self.done, self.copy_model, live, plain(state), best=best)
         self.metrics.activity("")
         self._saved_at = self.done
-        values = {"path": str(path), "best": best == self.done, "epoch": self._epoch()}
-        self.metrics.log("checkpoint", self.done, values)
         return path
+
+    def _tell_saved(self) -> None:
+        """Record the checkpoints that became whole since the last time."""
+        for written in self.checkpoints.saver.finished():
+            values = {
+                "path": str(written.path),
+                **self._told.pop(written.step),
+                "blocked_seconds": written.blocked,
+                "seconds": written.seconds,
+                "bytes": written.num_bytes,
+            }
+            self.metrics.log("checkpoint", written.step, values)
 
     def _restore(self, saved: Saved) -> None:
         """Become what the run was when it saved this checkpoint."""
         state = saved.state
-        self.read_model(saved.path)
         self.updater.load(saved.tensors(), state["updater"])
         self.data.load_state(state["data"])
         self.done, self.num_tokens, self.seconds = saved.step, state["tokens"], state["seconds"]
@@ -301,17 +309,25 @@ class Trainer:
 
     def _stop_if_asked(self, signals: Signals) -> None:
         """After a signal: save, if that was not done, and raise Stopped."""
-        received = int(self.world.max(signals.received or 0))  # it reaches the ranks at other times
+        saver = self.checkpoints.saver
+        # a signal, and the end of a save, reach the ranks at other times
+        ours = [float(signals.received or 0), float(saver.failed)]
+        received, failed = map(int, map(max, zip(*self.world.vectors(ours), strict=True)))
+        if failed:
+            saver.wait()
         if not received:
             return
         asked = f"stopped by {signal.Signals(received).name} after step {self.done}"
         if not self.done:
             raise Stopped(received, asked, "nothing was trained yet", "start again")
         path = self.checkpoints.path(self.done) if self._saved_at == self.done else self._save()
+        saver.wait()
         raise Stopped(received, asked, f"saved as {path}", "go on with checkpoint.resume=auto")
 
     def _finish(self) -> FitResult:
         """Put the best weights in place and say what the run came to."""
+        self.checkpoints.saver.wait()
+        self._tell_saved()
         final, evaluation = self.done, self.evaluation if self._evaluated() else None
         if self.best and self.best["step"] != self.done:
             if self.plan.save_every == "never":
@@ -348,7 +364,7 @@ class Trainer:
                 reason,
                 "give checkpoint.best=none with checkpoint.resume=auto to take the last one",
             )
-        self.read_model(path)
+        self.updater.load_weights(Stored(path))
         self._remark(f"the final model is that of {path.name}, the best by {self.plan.best}")
 
     def _failure(self, error: Exception) -> Failed:
