@@ -41,8 +41,10 @@ from luthier.data.dataset import LazyDataset
 from luthier.errors import Refused
 from luthier.files import PARTIAL, check_writable, write_json, write_text
 from luthier.interop.read import read_config
+from luthier.models.load import resolve_device
 from luthier.parallel.degrees import check_sharding, fit_batch
 from luthier.parallel.world import World, speaks
+from luthier.predicted import Prediction
 from luthier.summary import facts_of
 from luthier.train.checkpoint import Checkpoints, Found, check_identity, find, read
 from luthier.train.gates import check_batch, check_isolation
@@ -155,6 +157,7 @@ def _finetune(
                 "no document of the first step has a prompt of two tokens or more: nothing would be edited",
                 "give rows with prompts, or adapter.positions=all",
             )
+    before = memory(resolve_device(config.model.device)).now
     built = build(config, train=True, world=world)
     loaded = memory(built.device)
     if found.path is not None and built.adapter is not None:
@@ -226,6 +229,7 @@ def _finetune(
         remarks=remarks,
         evaluation_data="" if data.dev is None else data.dev.fingerprint,
         world=world,
+        compare=Prediction(config, world, built.device, before).compare,
     )
     result = trainer.fit(found.path)
     if updater.gated:

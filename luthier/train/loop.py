@@ -31,6 +31,8 @@ from luthier.train.signals import Interrupted, Signals
 from luthier.train.state import Stored
 from luthier.train.step import Updater
 
+COMPARED = 20  # steps of this process after which the plan is set beside them
+
 
 class Data(Protocol):
     """`data.loader.Loader`: endless optimiser steps; `state()` is the position after the last one handed out."""
@@ -54,7 +56,7 @@ class Trainer:
     measures on: values on other data are not compared.
 
     In a run of several processes all of them fit, in step; `world` is where they exchange what they decide
-    on.
+    on. `compare(seconds per step)` sets what was predicted beside what the first steps took; rank 0 calls it once.
     """
 
     updater: Updater
@@ -70,6 +72,7 @@ class Trainer:
     facts: Mapping[str, Any] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
     world: World = field(default_factory=World)
+    compare: Callable[[float], Mapping[str, Any]] | None = None
 
     def __post_init__(self) -> None:
         self.done = 0  # optimiser steps so far
@@ -146,6 +149,9 @@ class Trainer:
                 self._epoch_ended = self.data.epoch > epoch
                 seconds = time.perf_counter() - begin
                 self._record(replace(report, seconds=seconds, wait=wait))
+                if len(self._pace.recent) == COMPARED and self.compare and self.world.is_main:
+                    self.metrics.log("plan", self.done, self.compare(self._pace.seconds()))
+                    self.compare = None
                 self._after_step(signals)
         finally:
             if isinstance(batches, Generator):

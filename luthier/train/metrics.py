@@ -1,7 +1,7 @@
 """What is measured in each step, and where it goes: metrics.jsonl, the sinks, the terminal.
 
 `metrics.jsonl` is the source of truth: one JSON object a line, `kind` (start, train, evaluate,
-checkpoint, remark, end), `step`, and the values; no NaN (null instead). On a resume it is cut back to the
+checkpoint, remark, plan, end), `step`, and the values; no NaN (null instead). On a resume it is cut back to the
 checkpoint's step, so that no step stands in it twice. Sinks live in `sinks.py`, the terminal's side in
 `progress.py`; when something is logged is the trainer's affair.
 """

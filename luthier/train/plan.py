@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Literal
 
 Every = int | Literal["epoch", "end", "never"]
@@ -63,6 +64,10 @@ class Pace:
 
     def add(self, seconds: float, tokens: int) -> None:
         self.recent.append((seconds, tokens))
+
+    def seconds(self) -> float:
+        """The median step's."""
+        return median(s for s, _ in self.recent)
 
     def seconds_left(self, plan: Plan, done: int, tokens: int) -> float | None:
         """Seconds to the end; None before the first step. Evaluations and saving are not foreseen."""

@@ -108,7 +108,7 @@ class Rich:
 def line(kind: str, step: int, values: Mapping[str, Any]) -> str:
     """One record in words; empty for records that are not shown."""
     match kind:
-        case "remark":
+        case "remark" | "plan":
             return str(values["text"])
         case "evaluate":
             numbers = [f"{k} {v:.4f}" for k, v in values.items() if isinstance(v, float)]

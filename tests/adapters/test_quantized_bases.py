@@ -149,7 +149,7 @@ def test_saved_and_loaded_again(
     assert count(model)[1] - sum(p.numel() for p in adapter_parameters(model).values()) == base
     fill(model)
     save_adapter(model, tmp_path, options(row), "base", None)
-    load_adapter(fresh, tmp_path)
+    load_adapter(fresh, tmp_path, trainable=True)
     assert error(run(fresh, batch), run(model, batch)) < 1e-6
     keep_state(model, tmp_path)
     fill(fresh, seed=5)

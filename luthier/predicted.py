@@ -1,0 +1,67 @@
+"""What `luthier plan` says of a run, beside what the run took: told once, after its first steps.
+
+The prediction is made then, not at the start, which it would delay; a model that cannot be planned leaves the
+reason in its place. The numbers are `plan.py`'s.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from luthier.config import RunConfig
+from luthier.errors import LuthierError
+from luthier.footprint import footprint
+from luthier.parallel.world import World
+from luthier.plan import Way, estimate, measured_flops
+from luthier.train.metrics import memory
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """`before`: bytes in use on the device before the model was built; None where the system does not tell."""
+
+    config: RunConfig
+    world: World
+    device: torch.device
+    before: int | None
+
+    def compare(self, seconds: float) -> dict[str, Any]:
+        """Predicted and measured bytes per process and seconds per step, and a sentence (`text`). Errors are
+        predicted / measured - 1. `seconds`: a step's, as measured.
+
+        Memory is told apart where one process or data parallelism is planned; seconds are those of
+        arithmetic alone, at this machine's rate of matrix products, and only on a CPU.
+        """
+        sizes = self.world.sizes
+        if axes := [a for a in ("pipeline", "context", "tensor") if sizes[a] > 1]:
+            return self._no(f"parallel.{axes[0]} is not planned")
+        if self.config.parallel.offload:
+            return self._no("parallel.offload is not planned")
+        try:
+            found = footprint(self.config)
+        except LuthierError as error:
+            return self._no(str(error).splitlines()[0])
+        way = Way(sizes["replicate"], sizes["shard"], self.config.parallel.stage)
+        flops = measured_flops(found.dtype) if self.device.type == "cpu" else None
+        one = estimate(self.config, found, way, flops=flops, bandwidth=None)
+        values: dict[str, Any] = {"predicted_memory": one.total}
+        words = [f"memory {one.total / 2**30:.2f} GiB predicted"]
+        peak = memory(self.device).peak
+        if peak is not None and self.before is not None:
+            used = peak - self.before
+            values |= {"measured_memory": used, "memory_error": one.total / used - 1}
+            words[0] += f", {used / 2**30:.2f} measured ({values['memory_error']:+.0%})"
+        if one.seconds is not None:
+            values |= {"predicted_seconds": one.seconds, "measured_seconds": seconds}
+            values["seconds_error"] = one.seconds / seconds - 1
+            words.append(
+                f"step {one.seconds:.3g} s of arithmetic, {seconds:.3g} measured "
+                f"({values['seconds_error']:+.0%})"
+            )
+        return {**values, "text": f"plan: {'; '.join(words)}"}
+
+    def _no(self, reason: str) -> dict[str, Any]:
+        return {"text": "", "reason": reason}
