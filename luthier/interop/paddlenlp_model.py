@@ -44,6 +44,7 @@ RENAMED = {
 }
 KEYS = {"opt": {"intermediate_size": "ffn_dim", "hidden_dropout_prob": "dropout"}}
 KEYS["opt"] |= {"normalize_before": "do_layer_norm_before", "hidden_act": "activation_function"}
+OWN_HEAD = "lm_head.decoder_weight"
 TOKENIZER = ("tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json")
 TOKENIZER += ("chat_template.*", "*.model")
 Parts = Sequence[Tensor]  # of a tensor, by tensor-parallel rank
@@ -68,8 +69,10 @@ def convert_model(folder: Path, target: Path) -> dict[str, Any]:
     fields = read_json(folder / "config.json", folder)
     config = _config(folder, fields)
     family = config.model_type
-    model = blueprint(config, str(folder))
     found, ranks = _read(folder)
+    if OWN_HEAD in found:  # OPT's, which need not be the embedding
+        config.tie_word_embeddings = False
+    model = blueprint(config, str(folder))
     ours = {_name(name, family): parts for name, parts in found.items() if "inv_freq" not in name}
     ours = dict(_unfused(ours, config))
     made: dict[str, Tensor] = {}
@@ -220,6 +223,8 @@ def _unfused(tensors: Mapping[str, Parts], config: PretrainedConfig) -> Iterator
                 ("v", slice(-1, None)),
             ):
                 yield name.replace("qkv_proj", f"{single}_proj"), [whole[..., which, :].flatten(-3)]
+        elif name == OWN_HEAD:
+            yield "lm_head.weight", [part.t() for part in parts]
         else:
             yield name, parts
 
