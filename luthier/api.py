@@ -18,6 +18,7 @@ from luthier.compress import NO_DATA, resolve_without_data
 from luthier.models.folder import fingerprint
 from luthier.models.load import build_model
 from luthier.models.tokenizer import load_tokenizer
+from luthier.quantize.folders import save_packed
 
 
 def load(
@@ -31,7 +32,7 @@ def load(
     `adapter` is a PEFT folder, applied by hooks; `quantize` the base's storage, "nf4" or the keys of the config's
     section `quantize` ({"weights": "nf4", "double_quant": True}); `dtype` a torch dtype or its name (`bf16` too), by default the
     checkpoint's. The model is used as any of transformers': `model(input_ids, attention_mask=...)`,
-    `model.generate(...)`. Raises Refused for what cannot be read or does not fit.
+    `model.generate(...)`, `model.save_pretrained(...)`. Raises Refused for what cannot be read or does not fit.
     """
     name = "auto" if dtype is None else str(dtype).removeprefix("torch.")
     options = {} if adapter is None else base_for_use(Path(adapter))
@@ -43,6 +44,7 @@ def load(
     config = asked.model
     quantization = quantization_of(asked.quantize, adapter, model=config)
     model = build_model(config, seed=0, quantization=quantization)
+    save_packed(model)
     # for `Adapters`, which compares the base's hash when it loads one
     vars(model)[HOME] = (str(path), partial(fingerprint, path))
     if adapter is not None:

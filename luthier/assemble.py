@@ -7,7 +7,7 @@ the parts is told by the recipes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -35,7 +35,7 @@ from luthier.bases import quantization_of, refuse_training
 from luthier.batch import Batch
 from luthier.built import Built as Built
 from luthier.built import copy_model as copy_model
-from luthier.built import cut, cut_tensor
+from luthier.built import cut, cut_stages, cut_tensor
 from luthier.built import name_of as name_of
 from luthier.config import MINIMISED, RunConfig
 from luthier.data.corpus import Corpus
@@ -47,13 +47,16 @@ from luthier.models.attention import check_kernel, why_torch
 from luthier.models.cuts import cuts_of
 from luthier.models.dropout import seed_dropout
 from luthier.models.families import untested
+from luthier.models.fast import fasten
 from luthier.models.folder import find_folder, fingerprint, weight_files
 from luthier.models.load import (
     blueprint,
     build_model,
     resolve_device,
 )
+from luthier.models.partial import places_of
 from luthier.models.stage import Stage, check_stage, compile_layers, set_recompute
+from luthier.parallel.degrees import check_stages
 from luthier.parallel.tensor import check_method
 from luthier.parallel.world import World
 from luthier.positions import num_positions
@@ -92,9 +95,10 @@ def flat(config: RunConfig) -> dict[str, Any]:
 # ---- model
 
 
-def check_training(config: RunConfig, text: Text, tensor: int = 1) -> None:
+def check_training(config: RunConfig, text: Text, sizes: Mapping[str, int]) -> None:
     """Refuse what the model's folder and config tell before rows are tokenised and weights are read: a missing
-    or broken shard, a kernel that does not fit the device, targets, rank, layers that `tensor` does not divide."""
+    or broken shard, a kernel that does not fit the device, targets, rank, layers that the mesh cannot share."""
+    tensor, stages = sizes["tensor"], sizes["pipeline"]
     code = config.model.trust_remote_code
     refuse_training(config, config.adapter.path)
     if config.model.init == "pretrained":
@@ -104,9 +108,13 @@ def check_training(config: RunConfig, text: Text, tensor: int = 1) -> None:
     if config.adapter.path is not None:
         read_adapter_config(Path(config.adapter.path))
     if model is None or (
-        config.adapter.method == "none" and not config.quantize.on and tensor == 1
+        config.adapter.method == "none" and not config.quantize.on and tensor == stages == 1
     ):
         return
+    if stages > 1:
+        places_of(model)
+        layers = text.model_config.get_text_config().num_hidden_layers
+        check_stages(config.parallel, stages, min(layers, config.model.num_layers or layers))
     if (quantization := quantization_of(config.quantize, None, model=config.model)) is not None:
         quantization.convert(model)
     if tensor > 1:
@@ -139,6 +147,7 @@ def build(
     if path is not None and path != chosen.path:  # a trained folder is whole as it is
         chosen = chosen.model_copy(
             update={"path": path, "init": "pretrained", "num_layers": None, "rope_scaling": None}
+            | {"misfits": "refuse"}
         )
     device = resolve_device(chosen.device)
     adapter = adapter or config.adapter.path
@@ -157,6 +166,7 @@ def build(
     built = Built(
         model, Stage(model), device, chosen.path, num_layers=chosen.num_layers, init=chosen.init
     )
+    built.remarks += fasten(model) if train else []
     built.world = world or World()
     built.scaling = chosen.rope_scaling
     built.quantize = config.quantize.model_dump(mode="json", exclude_defaults=True)
@@ -188,16 +198,18 @@ def build(
     built.stage.autocast = None if chosen.autocast == "none" else getattr(torch, chosen.autocast)
     if train and built.world.sizes["tensor"] > 1:
         cut_tensor(built)
+    if built.world.sizes["pipeline"] > 1:
+        cut_stages(built, config.parallel)
     if train and built.world.sharded:
         cut(built, config.parallel)
     check_stage(built.stage)
-    built.remarks += untested(model.config.model_type)
+    built.remarks += [*getattr(model, "misfits", []), *untested(model.config.model_type)]
     built.settle()
     if train:
         add_noise(model, config.adapter, seed=config.train.seed)
         seed_dropout(model, config.train.seed)
         set_recompute(built.stage, config.train.recompute)
-        built.remarks += why_torch(built.kernel, built.device, model.dtype)
+        built.remarks += why_torch(built.kernel, built.device, built.dtype)
         if config.train.compile:
             compile_layers(built.stage)
         model.train()
@@ -311,7 +323,7 @@ def make_updater(config: RunConfig, built: Built) -> Updater:
     names = dict(master.named)
     scales = {name: scale for name, scale in lr_scales(built.model).items() if name in names}
     optimizer = make_optimizer(master.named, config.optim, config.lr, scales, head_dim=head_dim)
-    half = torch.float16 in (built.model.dtype, built.stage.autocast)
+    half = torch.float16 in (built.dtype, built.stage.autocast)
     # from what was asked for, not from requires_grad: the gate compares the two
     every: dict[str, Parameter] = dict(built.model.named_parameters())
     if built.adapter is not None:
@@ -331,9 +343,11 @@ def make_updater(config: RunConfig, built: Built) -> Updater:
         clip=config.optim.clip,
         gate=partial(check_first_gradients, built.model, expected, excused),
         device=built.device,
-        router=router_loss(built.model, config.train.router_loss),
+        router=router_loss(
+            built.model, config.train.router_loss, lambda n: int(built.world.over_stages(n))
+        ),
         world=built.world,
-        sharding=built.sharding,
+        pipeline=built.pipeline(config.parallel),
     )
 
 

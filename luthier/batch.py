@@ -52,7 +52,7 @@ class Batch:
     @property
     def is_filler(self) -> bool:
         """Whether no row of the data is in it: its tokens count nowhere."""
-        return self.rows == (FILLER,)
+        return set(self.rows) == {FILLER}
 
     def to(self, device: torch.device | str) -> Batch:
         move = {n: getattr(self, n).to(device, non_blocking=True) for n in TENSORS}

@@ -5,9 +5,10 @@ It is made by `assemble.build`. Sharded weights are gathered here for whoever ne
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,20 @@ from luthier.adapters.store import copy_adapter
 from luthier.config import AdapterConfig, RopeScaling
 from luthier.config_parallel import ParallelConfig
 from luthier.layers import count
+from luthier.models.absent import present
 from luthier.models.cuts import cuts_of
 from luthier.models.export import FullModel, full_model
 from luthier.models.folder import original_hash
+from luthier.models.partial import Chunk, Share, balanced, costs_of, places_of
 from luthier.models.rotary import config_changes
 from luthier.models.stage import Stage, decoder_layers, same_stage
-from luthier.parallel.shard import Sharding, whole
+from luthier.parallel.branches import cut_branches
+from luthier.parallel.degrees import check_stages
+from luthier.parallel.pipeline import OneStage, Pipeline, Relay
+from luthier.parallel.shard import Sharding, collected, whole
 from luthier.parallel.tensor import check_adapters, cut_layers
 from luthier.parallel.world import World
-from luthier.parts import whole_numel
+from luthier.parts import Copy, mark_copy, whole_numel
 from luthier.text import Text
 
 # names under which the families of transformers say that they are mixtures of experts
@@ -67,6 +73,29 @@ class Built:
         """Every rank has the whole model inside, and computes on its own."""
         return nullcontext() if self.sharding is None else self.sharding.gathered()
 
+    def pipeline(self, parallel: ParallelConfig) -> Pipeline | OneStage:
+        """What runs the micro-batches of a step through the model's stages."""
+        share = self.stage.share
+        if share is None:
+            return OneStage(self.sharding)
+        adapters = adapters_of(self.model).values()
+        return Pipeline(
+            share,
+            self.world,
+            num_stages=self.world.sizes["pipeline"] * parallel.virtual_stages,
+            schedule=parallel.schedule,
+            width=self.model.config.get_text_config().hidden_size,
+            dtype=self.dtype,
+            device=self.device,
+            beside=max((adapter.tokens_aside for adapter in adapters), default=0),
+            sharding=self.sharding,
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the whole model, which a part of it may not show."""
+        return self.model.dtype if self.stage.share is None else self.stage.share.dtype
+
     @property
     def kernel(self) -> str:
         """The attention kernel that was installed."""
@@ -78,7 +107,7 @@ class Built:
         """What packing may change in a hidden state: nothing, but for mixtures of experts."""
         text = self.model.config.get_text_config()
         experts = any(getattr(text, name, None) for name in EXPERTS)
-        return 8 * torch.finfo(self.model.dtype).eps if experts else 0.0
+        return 8 * torch.finfo(self.dtype).eps if experts else 0.0
 
     @property
     def trained(self) -> list[tuple[str, Parameter]]:
@@ -86,10 +115,14 @@ class Built:
 
     @property
     def num_trained(self) -> int:
+        if self.stage.share is not None:
+            return self.stage.share.total[0]
         return sum(whole_numel(p) for _, p in self.trained)
 
     @property
     def num_base(self) -> int:
+        if self.stage.share is not None:
+            return self.stage.share.total[1]
         added = (whole_numel(p) for n, p in self.model.named_parameters() if ".adapter." in f".{n}")
         return count(self.model)[1] - sum(added)
 
@@ -112,7 +145,7 @@ def cut(built: Built, parallel: ParallelConfig) -> None:
     ]
     built.sharding = Sharding(
         built.stage,
-        list(decoder_layers(built.model)),
+        present(decoder_layers(built.model)),
         built.world,
         stage=parallel.stage,
         offload=parallel.offload,
@@ -124,10 +157,41 @@ def cut_tensor(built: Built) -> None:
     """Cut the model's layers, and the adapters on them, over the tensor axis of its world."""
     world = built.world
     found, adapters = cuts_of(built.model, world.sizes["tensor"]), adapters_of(built.model)
-    check_adapters(found.layers, adapters, world)
+    check_adapters(found.adapted, adapters, world)
     with same_stage(built.stage):
         cut_layers(built.model, found.layers, adapters, found.shares, world)
+        cut_branches(built.model, found, adapters, world)
         found.settle(built.model, world.mesh.get_local_rank("tensor"), world.sizes["tensor"])
+
+
+def cut_stages(built: Built, parallel: ParallelConfig) -> None:
+    """Leave out what other stages of the pipeline have of the model."""
+    model, world = built.model, built.world
+    ranks = world.sizes["pipeline"]
+    check_stages(parallel, ranks, model.config.get_text_config().num_hidden_layers)
+    places = places_of(model)
+    number = ranks * parallel.virtual_stages
+    parts = balanced(*costs_of(model, places), number)
+    chunks = [Chunk(i, part, i == 0, i == number - 1) for i, part in enumerate(parts)]
+    owners = [chunk.number % ranks for chunk in chunks for _ in chunk.layers]
+    here = world.mesh.get_local_rank("pipeline")
+    own = [chunk for chunk in chunks if chunk.number % ranks == here]
+    relay = Relay(owners, world)
+    built.stage.share = share = Share(model, places, own, relay)
+    if share.tied and share.has_first != share.has_last:
+        head: Any = model.get_submodule(places.ahead[0])
+        mark_copy(head.weight, Copy(everywhere=False, counts=share.has_first))
+    for adapter in adapters_of(model).values():
+        if not adapter.name:  # of all layers together
+            for parameter in adapter.parameters():
+                mark_copy(parameter, Copy(everywhere=True, counts=here == 0))
+    model.register_forward_hook(partial(_tell_logits, relay))
+
+
+def _tell_logits(relay: Relay, model: Any, args: Any, output: Any) -> Any:
+    """A plain call of a cut model gives the last stage's logits on every rank."""
+    output.logits = relay.tell(output.logits)
+    return output
 
 
 @dataclass(frozen=True)
@@ -150,7 +214,7 @@ def copy_model(built: Built, text: Text) -> AdapterFolder | FullModel:
     if built.adapter is None:
         if built.full is None:
             keep_stops(built.model, text.renderer.stop_ids)
-            built.full = full_model(built.model, text.tokenizer)
+            built.full = full_model(built.model, built.dtype, text.tokenizer)
         return built.full
     made = {"num_layers": built.num_layers, "init": built.init}
     if built.scaling is not None:
@@ -159,14 +223,31 @@ def copy_model(built: Built, text: Text) -> AdapterFolder | FullModel:
     made |= {"quantize": built.quantize} if built.quantize else {}
     if built.base_hash and (origin := original_hash(built.base)):
         made |= {"original_hash": origin}
-    owners = [name.rpartition(".")[0] for name in whole_parameters(built.model)]
-    modules = [*adapters_of(built.model).values(), *map(built.model.get_submodule, owners)]
-    with whole(*modules, world=built.world, keep=built.world.is_main):
+    with _adapters_whole(built):
         if not built.world.is_main:
             return AdapterFolder(None)
         return AdapterFolder(
             copy_adapter(built.model, built.adapter, built.base, built.base_hash, made)
         )
+
+
+@contextmanager
+def _adapters_whole(built: Built) -> Iterator[None]:
+    """Rank 0 has whole adapters inside, on the CPU, and those of all stages; every rank enters."""
+    model, world, share = built.model, built.world, built.stage.share
+    kept = whole_parameters(model)
+    adapters = adapters_of(model).values()
+    modules = [*adapters, *(model.get_submodule(name.rpartition(".")[0]) for name in kept)]
+    hands = world.rank % world.stage_size == 0
+    with ExitStack() as stack:
+        keep = world.is_main or (share is not None and hands)
+        stack.enter_context(whole(*modules, world=world, keep=keep))
+        if share is not None:
+            own = tuple(f"{adapter.path}." for adapter in adapters)
+            here = {n: t for n, t in share.tensors().items() if n in kept or n.startswith(own)}
+            found = collected(here if hands and world.rank else None, world)
+            stack.enter_context(share.put_back(dict(found)))
+        yield
 
 
 def keep_stops(model: PreTrainedModel, stop_ids: Sequence[int]) -> None:

@@ -117,7 +117,7 @@ def _launch(name: str, words: list[str], processes: int, restarts: int) -> int:
 
     config = _config(name, words[1:] if name == "verify" else words, processes=processes).config
     sizes = mesh_sizes(config.parallel, processes)
-    fit_batch(config, sizes["replicate"] * sizes["shard"])
+    fit_batch(config, sizes["replicate"] * sizes["shard"], sizes["pipeline"])
     check_sharding(config, sizes)
     return launch([name, *words], processes, restarts)
 

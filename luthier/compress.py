@@ -135,12 +135,13 @@ def check_written(model: PreTrainedModel, folder: Path) -> str:
     """
     found = prequantized(ModelConfig.model_validate({"path": str(folder)}))
     layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
-    wrong = sorted(layers.keys() ^ (found.plan.keys() if found is not None else set()))
+    plan = found.plan_for(model) if found is not None else {}
+    wrong = sorted(layers.keys() ^ plan.keys())
     if found is not None and not wrong:
         with ExitStack() as stack:
             read = found.reader(stack)
             for name, layer in layers.items():
-                stored = found.plan[name]
+                stored = plan[name]
                 values = layouts.take(found.folder, found.fields, stored, read)
                 ours = layer.tensors()
                 if (

@@ -64,6 +64,12 @@ class ModelConfig(Section):
     init: Literal["pretrained", "random"] = Field(
         "pretrained", description="Read the weights, or start from random ones of the same shape."
     )
+    misfits: Literal["refuse", "accept"] = Field(
+        "refuse",
+        description="What to do with a checkpoint whose tensors do not fit its config.json. `accept`: those that are missing "
+        "or of another shape start from random values, unexpected ones are left out, and a note names them; for full "
+        "fine-tuning of a base that is not quantised.",
+    )
     rope_scaling: RopeScaling | None = Field(
         None,
         description="Stretch rotary positions to longer documents: {type: linear, ntk, dynamic, yarn, llama3 or "
@@ -249,7 +255,13 @@ class RunConfig(Section):
             raise ValueError(
                 "data.validation_share cannot be taken from lazy data; give data.validation_path"
             )
-        if self.adapter.method == "none" and self.adapter.path is None:
+        whole = self.adapter.method == "none" and self.adapter.path is None
+        if self.model.misfits == "accept" and not (whole and not self.quantize.on):
+            raise ValueError(
+                "model.misfits=accept is for full fine-tuning of a base that is not quantised: what starts from random "
+                "values has to be trained, and saved with the model. Train such a model whole first"
+            )
+        if whole:
             for name in self.adapter.changed().keys() - GENERAL:
                 raise ValueError(
                     f"adapter.{name} has no meaning for adapter.method=none; add adapter.method=lora"

@@ -43,12 +43,21 @@ class ParallelConfig(Section):
     context_method: Literal["auto", "ring", "gather", "heads"] = Field(
         "auto", description="How attention crosses context ranks; acts with `context`."
     )
-    pipeline: Degree = Field(1, description="Pipeline stages; only 1 works in this version.")
+    pipeline: Degree = Field(
+        1,
+        description="Processes that each have some of the layers, one after the other; they read the same "
+        "rows and need as many micro-batches a step, better several times as many.",
+    )
     virtual_stages: Positive = Field(
-        1, description="Parts of the model per pipeline stage; acts with `pipeline`."
+        1,
+        description="Stages of each process of the pipeline, not next to each other: shorter idle times, "
+        "more messages. With `schedule: interleaved` or `zero_bubble`.",
     )
     schedule: Literal["1f1b", "interleaved", "zero_bubble"] = Field(
-        "1f1b", description="Order of micro-batches in the pipeline; acts with `pipeline`."
+        "1f1b",
+        description="Order of micro-batches in the pipeline. `1f1b`: one forward, one backward; "
+        "`interleaved`: the same with several stages a process; `zero_bubble`: gradients of weights are "
+        "taken later than those of hidden states. The result does not depend on it.",
     )
 
     @field_validator(*AXES)

@@ -77,10 +77,15 @@ class Footprint:
     logits: int  # a chunk of logits and its gradient
     head_gradient: int  # while the loss is computed, where the head is trained
     tied_gradient: int  # a second gradient of tied embeddings
+    head: Part  # also in `rest`
+    tied: bool  # the head is the embedding
+    keys: int  # one layer's keys and values
+    heads: int  # of queries
     dtype: torch.dtype
     rows: int  # rows per micro-batch
     length: int
     flops: float  # of forward and backward of the micro-batch
+    waiting: int = 0  # in `saved`: of micro-batches on their way through later stages
 
     @property
     def working(self) -> int:
@@ -321,7 +326,10 @@ def _read(
     budget = max(CHUNK_BYTES, numbers * 4)
     number = -(-rows * length // max(MIN_ROWS, budget // (4 * vocabulary)))
     chunk = -(-rows * length // number)
-    tied = trained and head.weight is embedding.weight
+    tied = head.weight is embedding.weight
+    text = model.config.get_text_config()
+    heads = text.num_attention_heads
+    groups = getattr(text, "num_key_value_heads", None) or heads
     # forward 2 per weight and token; backward as much for the inputs, and as much again for trained weights
     again = 2 * (config.train.recompute == "layer")
     full = 2 * (config.adapter.method == "none")
@@ -345,6 +353,10 @@ def _read(
         # a chunk's, and from the second one on their sum in float32
         head_gradient=numbers * (width + (4 if number > 1 else 0)),
         tied_gradient=numbers * width if tied else 0,
+        head=_part(head),
+        tied=tied,
+        keys=2 * hidden.numel() * width * groups // heads,
+        heads=heads,
         dtype=dtype,
         rows=rows,
         length=length,

@@ -7,7 +7,6 @@ named by their path in the model. What is done to them, adapting or quantising, 
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Collection, Iterable
 from typing import Any, TypeGuard
@@ -85,9 +84,10 @@ def count(model: nn.Module) -> tuple[int, int]:
     """
     trained = total = 0
     seen: set[int] = set()
+    module: Any
     for module in model.modules():
-        stored = set(module.spec.layout) if is_quantized(module) else set()  # pyright: ignore
-        total += math.prod(module.spec.shape) if stored else 0  # pyright: ignore
+        stored = set(module.spec.layout) if is_quantized(module) else set()
+        total += module.whole if stored else 0
         for name, parameter in module.named_parameters(recurse=False):
             if name in stored or id(parameter) in seen:
                 continue

@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-_PART, _SHARE = "luthier_part", "luthier_share"  # attributes of tensors
+_PART, _SHARE, _COPY = "luthier_part", "luthier_share", "luthier_copy"  # attributes of tensors
 T = TypeVar("T", bound=Tensor)
 
 
@@ -24,31 +24,79 @@ class Part:
     """The part that rank `rank` of `ranks` has of a tensor along `dim`.
 
     `sizes`: what lies one after the other along `dim` in the whole tensor (queries, keys and values, say), each cut
-    into `ranks` equal stretches; a rank has one stretch of each.
+    into equal stretches, of which a rank has one. `copies`: how many neighbours have the same stretch of it
+    (keys of which there are fewer than ranks); 1 each where it is empty.
     """
 
     dim: int
     sizes: tuple[int, ...]
     rank: int
     ranks: int
+    copies: tuple[int, ...] = ()
+
+    @property
+    def stretches(self) -> list[tuple[int, int]]:
+        """(start, length) in the whole of what this rank has of each piece."""
+        found, start = [], 0
+        for size, copies in zip(self.sizes, self._copies, strict=True):
+            length = size * copies // self.ranks
+            found.append((start + self.rank // copies * length, length))
+            start += size
+        return found
+
+    @property
+    def own_sizes(self) -> list[int]:
+        """How long its stretch of each piece is."""
+        return [length for _, length in self.stretches]
+
+    @property
+    def _copies(self) -> tuple[int, ...]:
+        return self.copies or (1,) * len(self.sizes)
 
     def of(self, whole: Tensor) -> Tensor:
         """This rank's part, contiguous."""
-        pieces = whole.split(self.sizes, self.dim)
-        mine = [piece.chunk(self.ranks, self.dim)[self.rank] for piece in pieces]
+        mine = [whole.narrow(self.dim, start, length) for start, length in self.stretches]
         return torch.cat(mine, self.dim).contiguous()
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
         """The whole of every rank's part, in the ranks' order."""
-        own = [size // self.ranks for size in self.sizes]
-        pieces = zip(*(part.split(own, self.dim) for part in parts), strict=True)
-        return torch.cat([piece for group in pieces for piece in group], self.dim)
+        pieces = zip(*(part.split(self.own_sizes, self.dim) for part in parts), strict=True)
+        groups = (group[::n] for group, n in zip(pieces, self._copies, strict=True))
+        return torch.cat([piece for group in groups for piece in group], self.dim)
+
+    def copied(self, part: Tensor) -> Tensor | None:
+        """What of a rank's part others have too, True, as a mask in its shape; None where they have nothing of it."""
+        if max(self._copies) == 1:
+            return None
+        mask = torch.zeros(part.shape, dtype=torch.bool, device=part.device)
+        for there, copies in zip(mask.split(self.own_sizes, self.dim), self._copies, strict=True):
+            there.fill_(copies > 1)
+        return mask
+
+    @property
+    def holders(self) -> range:
+        """The ranks that have the same of what is copied."""
+        number = max(self._copies)
+        first = self.rank // number * number
+        return range(first, first + number)
 
     def whole_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """The shape of the whole, of a part's."""
         out = list(shape)
         out[self.dim] = sum(self.sizes)
         return tuple(out)
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A tensor that several pipeline stages have: its gradient is the sum of theirs.
+
+    `everywhere`: all stages, else the first and the last (tied embeddings). `counts`: whether this one counts in
+    what is summed over stages (norms).
+    """
+
+    everywhere: bool
+    counts: bool
 
 
 def cut_of(tensor: Tensor) -> Part | None:
@@ -70,9 +118,18 @@ def mark_share(tensor: Tensor) -> None:
     setattr(tensor, _SHARE, True)
 
 
+def copy_of(tensor: Tensor) -> Copy | None:
+    """How a tensor is on several pipeline stages; None for one that is on one."""
+    return getattr(tensor, _COPY, None)
+
+
+def mark_copy(tensor: Tensor, how: Copy) -> None:
+    setattr(tensor, _COPY, how)
+
+
 def marked(tensor: T, like: Tensor) -> T:
     """`tensor` with the marks of `like`, to which it belongs."""
-    for name in (_PART, _SHARE):
+    for name in (_PART, _SHARE, _COPY):
         if hasattr(like, name):
             setattr(tensor, name, getattr(like, name))
     return tensor

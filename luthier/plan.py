@@ -1,160 +1,30 @@
 """`luthier plan`: will a run fit, in which layout, how long is a step; before weights or rows are read.
 
-`footprint.py` finds what a step keeps in memory; here it is spread over devices as `parallel/shard.py` cuts it, for
-every layout of that many devices, and put into words. Every row counts as full (`data.length`). Times are sums of
-arithmetic and communication by given rates, nothing hidden behind anything.
+`footprint.py` finds what a step keeps in memory, `spread.py` what is left of it on each device of a layout; here
+every layout of that many devices is put in order and into words.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from luthier.config import RunConfig
-from luthier.config_parallel import ParallelConfig
+from luthier.config_parallel import AXES, ParallelConfig
 from luthier.configfile import Resolved
 from luthier.errors import LuthierError, Refused
-from luthier.footprint import Footprint, footprint, optimizer_bytes
+from luthier.footprint import Footprint, footprint
 from luthier.models.load import resolve_device
-from luthier.parallel.degrees import WHOLE, fit_batch, mesh_sizes
-from luthier.parallel.shard import BUCKET
+from luthier.parallel.degrees import fit_batch, mesh_sizes
+from luthier.spread import NOMINAL, Estimate, Way, estimate, ways
 
 BEST = 4  # layouts that are shown
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "P": 10**15}
 BINARY = {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
-
-
-@dataclass(frozen=True)
-class Way:
-    """A layout: copies of the model, processes that cut it, and what they cut."""
-
-    replicate: int
-    shard: int
-    stage: int
-
-    def __str__(self) -> str:
-        words = [f"replicate={self.replicate}"] if self.replicate > 1 else []
-        words += [f"shard={self.shard} stage={self.stage}"] if self.shard > 1 else []
-        return " ".join(words) or "one device"
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """One layout's device: bytes by item at the moment when most is alive, and what a step moves."""
-
-    way: Way
-    moment: str
-    items: dict[str, int]
-    moved: int  # bytes that each device sends and receives in a step
-    seconds: float | None  # of a step; None where a rate was not given
-
-    @property
-    def total(self) -> int:
-        return sum(self.items.values())
-
-
-def estimate(
-    config: RunConfig, found: Footprint, way: Way, *, flops: float | None, bandwidth: float | None
-) -> Estimate:
-    """What `way` costs each device. `flops` and `bandwidth` are per second and device."""
-    total, layer, shards, stage = found.total, found.layer, way.shard, way.stage
-    cut = shards if shards > 1 else 1
-    wide = 8 if found.dtype == torch.float64 else 4
-    half = total.trained_bytes < wide * total.trained
-    masters = half and config.model.master_dtype == "float32"
-    whole_gradient = total.trained_bytes
-    ranks = way.replicate * way.shard
-    accumulates = config.batch > found.rows * ranks
-    gathered = (
-        layer.trained_bytes * 2 + found.rest.trained_bytes
-    )  # of stage 3: this layer and the next
-
-    frozen = total.frozen_bytes - total.quantized_bytes
-    weights = total.trained_bytes
-    if cut > 1:
-        weights = total.trained_bytes // cut
-        weights += min(gathered, total.trained_bytes) if stage == 3 else total.trained_bytes
-        if stage == 3:
-            gathered_frozen = 2 * (layer.frozen_bytes - layer.quantized_bytes)
-            rest = found.rest.frozen_bytes - found.rest.quantized_bytes
-            frozen = frozen // cut + min(frozen, gathered_frozen + rest)
-    kept = wide if masters else total.trained_bytes / max(total.trained, 1)
-    lasting = {
-        "weights, frozen": frozen,
-        "weights, quantised": total.quantized_bytes,
-        "weights, trained": weights,
-        "float32 copies": wide * total.trained // cut if masters else 0,
-        "optimiser": optimizer_bytes(config, total.trained, round(kept)) // cut,
-    }
-    # gradients while the backward runs: of earlier micro-batches, and one layer's on its way
-    every = int(total.trained * kept)
-    if cut > 1 and not (stage == 1 and accumulates):
-        before, after = every // cut, every // cut + layer.trained * wide
-    else:
-        # half-precision gradients are widened one by one once all are there
-        before, after = every, every + (whole_gradient if masters and accumulates else 0)
-    before = before if accumulates else 0
-    if way.replicate > 1 and cut == 1:
-        after += 2 * min(BUCKET, total.trained) * wide
-    moments = {
-        "loss": {
-            "gradients": before,
-            "activations": found.saved + found.hidden,
-            "logits": found.logits,
-            "gradient of the head": found.head_gradient,
-        },
-        "backward, last layer": {
-            "gradients": before,
-            "activations": found.saved,
-            "one layer's working space": found.working,
-            "gradient of the head": found.head_gradient,
-        },
-        "backward, first layer": {
-            "gradients": after,
-            "activations": found.saved // found.layers,
-            "one layer's working space": found.working,
-            "gradient of tied embeddings": found.tied_gradient,
-        },
-    }
-    moment, items = max(moments.items(), key=lambda pair: sum(pair[1].values()))
-    moved = _moved(found, way, wide, accumulates, config.batch // (found.rows * ranks))
-    seconds = None
-    if flops is not None and (bandwidth is not None or moved == 0):
-        seconds = found.flops * config.batch / (found.rows * ranks) / flops
-        seconds += moved / bandwidth if bandwidth else 0.0
-    return Estimate(way, moment, lasting | items, moved, seconds)
-
-
-def _moved(found: Footprint, way: Way, wide: int, accumulates: bool, micro_batches: int) -> int:
-    """Bytes per device and step: rings send (n - 1) / n of what they gather or reduce, and sums twice that."""
-    total, n, r = found.total, way.shard, way.replicate
-    gradients = total.trained * wide
-    moved = 2 * (r - 1) / r * gradients / n
-    if n > 1:
-        ring = (n - 1) / n
-        if way.stage == 3:
-            weights = total.trained_bytes + total.frozen_bytes - total.quantized_bytes
-            moved += ring * (2 * weights + gradients) * micro_batches
-        else:
-            moved += ring * total.trained_bytes
-            moved += ring * gradients * (micro_batches if way.stage == 2 else 1)
-    return int(moved)
-
-
-def ways(devices: int, config: RunConfig) -> list[Way]:
-    """Every layout of so many devices that the config may be trained in."""
-    found = []
-    for shard in (n for n in range(1, devices + 1) if devices % n == 0):
-        if shard == 1:
-            found.append(Way(devices, 1, config.parallel.stage))
-        elif config.optim.name not in WHOLE:
-            found += [Way(devices // shard, shard, stage) for stage in (1, 2, 3)]
-    return found
 
 
 # ---- what the user gave
@@ -182,18 +52,17 @@ def parse_layout(text: str, devices: int) -> Way:
     values: dict[str, Any] = {}
     for word in text.replace(",", " ").split():
         key, _, value = word.removeprefix("parallel.").partition("=")
-        if key not in ("replicate", "shard", "stage") or not value.isdigit() or int(value) < 1:
+        if key not in (*AXES, "stage") or not value.isdigit() or int(value) < 1:
             raise Refused(
                 f"--layout {text}",
-                f"'{word}' is none of replicate=N, shard=N, stage=1, 2 or 3",
+                f"'{word}' is none of {', '.join(f'{axis}=N' for axis in AXES)}, stage=1, 2 or 3",
                 "--layout shard=8,stage=3",
             )
         values[key] = int(value)
     if values.get("stage", 1) > 3:
         raise Refused(f"--layout {text}", "stages are 1, 2 and 3", "--layout shard=8,stage=3")
     parallel = ParallelConfig.model_validate(values)
-    sizes = mesh_sizes(parallel, devices)
-    return Way(sizes["replicate"], sizes["shard"], parallel.stage)
+    return Way(**mesh_sizes(parallel, devices), stage=parallel.stage)
 
 
 def device_bytes(device: torch.device, devices: int) -> float:
@@ -248,9 +117,12 @@ def plan(
     else:
         limit = parse_size("--device-memory", device_memory)
     rate = None if bandwidth is None else parse_size("--bandwidth", bandwidth)
-    chosen = [parse_layout(layout, devices)] if layout else ways(devices, config)
-    config = fit_batch(config, devices)
+    way = parse_layout(layout, devices) if layout else None
+    config = _with_rows(config, devices if way is None else way.data)
     found = footprint(config)
+    chosen = list(ways(devices, config, found)) if way is None else [way]
+    if not chosen:
+        fit_batch(config, devices)  # says why
     flops = None if device_flops is None else parse_size("--device-flops", device_flops)
     here = flops is None and device.type == "cpu" and device_memory is None
     if here:
@@ -292,12 +164,22 @@ def plan(
     }
 
 
+def _with_rows(config: RunConfig, data_ranks: int) -> RunConfig:
+    """The config with as many rows per forward as a run on so many data ranks has."""
+    if config.train.micro_batch or config.train.accumulation or data_ranks <= config.batch:
+        return fit_batch(config, data_ranks)
+    rows = {"train": config.train.model_copy(update={"micro_batch": 1})}
+    return config.model_copy(update=rows)  # more devices than rows: some of them share a row
+
+
 def _ordered(estimates: Sequence[Estimate], limit: float) -> list[Estimate]:
-    """Those that fit first, of them the one that moves least; else the smallest."""
+    """Those that fit first, of them the one whose step is shortest, by the rates or, without any, by usual ones;
+    else the smallest."""
 
     def key(e: Estimate) -> tuple[bool, float, int]:
         fits = e.total <= limit
-        return (not fits, e.moved if fits else e.total, e.total)
+        time = e.flops + NOMINAL * e.moved if e.seconds is None else e.seconds
+        return (not fits, time if fits else e.total, e.total)
 
     return sorted(estimates, key=key)
 
@@ -312,7 +194,7 @@ def _head(config: RunConfig, found: Footprint, devices: int, limit: float, numbe
         f"{devices} device{'s' * (devices > 1)} of {limit / 1e9:.1f} GB, batch {config.batch}, "
         f"rows of {found.length} x {found.rows} per device and forward, "
         f"recompute {config.train.recompute}\n\n"
-        f"{'layout (best ' + str(min(BEST, number)) + ' of ' + str(number) + ')':<32}{'per device':>12}"
+        f"{'layout (best ' + str(min(BEST, number)) + ' of ' + str(number) + ')':<46}{'per device':>12}"
         f"{'moved/step':>14}{'step':>10}"
     )
 
@@ -321,7 +203,7 @@ def _row(one: Estimate, limit: float) -> str:
     step = "-" if one.seconds is None else f"{one.seconds:.3g} s"
     verdict = "fits" if one.total <= limit else "does not fit"
     return (
-        f"{one.way!s:<32}{one.total / 1e9:>9.2f} GB{one.moved / 1e9:>11.2f} GB{step:>10}  {verdict}"
+        f"{one.way!s:<46}{one.total / 1e9:>9.2f} GB{one.moved / 1e9:>11.2f} GB{step:>10}  {verdict}"
     )
 
 
@@ -331,7 +213,7 @@ def _remedies(
     """Changes of the config, each planned: what they come to, and whether that fits."""
     changes: list[dict[str, dict[str, Any]]] = []
     if len(chosen) == 1 and devices > 1:
-        chosen = ways(devices, config)
+        chosen = list(ways(devices, config, footprint(config)))
         changes.append({})
     layer = {"train": {"recompute": "layer"}}
     if config.train.recompute != "layer":

@@ -11,6 +11,13 @@ from typing import Any, Literal
 from luthier.errors import Refused
 
 DISTANCES = ("bloom", "mpt")  # families that have no positions at all, only ALiBi
+# families whose position_ids are [B, 2, S]: where in the context, and how far behind it (0 = context)
+TWO_AXES = ("chatglm", "glm_legacy")
+
+
+def position_axes(model_type: str) -> int:
+    """2 where position_ids are [B, 2, S] and the second axis says what is context (0), else 1."""
+    return 2 if model_type in TWO_AXES else 1
 
 
 def kind_of_positions(config: Any) -> Literal["rotary", "alibi", "other"]:

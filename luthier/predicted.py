@@ -15,7 +15,8 @@ from luthier.config import RunConfig
 from luthier.errors import LuthierError
 from luthier.footprint import footprint
 from luthier.parallel.world import World
-from luthier.plan import Way, estimate, measured_flops
+from luthier.plan import measured_flops
+from luthier.spread import Way, estimate
 from luthier.train.metrics import memory
 
 
@@ -32,19 +33,16 @@ class Prediction:
         """Predicted and measured bytes per process and seconds per step, and a sentence (`text`). Errors are
         predicted / measured - 1. `seconds`: a step's, as measured.
 
-        Memory is told apart where one process or data parallelism is planned; seconds are those of
+        The prediction is the fullest process's, the measurement rank 0's. Seconds are those of
         arithmetic alone, at this machine's rate of matrix products, and only on a CPU.
         """
-        sizes = self.world.sizes
-        if axes := [a for a in ("pipeline", "context", "tensor") if sizes[a] > 1]:
-            return self._no(f"parallel.{axes[0]} is not planned")
         if self.config.parallel.offload:
             return self._no("parallel.offload is not planned")
         try:
             found = footprint(self.config)
         except LuthierError as error:
             return self._no(str(error).splitlines()[0])
-        way = Way(sizes["replicate"], sizes["shard"], self.config.parallel.stage)
+        way = Way(**self.world.sizes, stage=self.config.parallel.stage)
         flops = measured_flops(found.dtype) if self.device.type == "cpu" else None
         one = estimate(self.config, found, way, flops=flops, bandwidth=None)
         values: dict[str, Any] = {"predicted_memory": one.total}

@@ -96,7 +96,7 @@ def finetune(source: Source, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
 def run_on(config: RunConfig, world: World) -> dict[str, Any]:
     """`finetune` as one of the processes of `world`: all that can be refused before weights are read; the run."""
-    recorded, config = config, fit_batch(config, world.data_size)
+    recorded, config = config, fit_batch(config, world.data_size, world.sizes["pipeline"])
     check_sharding(config, world.sizes)
     if Path(config.model.path).resolve() == Path(config.output).resolve():
         raise Refused(
@@ -110,7 +110,7 @@ def run_on(config: RunConfig, world: World) -> dict[str, Any]:
         check_identity(read(found.path).identity, identity(config))
 
     text = open_text(config)
-    check_training(config, text, world.sizes["tensor"])
+    check_training(config, text, world.sizes)
     data = open_data(config, text, world=world)
     if config.evaluate.before and data.dev is None:
         raise Refused(
@@ -166,7 +166,7 @@ def _finetune(
     share = built.num_trained / max(built.num_base, 1)
     stored = storage_words(built.model)
     say(
-        f"model: {built.base}, {name_of(built.model.dtype)} on {built.device}; "
+        f"model: {built.base}, {name_of(built.dtype)} on {built.device}; "
         f"{stored + '; ' if stored else ''}"
         f"{built.num_trained:,} trained parameters ({share:.2%} of {built.num_base:,})"
     )

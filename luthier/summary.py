@@ -81,7 +81,7 @@ def facts_of(
         data=data.train.ledger.source,
         adapter=words,
         device=device_name(built.device),
-        dtype=str(built.model.dtype).removeprefix("torch.")
+        dtype=str(built.dtype).removeprefix("torch.")
         + (f"; {stored}" if (stored := storage_words(built.model)) else ""),
         trained_parameters=built.num_trained,
         total_parameters=built.num_base,

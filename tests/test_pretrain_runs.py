@@ -223,5 +223,5 @@ def test_a_model_of_two_position_axes_is_refused(scratch: Scratch) -> None:
     class TwoAxes(Renderer):
         positions = staticmethod(lambda ids: ids)  # pyright: ignore[reportAssignmentType]
 
-    with pytest.raises(Refused, match=r"data\.overlong=split"):
+    with pytest.raises(Refused, match=r"data\.overlong=split.*data\.blanks=mixed"):
         prepare_corpus(resolved(scratch()).config, TwoAxes(tiny_tokenizer_()), "train")

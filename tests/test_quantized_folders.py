@@ -159,6 +159,50 @@ def test_the_command_says_what_it_cost(model_folder: Any, tmp_path: Path, capsys
     assert luthier.quantize_model(config)["layout"] == "bitsandbytes"
 
 
+@pytest.mark.parametrize("form", ["nf4-double", "int8", "int4"])
+def test_save_pretrained_of_a_loaded_model_is_that_of_the_command(
+    form: str, make: Any, model_folder: Any, tmp_path: Path
+) -> None:
+    """Also of a model that came from such a folder."""
+    written = make(form)
+    kept = load_file(written / "model.safetensors")
+    fields = json.loads((written / "config.json").read_text("utf-8"))["quantization_config"]
+    for source, asked in ((model_folder("llama"), FORMS[form][0]), (written, None)):
+        model, _ = luthier.load(source, quantize=asked)
+        with quiet():
+            model.save_pretrained(tmp_path / "direct")
+        found = load_file(tmp_path / "direct" / "model.safetensors")
+        assert found.keys() == kept.keys()
+        assert all(torch.equal(found[name], kept[name]) for name in kept)
+        said = json.loads((tmp_path / "direct" / "config.json").read_text("utf-8"))
+        assert said["quantization_config"] == fields
+        shutil.rmtree(tmp_path / "direct")
+
+
+def test_save_pretrained_with_an_adapter_is_refused(model_folder: Any, tmp_path: Path) -> None:
+    run_on(model_folder("llama"), tmp_path, quantize__weights="nf4")
+    model, _ = luthier.load(model_folder("llama"), tmp_path / "run", quantize="nf4")
+    with pytest.raises(Refused, match=r"no place for the adapter.*luthier merge --quantized"):
+        model.save_pretrained(tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*"))
+
+
+@pytest.mark.parametrize("weights", ["nf4", "int8", "int4"])
+def test_a_head_that_has_another_name_in_files(
+    weights: str, model_folder: Any, tmp_path: Path
+) -> None:
+    """transformers writes GPT-NeoX's `lm_head` as `embed_out`."""
+    section = {"weights": weights, "modules": ["lm_head", "query_key_value"]}
+    model = {"path": str(model_folder("gpt_neox"))}
+    target = tmp_path / "q"
+    luthier.quantize_model({"model": model, "quantize": section, "output": str(target)})
+    assert any(name.startswith("embed_out.") for name in load_file(target / "model.safetensors"))
+    mine, _ = luthier.load(target)
+    assert is_quantized(mine.get_submodule("lm_head"))
+    again, _ = luthier.load(model["path"], quantize=section)
+    assert torch.equal(logits(mine), logits(again))
+
+
 def test_half_precision_is_kept_as_it_is_stored(tmp_path: Path, tiny_model: Any) -> None:
     """A float16 checkpoint is quantised from float16, also where computation would be in bfloat16."""
     tiny_model("llama", torch.float16, attention="eager").save_pretrained(tmp_path / "half")

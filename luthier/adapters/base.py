@@ -89,6 +89,9 @@ class Adapter(nn.Module):
     may_idle: frozenset[str] = frozenset()
     """Parameters that the loss may not depend on at all (an edit of early tokens in the last layer)."""
 
+    tokens_aside: int = 0
+    """Tokens of its own that run through the layers beside the batch's, each time (prompt tuning)."""
+
     entering: Part | None = None
     """What of its whole inputs a tensor-parallel rank's layer has, where they are cut (last axis)."""
 

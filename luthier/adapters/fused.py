@@ -9,6 +9,7 @@ twice, in any precision.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
@@ -30,7 +31,13 @@ def fused(layer: nn.Module) -> bool:
 
 def install_fused(layer: Any) -> Removable:
     """Make the layer compute itself and its adapter together."""
-    return Placed(layer, "forward", MethodType(_forward, layer))
+    return Placed(layer, "forward", MethodType(forward_of(layer, _forward), layer))
+
+
+def forward_of(layer: nn.Module, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`forward`, left out of compilation where the layer is quantised: nothing of it could be fused, and a graph
+    would be made for every single layer."""
+    return torch.compiler.disable(forward) if is_quantized(layer) else forward
 
 
 def _forward(layer: Any, x: Tensor) -> Tensor:
@@ -73,11 +80,14 @@ def factor(layer: Any, dtype: torch.dtype) -> tuple[Any, Any]:
 
 
 def times(x: Tensor, matrix: Tensor | None, codes: Any, addend: Tensor | None = None) -> Tensor:
-    """addend + x W^T [N, out], rounded once; outside autograd."""
+    """addend + x W^T [N, out], rounded once; outside autograd. `addend`, [N, out] or [out], may be overwritten."""
     if codes is not None:
         return codes.multiply(x, addend)
     assert matrix is not None
-    return x @ matrix if addend is None else torch.addmm(addend, x, matrix)
+    if addend is None:
+        return x @ matrix
+    # in place where it can be: `addmm` would copy the addend first
+    return addend.addmm_(x, matrix) if addend.ndim == 2 else torch.addmm(addend, x, matrix)
 
 
 def times_back(
@@ -120,7 +130,7 @@ class _LowRankProduct(Function):
             if gain is not None:
                 # y is 1 * (exact product) + gain * (rounded product): the second base product costs time, but
                 # a gain of less than half a rounding step would vanish if it multiplied the rounded one
-                plain = times(x, matrix, codes, delta)
+                plain = times(x, matrix, codes, delta.clone())
                 delta.addcmul_(plain, gain)
             y = times(x, matrix, codes, delta)
             y = y if bias is None else y + bias

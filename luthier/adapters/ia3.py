@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from luthier.adapters.base import ADAPTERS, Adapter, Placed, Removable
-from luthier.adapters.fused import factor, fused, product_dtype, times, times_back
+from luthier.adapters.fused import factor, forward_of, fused, product_dtype, times, times_back
 from luthier.config import AdapterConfig
 from luthier.errors import Refused, suggest
 from luthier.layers import features, is_linear, is_transposed
@@ -78,7 +78,9 @@ class IA3(Adapter):
                 continue
             layer = model.get_submodule(name)
             if fused(layer):
-                handles.append(Placed(layer, "forward", MethodType(_forward, layer)))
+                handles.append(
+                    Placed(layer, "forward", MethodType(forward_of(layer, _forward), layer))
+                )
             elif isinstance(adapter, IA3) and adapter.at_input:
                 handles.append(layer.register_forward_pre_hook(_before))
             else:

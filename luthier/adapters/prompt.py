@@ -2,7 +2,8 @@
 
 As attention is causal, the keys and values of these tokens do not depend on the document that follows: they
 are computed once in each forward, as a document of their own, and every document sees them. That equals putting
-the embeddings before each document, as PEFT does, at the cost of P tokens. Positions start behind them.
+the embeddings before each document, as PEFT does, at the cost of P tokens. Positions start behind them. ChatGLM and
+GLM, whose context sees all of itself, would let them see each document's; here they see each other alone.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ class Prompt(Virtual):
         self.sizes = {"num_layers": text.num_hidden_layers, "num_attention_heads": text.num_attention_heads}  # fmt: skip
         width = layer.get_input_embeddings().weight.shape[1]
         self.embedding = self.new_parameter(layer, config.num_prefix_tokens, width)  # [P, D]
+        self.tokens_aside = config.num_prefix_tokens
 
     @classmethod
     def reserve(cls, config: AdapterConfig) -> int:

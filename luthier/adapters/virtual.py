@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from luthier.adapters.base import Adapter, Placed, Removable
 from luthier.batch import Layout, PrefixKeys, capture, current_layout, layout_scope
 from luthier.config import AdapterConfig
+from luthier.crossing import aside
 from luthier.errors import Refused
-from luthier.positions import num_positions
+from luthier.positions import num_positions, position_axes
 
 TABLE = "prompt_embeddings"  # PEFT's name of the trained table in its files
 FROM_MASK = ("opt",)  # families that count positions by the mask where they are not given
-TWO_AXES = ("chatglm", "glm_legacy")  # families whose second position axis says what is context
 COMMON = 5000  # ids of byte-pair vocabularies are in the order of frequency
 # what PEFT's options of either method mean for a loaded adapter: nothing, or what the shapes tell
 INERT = frozenset(
@@ -83,13 +83,6 @@ class Virtual(Adapter):
                 f"adapter.layers={config.layers} with adapter.method={config.method}",
                 "the virtual tokens act in all layers",
                 "leave adapter.layers out",
-            )
-        family = model.config.model_type
-        if cls.reserve(config) and family in TWO_AXES:
-            raise Refused(
-                f"adapter.method={config.method} on the model family '{family}'",
-                "its positions say what is context, and its context sees what follows",
-                "use adapter.method=prefix with adapter.form=paddlenlp, which leaves positions as they are",
             )
         cls.check_length(config, 1, num_positions(model.config))
         return {"": config}
@@ -169,22 +162,27 @@ def alone(base: Any, embeddings: Tensor, first: int = 0) -> dict[int, tuple[Tens
     """Keys and values of the P tokens of `embeddings` [P, D], a document of their own whose first position is
     `first`, layer by layer: [P, K, D].
 
-    As attention is causal, they are the same before any document. The model's own dropout does not act on
-    them: they are common to all rows, so no row can decide it.
+    As attention is causal, they are the same before any document. In families with two position axes they are
+    a context of their own, which sees itself and not the document's, so there too. The model's own dropout
+    does not act on them: they are common to all rows, so no row can decide it.
     """
     size = len(embeddings)
     positions = torch.arange(first, first + size, device=embeddings.device)[None]
     documents = torch.zeros_like(positions)
-    if base.config.model_type in TWO_AXES:
+    given = {}
+    if position_axes(base.config.model_type) == 2:
         positions = torch.stack([positions, documents], dim=1)  # [1, 2, P], all of it context
+        given = {"attention_mask": torch.ones_like(documents)}  # outside a layout, GLM asks for it
     layout = None if current_layout() is None else Layout(documents, positions)
     training = [module for module in base.modules() if module.training]
     for module in training:
         module.training = False
     try:
-        with layout_scope(layout), capture() as found:
+        with layout_scope(layout), aside(), capture() as found:
             # not base(...): its hooks are about the documents
-            base.forward(inputs_embeds=embeddings[None], position_ids=positions, use_cache=False)
+            base.forward(
+                inputs_embeds=embeddings[None], position_ids=positions, use_cache=False, **given
+            )
     finally:
         for module in training:
             module.training = True
@@ -246,7 +244,7 @@ def _unseen(base: Any) -> Refused:
 def _shifted(
     base: Any, args: tuple[Any, ...], kwargs: dict[str, Any], cached: int, by: int
 ) -> dict[str, Any]:
-    """The keyword arguments of a forward whose tokens stand `by` positions further."""
+    """The keyword arguments of a forward whose tokens stand `by` positions further (of two axes: on the first)."""
     if by == 0:
         return kwargs
     positions = kwargs.get("position_ids")
@@ -254,12 +252,15 @@ def _shifted(
         if "position_ids" not in inspect.signature(base.forward).parameters:
             return kwargs  # ALiBi: only distances count
         positions = _positions(base, args, kwargs, cached)
-    return kwargs | {"position_ids": positions + by}
+    axes = [by] if positions.ndim < 3 else [by, 0]
+    return kwargs | {"position_ids": positions + positions.new_tensor(axes)[:, None]}
 
 
 def _positions(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any], cached: int) -> Tensor:
-    """The positions [1 or B, S] that transformers' models take where none are given."""
+    """The positions [1 or B, S] that the models take where none are given; [B, 2, S] of ids that say what is context."""
     mask = kwargs.get("attention_mask")
+    if hasattr(base, "positions_of"):
+        return base.positions_of(args[0] if args else kwargs.get("input_ids"), mask)
     if base.config.model_type in FROM_MASK and mask is not None:
         return ((mask.cumsum(1) * mask).long() - 1)[:, cached:]
     tokens = args[0] if args else kwargs.get("input_ids")

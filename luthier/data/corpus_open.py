@@ -40,7 +40,8 @@ def prepare_corpus(
         raise Refused(
             "train.mode=pretrain with a model of two position axes (ChatGLM, GLM)",
             "its documents begin with special tokens that a row cut out of the middle has not",
-            "give train.mode=sft with data.format=text and data.overlong=split, which repeats them",
+            "give train.mode=sft with data.format=text and data.overlong=split, which repeats them "
+            "(data.blanks=mixed makes GLM's blanks in each piece)",
         )
     files, texts = _given(config, split)
     vocab_size = max(renderer.tokens.tokenizer.get_vocab().values()) + 1

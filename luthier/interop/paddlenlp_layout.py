@@ -6,10 +6,17 @@ from typing import TYPE_CHECKING
 
 from luthier.errors import Refused
 from luthier.interop.paddlenlp_arguments import Arguments, is_off
-from luthier.interop.paddlenlp_keys import PARALLEL
+from luthier.interop.paddlenlp_keys import PARALLEL, names
 
 if TYPE_CHECKING:
     from luthier.interop.paddlenlp import Translation
+
+
+PIPELINE_WORDS = names("""
+    disable_p2p_cache_shape disable_partial_send_recv enable_delay_scale_loss enable_dp_comm_overlap
+    enable_sharding_comm_overlap enable_timer enable_release_grads enable_clear_every_step_cache
+    enable_overlap_p2p_comm disable_batch_p2p_comm best_unbalanced_scheduler use_dualpipev
+    """)
 
 
 def layout(t: Translation, a: Arguments, processes: int) -> None:
@@ -31,6 +38,7 @@ def layout(t: Translation, a: Arguments, processes: int) -> None:
             t.put(f"parallel.{axis}", int(a.values[name]), name)
             if name == "sep_parallel_degree":
                 t.put("parallel.context_method", "heads", name)
+    _pipeline(t, a)
     words = str(a.values["sharding"]).split() if "sharding" in a else []
     stages = [word for word in words if word in ("stage1", "stage2", "stage3")]
     if words and (len(stages) != 1 or set(words) - {*stages, "offload"}):
@@ -60,6 +68,27 @@ def layout(t: Translation, a: Arguments, processes: int) -> None:
         t.put("parallel.replicate", data, "data_parallel_degree")
     else:
         t.put("parallel.replicate", 1 if stages and degree == -1 else -1, "data_parallel_degree")
+
+
+def _pipeline(t: Translation, a: Arguments) -> None:
+    """`virtual_pp_degree` and the words of `pipeline_parallel_config`, most of which say how Paddle's engine works."""
+    words = str(a.values.get("pipeline_parallel_config", "")).split()
+    unknown = [word for word in words if word not in PIPELINE_WORDS]
+    if unknown:
+        raise Refused(
+            f"pipeline_parallel_config={' '.join(words)}",
+            f"'{unknown[0]}' is none of its words",
+            f"its words are {', '.join(sorted(PIPELINE_WORDS))}",
+        )
+    virtual = int(a.values["virtual_pp_degree"]) if "virtual_pp_degree" in a else 1
+    if "pipeline_parallel_degree" not in a or not _on("pipeline_parallel_degree", a):
+        return
+    if "use_dualpipev" in words:
+        t.put("parallel.schedule", "zero_bubble", "pipeline_parallel_config")
+        t.put("parallel.virtual_stages", 2, "pipeline_parallel_config")
+    elif virtual > 1:
+        t.put("parallel.schedule", "interleaved", "virtual_pp_degree")
+        t.put("parallel.virtual_stages", virtual, "virtual_pp_degree")
 
 
 def _on(name: str, arguments: Arguments) -> bool:

@@ -60,10 +60,15 @@ class PackedBloomAttention(BloomAttention):
             dropout=self.attention_dropout.p if self.training else 0.0,
             scaling=self.inv_norm_factor,
             alibi_slopes=self.alibi_slopes,
-            alibi=alibi.unflatten(0, (-1, self.num_heads)),
+            alibi=self._of_heads(alibi.unflatten(0, (len(query), -1))),
         )  # [B, S, H, D]
         out = F.dropout(self.dense(out.flatten(2)), self.hidden_dropout, self.training)
         return residual + out, None
+
+    def _of_heads(self, alibi: Tensor) -> Tensor:
+        """The bias of the heads that are here, of all heads' [B, H, 1, T]."""
+        here = getattr(self, "heads_here", None)
+        return alibi if here is None else here.of(alibi)
 
 
 def repair(model: PreTrainedModel) -> None:

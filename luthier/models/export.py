@@ -76,13 +76,15 @@ class FullModel:
             (folder / name).write_bytes(content)
 
 
-def full_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> FullModel:
-    """What has to be known of `model` to write it later; its values are not."""
+def full_model(
+    model: PreTrainedModel, dtype: torch.dtype, tokenizer: PreTrainedTokenizerBase | None
+) -> FullModel:
+    """What has to be known of `model` to write it later; its values are not. `dtype`: that of the whole model."""
     config: Any = copy.deepcopy(model.config)
     kind: Any = type(model)
     with quiet(), TemporaryDirectory() as made:
         with torch.device("meta"):
-            skeleton: Any = kind(config).to(model.dtype)
+            skeleton: Any = kind(config).to(dtype)
         skeleton.generation_config = copy.deepcopy(model.generation_config)
         loaded: Any = getattr(model, "_weight_conversions", None)
         vars(skeleton)["_weight_conversions"] = loaded

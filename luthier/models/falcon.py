@@ -62,9 +62,13 @@ class PackedFalconAttention(FalconAttention):
             key, value = layer_past.update(key, value, self.layer_idx)
         if alibi is not None:
             # the model has put the bias into its mask: taken apart, as prefixes need both
-            alibi = alibi.reshape(len(query), self.num_heads, 1, -1) * self.inv_norm_factor
+            alibi = alibi.reshape(len(query), -1, 1, alibi.shape[-1]) * self.inv_norm_factor
             if attention_mask is not None:
                 attention_mask = attention_mask > torch.finfo(attention_mask.dtype).min / 2
+            here = getattr(self, "heads_here", None)
+            if here is not None:  # both are of all heads
+                alibi = here.of(alibi)
+                attention_mask = None if attention_mask is None else here.of(attention_mask)
         out, _ = AttentionInterface()[name](
             self,
             query,

@@ -1,4 +1,4 @@
-"""Facts that an architecture does not tell: what follows the head, dropout outside of modules, axes of positions,
+"""Facts that an architecture does not tell: what follows the head, dropout outside of modules,
 and how families that transformers has no plan for are cut among devices.
 
 Keyed by transformers' `model_type`. A family without a row has a plain head and its dropout in
@@ -27,16 +27,14 @@ TESTED = (
 class Family:
     """`softcap`, `divide`, `multiply`: config keys of what happens to the logits, in this order of use:
     logits * multiply / divide, then c * tanh(logits / c). `functional_dropout`: class of a layer ->
-    (its attribute with the rate, the sub-layers whose outputs it drops). `position_axes`: 2 where
-    position_ids are [B, 2, S] and the second axis says what is context (0). `explicit_mask`: a plain call
+    (its attribute with the rate, the sub-layers whose outputs it drops). `explicit_mask`: a plain call
     needs the mask of what is visible, [B, 1, S, S], and does not read it from the positions.
-    `aligned_labels`: the model's own loss does not shift labels."""
+    `aligned_labels`: the model's own loss does not shift labels. Axes of positions are in `positions.py`."""
 
     softcap: str | None = None
     divide: str | None = None
     multiply: str | None = None
     functional_dropout: dict[str, tuple[str, tuple[str, ...]]] | None = None
-    position_axes: int = 1
     explicit_mask: bool = False
     aligned_labels: bool = False
 
@@ -60,8 +58,7 @@ _FAMILIES: dict[str, Family] = {
             "BloomMLP": ("hidden_dropout", ("dense_4h_to_h",)),
         }
     ),
-    "chatglm": Family(position_axes=2),
-    "glm_legacy": Family(position_axes=2, explicit_mask=True, aligned_labels=True),
+    "glm_legacy": Family(explicit_mask=True, aligned_labels=True),
     "opt": Family(functional_dropout={"OPTDecoderLayer": ("dropout", ("self_attn", "fc2"))}),
     "seed_oss": Family(
         functional_dropout={
@@ -158,6 +155,7 @@ _PLANS: dict[str, Plan] = {
         norm="transformer.ln_f",
         first=("transformer.word_embeddings_layernorm",),
         by_head=("self_attention.alibi_slopes",),
+        counts=("num_heads",),
         tuples=True,
     ),
     "chatglm": Plan(
@@ -183,6 +181,21 @@ _PLANS: dict[str, Plan] = {
         norm="transformer.encoder.final_layernorm",
         head="transformer.output_layer",
         counts=("sizes",),
+    ),
+    "falcon": Plan(
+        cuts={
+            # one key and value for all heads; other forms: `fused.split_of`
+            "self_attention.query_key_value": Cut("outputs", ("heads", "groups", "groups")),
+            "self_attention.dense": _IN_HEADS,
+            "mlp.dense_h_to_4h": _INNER,
+            "mlp.dense_4h_to_h": _IN_INNER,
+        },
+        embedding="transformer.word_embeddings",
+        layers="transformer.h",
+        norm="transformer.ln_f",
+        by_head=("self_attention.alibi_slopes",),
+        counts=("num_heads", "num_kv_heads"),
+        tuples=True,
     ),
     "glm_legacy": Plan(
         cuts={

@@ -27,7 +27,7 @@ from transformers import (
 from luthier.config import ModelConfig
 from luthier.errors import Refused
 from luthier.files import write_json
-from luthier.models import attention, folder, rotary
+from luthier.models import attention, folder, misfits, rotary
 from luthier.models.folder import fingerprint as fingerprint
 from luthier.models.folder import quiet as quiet
 from luthier.seeding import derive
@@ -109,7 +109,8 @@ def build_model(
             if quantization is not None:
                 quantization.convert(model)
         else:
-            model = _pretrained(path, made, dtype, layers, remote, quantization)
+            accept = seed if config.misfits == "accept" else None
+            model = _pretrained(path, made, dtype, layers, remote, quantization, accept)
         model.to(device).eval()  # pyright: ignore[reportCallIssue, reportArgumentType]
         attention.install(model, config.attention, train=train)
     return model
@@ -190,8 +191,10 @@ def _pretrained(
     layers: int | None,
     remote: dict,
     quantization: Any,
+    accept: int | None = None,
 ) -> PreTrainedModel:
-    """Read the weights; `layers` is the checkpoint's number of layers where fewer are built."""
+    """Read the weights; `layers` is the checkpoint's number of layers where fewer are built. `accept`: the seed of
+    tensors that the checkpoint has not, which are refused without it."""
     try:
         made: Any = AutoModelForCausalLM.from_pretrained(
             path,
@@ -221,18 +224,25 @@ def _pretrained(
         "unexpected": sorted(unexpected),
         "of another shape": sorted(key[0] for key in info["mismatched_keys"]),
     }
-    found = [_listed(what, names) for what, names in faults.items() if names]
-    if found:
+    found = [misfits.listed(what, names) for what, names in faults.items() if names]
+    if found and accept is None:
         raise Refused(
             f"the weights of '{path}' were asked for",
             f"they do not fit its config.json: {'; '.join(found)}",
-            "give a whole model, with the config.json it was saved with",
+            "give a whole model, with the config.json it was saved with (for full fine-tuning, "
+            "model.misfits=accept draws anew what is missing and leaves out the rest)",
         )
+    if found and accept is not None:
+        misfits.draw(model, {*faults["missing"], *faults["of another shape"]}, accept)
+        vars(model)["misfits"] = [
+            f"model.misfits=accept: the weights do not fit config.json; {'; '.join(found)}. What is missing or of another "
+            "shape starts from random values, what is unexpected is left out"
+        ]
     bad = [name for name, p in model.named_parameters() if p.is_floating_point() and not _finite(p)]
     if bad:
         raise Refused(
             f"the weights of '{path}' were asked for",
-            f"NaN or infinite values: {_listed('tensors', bad)}",
+            f"NaN or infinite values: {misfits.listed('tensors', bad)}",
             "use another checkpoint",
         )
     return model
@@ -313,8 +323,3 @@ def _finite(tensor: Tensor) -> bool:
     """One pass without a temporary; a sum that overflows is looked at again."""
     total = tensor.detach().sum(dtype=torch.promote_types(tensor.dtype, torch.float32))
     return bool(total.isfinite()) or bool(tensor.isfinite().all())
-
-
-def _listed(what: str, names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"{len(names)} {what}: {', '.join(names[:3])}{more}"

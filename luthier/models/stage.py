@@ -26,13 +26,16 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from luthier.batch import IGNORE, Batch, Layout, current_layout, layout_scope
 from luthier.errors import Failed, Refused
 from luthier.models import cpu_attention as cpu_attention  # registers the operator
+from luthier.models.absent import present
 from luthier.models.families import family_of
 from luthier.models.zoo.glm_generation import context_mask, infilling_positions
+from luthier.positions import position_axes
 
 # results that `selective` recomputation keeps: matrix products are dear to redo, the rest is cheap
 _KEPT = {
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
+    torch.ops.aten.addmm_.default,
     torch.ops.aten.bmm.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
@@ -45,27 +48,35 @@ _ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torc
 
 
 class Stage(nn.Module):
-    """The whole model as one stage; `model` is the untouched `PreTrainedModel`."""
+    """The model as one stage; `model` is the untouched `PreTrainedModel`, or what `share` says is here of it."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
         self.recompute = "none"  # see `set_recompute`
         self.autocast: torch.dtype | None = None  # type of matrix products over wider weights
+        self.share: Any = None  # `partial.Share` of a pipeline's rank
         self._family = family_of(model.config.model_type)
         self._randomness_checked = False
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: Batch, border: Any = None, chunk: Any = None) -> Any:
         """Hidden states [B, S, D] after the final norm. Padding's are finite and mean nothing.
 
+        With `border` and `chunk` (`crossing.Border`, `partial.Chunk`) the forward of this pipeline stage alone: what
+        the next one is given. Without them, all stages take part and the last one's result is everybody's.
         Failed when the first forward in training mode draws from torch's global generator: such randomness
         (dropout that `seed_dropout` does not reach) would depend on the order of the batches.
         """
+        run = partial(self._base, batch)
+        if chunk is not None:
+            run = partial(self._part, batch, border, chunk)
+        elif self.share is not None:
+            run = partial(self._together, batch)
         with layout_scope(Layout.of(batch)), self._products(batch.input_ids.device):
             if not self.model.training or self._randomness_checked:
-                return self._base(batch)
+                return run()
             before = _generator_state(batch.input_ids.device)
-            hidden = self._base(batch)
+            hidden = run()
             if not torch.equal(before, _generator_state(batch.input_ids.device)):
                 raise Failed(
                     f"training the model family '{self.model.config.model_type}'",
@@ -75,11 +86,22 @@ class Stage(nn.Module):
             self._randomness_checked = True
             return hidden
 
-    def _base(self, batch: Batch) -> Tensor:
+    def _part(self, batch: Batch, border: Any, chunk: Any) -> Any:
+        with self.share.scope(chunk, border):
+            hidden = self._base(batch, border.given)
+        hidden = hidden if chunk.last else border.taken
+        beside = border.aside.taken
+        return hidden if chunk.last or beside is None else (hidden, beside)
+
+    def _together(self, batch: Batch) -> Tensor:
+        return self.share.relay.tell(self._base(batch))
+
+    def _base(self, batch: Batch, given: Tensor | None = None) -> Tensor:
         # Without use_cache=False, config.use_cache would make a cache, and masks for it. The mask of
         # ones only tells families not to look for padding or borders: `attention.attend` gets no mask.
+        what = {"input_ids": batch.input_ids} if given is None else {"inputs_embeds": given}
         out = self.model.base_model(
-            input_ids=batch.input_ids,
+            **what,
             position_ids=batch.position_ids,
             attention_mask=torch.ones_like(batch.input_ids),
             use_cache=False,
@@ -97,6 +119,15 @@ class Stage(nn.Module):
             logits = logits / getattr(config, family.divide)
         softcap = getattr(config, family.softcap) if family.softcap else None
         return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+    @property
+    def has_head(self) -> bool:
+        """Whether the model's last layers and its head are here."""
+        return self.share is None or self.share.has_last
+
+    def quietly(self) -> AbstractContextManager[None]:
+        """Inside, a forward gives its result only where the head is: no stage waits for the last one."""
+        return nullcontext() if self.share is None else self.share.relay.quietly()
 
     def _products(self, device: torch.device) -> AbstractContextManager[Any]:
         """Autocast, when it is asked for: matrix products in half precision, the rest as it is."""
@@ -150,7 +181,7 @@ def set_recompute(stage: Stage, mode: Literal["none", "layer", "selective"]) -> 
     run = partial(
         checkpoint, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
     )  # dropout is a function of the rows: there is no generator state to keep
-    for layer in decoder_layers(stage.model):
+    for layer in present(decoder_layers(stage.model)):
         # the switch that transformers documents on GradientCheckpointingLayer
         layer.gradient_checkpointing = True  # pyright: ignore[reportArgumentType]
         layer._gradient_checkpointing_func = run  # pyright: ignore[reportArgumentType]
@@ -169,7 +200,7 @@ def compile_layers(stage: Stage) -> None:
             "train.recompute=selective cannot see into compiled layers",
             "use train.recompute=layer or none",
         )
-    for layer in decoder_layers(stage.model):
+    for layer in present(decoder_layers(stage.model)):
         if stage.recompute == "layer":
             plain: Any = layer._gradient_checkpointing_func
             run = partial(_run_compiled, plain)
@@ -209,6 +240,8 @@ def check_stage(stage: Stage) -> None:
                 seen.clear()
                 with stage._products(device):
                     out = model(**plain_inputs(model, part[None]), use_cache=False)
+                if not stage.has_head:
+                    continue  # the last stage compares
                 _same(stage, "hidden states in a packed row", hidden, seen[0][0])
                 _same(stage, "logits", stage.head(seen[0][0]), out.logits[0])
     finally:
@@ -237,7 +270,8 @@ def _trial(stage: Stage) -> tuple[Batch, tuple[int, ...]]:
     vocab = stage.model.config.get_text_config().vocab_size
     ids = (torch.arange(13, device=device) * 7919 + 11) % vocab
     cuts = (5, 8)
-    places = [_places(n, stage._family.position_axes).to(device) for n in cuts]
+    axes = position_axes(stage.model.config.model_type)
+    places = [_places(n, axes).to(device) for n in cuts]
     documents = torch.repeat_interleave(
         torch.arange(len(cuts), device=device), torch.tensor(cuts, device=device)
     )
@@ -252,8 +286,8 @@ def plain_inputs(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
     """
     family = family_of(model.config.model_type)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if family.position_axes > 1:
-        places = _places(ids.shape[1], family.position_axes).to(ids.device)
+    if position_axes(model.config.model_type) > 1:
+        places = _places(ids.shape[1], 2).to(ids.device)
         inputs["position_ids"] = places.expand(len(ids), -1, -1)
     if family.explicit_mask:
         inputs["attention_mask"] = context_mask(inputs["position_ids"], None)
@@ -285,7 +319,7 @@ _DO = "this family needs a row in luthier/models/families.py, or its layers mix 
 def _same(stage: Stage, what: str, ours: Tensor, plain: Tensor, do: str = _DO) -> None:
     """Refused unless ||ours - plain|| / ||plain|| is what rounding explains."""
     error = float((ours.double() - plain.double()).norm() / plain.double().norm())
-    if not error <= _ROUNDING.get(stage.autocast or stage.model.dtype, 1e-1):
+    if not error <= _ROUNDING.get(stage.autocast or plain.dtype, 1e-1):
         raise Refused(
             f"model family '{stage.model.config.model_type}' was asked for",
             f"its {what} differ from the plain ones by {error:.2g} (relative)",

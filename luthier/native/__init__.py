@@ -57,9 +57,10 @@ def _find() -> Found:
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     try:
         path = _folder() / f"{_key()}.so"
-        if not path.is_file():
+        if not _is_whole(path):
+            state = f"{path} is damaged" if path.exists() else "not built"
             if compiler is None:
-                return Found(None, "off: not built, and there is no C++ compiler (g++)")
+                return Found(None, f"off: {state}, and there is no C++ compiler (g++)")
             _build(compiler, path)
         # torch's own OpenMP threads serve the kernels: torch has to be loaded first
         import torch  # noqa: F401
@@ -74,7 +75,10 @@ def _find() -> Found:
 
 
 def _build(compiler: str, path: Path) -> None:
-    """Compile into a temporary file and rename: processes that build at once do not meet."""
+    """Compile into a temporary file and rename: processes that build at once do not meet.
+
+    The file ends with its own hash: loading a file that was cut short or changed could end the process.
+    """
     print(
         f"luthier: building the native kernels (once; {SWITCH}=0 switches them off)",
         file=sys.stderr,
@@ -86,7 +90,17 @@ def _build(compiler: str, path: Path) -> None:
         sources = [str(p) for p in sorted(SOURCES.glob("*.cpp"))]
         command = [compiler, *FLAGS, *sources, "-o", str(made)]
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=600)
+        with made.open("ab") as file:  # a loader reads what the header names, no more
+            file.write(hashlib.sha256(made.read_bytes()).digest())
         made.replace(path)
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether it is there and as it was built."""
+    if not path.is_file():
+        return False
+    data = path.read_bytes()
+    return hashlib.sha256(data[:-32]).digest() == data[-32:]
 
 
 def _folder() -> Path:

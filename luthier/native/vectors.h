@@ -51,6 +51,19 @@ INLINE float one(bf16 x) {
 }
 INLINE float one(float x) { return x; }
 
+// the first `count` numbers of a vector, zeros behind them
+INLINE Floats wide(const bf16* from, int64_t count) {
+  Halves x = {};
+  if (count >= 16) return wide(from);
+  memcpy(&x, from, count * sizeof(bf16));
+  return widen(x);
+}
+INLINE void put(bf16* to, Floats x, int64_t count) {
+  if (count >= 16) return put(to, x);
+  Halves y = narrow(x);
+  memcpy(to, &y, count * sizeof(bf16));
+}
+
 // a in the low, b in the high halves
 INLINE Words paired(Halves a, Halves b) {
   return __builtin_convertvector(a, Words) | (__builtin_convertvector(b, Words) << 16);

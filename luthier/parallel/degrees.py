@@ -14,7 +14,6 @@ from luthier.errors import Refused
 
 ABSENT = {
     "context": "context parallelism",
-    "pipeline": "pipeline parallelism",
 }
 
 WHOLE = ("adamw_mini", "adafactor")  # optimisers that need all rows of a tensor in one place
@@ -38,8 +37,6 @@ def mesh_sizes(parallel: ParallelConfig, processes: int) -> dict[str, int]:
             )
     beside = {  # says how an absent axis works
         "context_method": (parallel.context_method, "context"),
-        "virtual_stages": (parallel.virtual_stages, "pipeline"),
-        "schedule": (parallel.schedule, "pipeline"),
     }
     for key, (value, axis) in beside.items():
         if value != type(parallel).model_fields[key].default:
@@ -67,6 +64,7 @@ def mesh_sizes(parallel: ParallelConfig, processes: int) -> dict[str, int]:
         )
     for axis in rest:
         sizes[axis] = processes // fixed
+    check_pipeline(parallel, sizes["pipeline"])
     if sizes["shard"] == 1 and parallel.offload:
         raise Refused(
             "parallel.offload=true",
@@ -74,6 +72,43 @@ def mesh_sizes(parallel: ParallelConfig, processes: int) -> dict[str, int]:
             "start more processes, or leave it out",
         )
     return sizes
+
+
+def check_pipeline(parallel: ParallelConfig, ranks: int) -> None:
+    """Refuse schedules and virtual stages that say nothing or do not go together."""
+    for key in ("virtual_stages", "schedule"):
+        value, usual = getattr(parallel, key), type(parallel).model_fields[key].default
+        if ranks == 1 and value != usual:
+            raise Refused(
+                f"parallel.{key}={value}",
+                "it says how a pipeline works, and parallel.pipeline is 1",
+                "leave it out, or give parallel.pipeline",
+            )
+    if ranks > 1 and parallel.schedule == "1f1b" and parallel.virtual_stages > 1:
+        raise Refused(
+            f"parallel.virtual_stages={parallel.virtual_stages} with parallel.schedule=1f1b",
+            "that schedule has one stage a rank",
+            "give parallel.schedule=interleaved (or zero_bubble)",
+        )
+    if ranks > 1 and parallel.schedule == "interleaved" and parallel.virtual_stages == 1:
+        raise Refused(
+            "parallel.schedule=interleaved with parallel.virtual_stages=1",
+            "it interleaves the several stages of a rank",
+            "give parallel.virtual_stages=2, or parallel.schedule=1f1b",
+        )
+
+
+def check_stages(parallel: ParallelConfig, ranks: int, num_layers: int) -> None:
+    """Refuse more pipeline stages than the model has layers."""
+    stages = ranks * parallel.virtual_stages
+    if ranks > 1 and stages > num_layers:
+        virtual = parallel.virtual_stages
+        raise Refused(
+            f"parallel.pipeline={ranks}"
+            + (f" with parallel.virtual_stages={virtual}" if virtual > 1 else ""),
+            f"that makes {stages} stages, and the model has {num_layers} layers",
+            f"give at most {num_layers} stages",
+        )
 
 
 def check_sharding(config: RunConfig, sizes: Mapping[str, int]) -> None:
@@ -85,6 +120,19 @@ def check_sharding(config: RunConfig, sizes: Mapping[str, int]) -> None:
                 "its moments are shared by rows of a tensor that would lie on different ranks",
                 f"use optim.name=adamw, or parallel.replicate in place of parallel.{axis}",
             )
+    stages = sizes.get("pipeline", 1)
+    if config.parallel.schedule == "zero_bubble" and sizes["shard"] > 1:
+        raise Refused(
+            f"parallel.schedule=zero_bubble with parallel.shard={sizes['shard']}",
+            "it takes the gradients of weights past the place where those of shards are added up",
+            "give parallel.schedule=1f1b or interleaved, or parallel.replicate in place of parallel.shard",
+        )
+    if stages > 1 and config.train.compile:
+        raise Refused(
+            f"train.compile=true with parallel.pipeline={stages}",
+            "layers of a pipeline's stages are not compiled in this version",
+            "leave train.compile out",
+        )
     if sizes["tensor"] > 1 and config.train.compile:
         raise Refused(
             f"train.compile=true with parallel.tensor={sizes['tensor']}",
@@ -93,18 +141,23 @@ def check_sharding(config: RunConfig, sizes: Mapping[str, int]) -> None:
         )
 
 
-def fit_batch(config: RunConfig, data_ranks: int) -> RunConfig:
+def fit_batch(config: RunConfig, data_ranks: int, stages: int = 1) -> RunConfig:
     """The config with `train.batch` and `train.micro_batch` filled in for this number of data ranks.
 
-    `train.accumulation` counts per rank: batch = micro_batch x accumulation x data ranks. Refused for a
+    `train.accumulation` counts per rank: batch = micro_batch x accumulation x data ranks. A pipeline of
+    `stages` ranks gets at least as many micro-batches, twice that where it is left to us. Refused for a
     batch that cannot be cut into equal micro-batches on all ranks.
     """
     train = config.train
+    _check_filling(config, data_ranks, stages)
     if train.accumulation is not None:
         micro = train.micro_batch or 1
         changes = {"batch": micro * train.accumulation * data_ranks, "accumulation": None}
     else:
-        micro = train.micro_batch or max(1, train.batch // data_ranks)
+        rows = max(1, train.batch // data_ranks)
+        wanted = 1 if stages == 1 else min(rows, 2 * stages)
+        usual = max(m for m in range(1, rows + 1) if rows % m == 0 and rows // m >= wanted)
+        micro = train.micro_batch or usual
         changes = {"batch": train.batch, "micro_batch": micro}
         if train.batch % (micro * data_ranks):
             step = data_ranks * (train.micro_batch or 1)
@@ -116,3 +169,23 @@ def fit_batch(config: RunConfig, data_ranks: int) -> RunConfig:
                 f"give train.batch={near}, or a number of processes that divides {train.batch}",
             )
     return config.model_copy(update={"train": train.model_copy(update=changes)})
+
+
+def _check_filling(config: RunConfig, data_ranks: int, stages: int) -> None:
+    """Refuse fewer micro-batches than a pipeline has ranks: some would never have work."""
+    train = config.train
+    rows = train.batch // data_ranks
+    passes = train.accumulation or rows // (train.micro_batch or 1)
+    if passes >= stages or stages == 1:
+        return
+    batch, fitting = stages * data_ranks * (train.micro_batch or 1), rows // stages
+    do = f"give train.batch={batch} or more"
+    if train.accumulation is not None:
+        do = f"give train.accumulation={stages} or more"
+    elif fitting:
+        do = f"give train.micro_batch={fitting} or less"
+    raise Refused(
+        f"parallel.pipeline={stages} with {passes} micro-batch{'es' if passes > 1 else ''} a step",
+        f"a pipeline of {stages} needs {stages} micro-batches at least, or some of its processes idle for good",
+        do,
+    )

@@ -52,16 +52,14 @@ def pieces_of(tensor: Tensor) -> Pieces:
         return Pieces(shape, tensor.dtype, _solid([Piece(tuple(start), local)]))
     axis = how.dim % tensor.ndim
     begin, parts = start[axis], []
-    here = whole = 0  # where a stretch begins in the rank's part, and its piece in the whole
-    for size in how.sizes:
-        length = size // how.ranks
+    here = 0  # where a stretch begins in the rank's part
+    for there, length in how.stretches:
         first = max(begin, here)
         last = min(begin + local.shape[axis], here + length)
         if first < last:
-            at = whole + how.rank * length + first - here
-            offsets = (*start[:axis], at, *start[axis + 1 :])
+            offsets = (*start[:axis], there + first - here, *start[axis + 1 :])
             parts.append(Piece(tuple(offsets), local.narrow(axis, first - begin, last - first)))
-        here, whole = here + length, whole + size
+        here += length
     return Pieces(how.whole_shape(shape), tensor.dtype, _solid(parts))
 
 

@@ -27,7 +27,7 @@ from torch.nn import Parameter
 
 from luthier.errors import Refused
 from luthier.parallel.world import World
-from luthier.parts import cut_of, is_share, marked
+from luthier.parts import Part, copy_of, cut_of, is_share, marked
 
 BUCKET = 2**25  # numbers that are summed over the replicas at once
 
@@ -218,7 +218,7 @@ def reduce(parameters: Sequence[Parameter], world: World) -> None:
     if world.data_size > 1 and own:
         _fill(own, world)
         groups = [None]
-        if world.sizes["tensor"] > 1:  # those that see other rows, not those that cut the layers
+        if world.size > world.data_size:  # those that see other rows, not those that cut the layers
             axes = [axis for axis in ("replicate", "shard") if world.sizes[axis] > 1]
             groups = [world.mesh.get_group(axis) for axis in axes]
         for group in groups:
@@ -226,11 +226,39 @@ def reduce(parameters: Sequence[Parameter], world: World) -> None:
     if world.sizes["tensor"] > 1:
         shares = [local(p.grad) for p in parameters if is_share(p) and p.grad is not None]
         _sum_buckets(shares, world.mesh.get_group("tensor"))
+        for p in parameters:
+            how = cut_of(p)
+            if p.grad is not None and how is not None and (mask := _copied(p)) is not None:
+                _sum_copies(local(p.grad), mask, how, world)
+
+
+def _counted(gradient: Tensor, how: Part | None) -> Tensor:
+    """This rank's numbers of a gradient, zero where a rank before it has the same."""
+    own = local(gradient)
+    mask = None if how is None or how.rank == how.holders[0] else _copied(gradient)
+    return own if mask is None else own.masked_fill(mask, 0)
+
+
+def _copied(tensor: Tensor) -> Tensor | None:
+    """`Part.copied` of this rank's numbers of a tensor, sharded or not."""
+    how = cut_of(tensor)
+    mask = None if how is None else how.copied(tensor)
+    return None if mask is None else local(part_of(mask, tensor))
+
+
+def _sum_copies(gradient: Tensor, mask: Tensor, how: Part, world: World) -> None:
+    """Sum, in place, what neighbours have of the gradient of the same numbers."""
+    own = gradient.contiguous()
+    found = [torch.empty_like(own) for _ in range(how.ranks)]
+    torch.distributed.all_gather(found, own, group=world.mesh.get_group("tensor"))
+    wide = torch.promote_types(own.dtype, torch.float32)
+    total = sum(found[rank].to(wide) for rank in how.holders)
+    gradient.copy_(torch.where(mask, total, own.to(wide)))
 
 
 def _fill(own: list[Parameter], world: World) -> None:
     """Zero for the gradient that a rank has not and another one has."""
-    reached = world.vectors([float(p.grad is not None) for p in own])
+    reached = world.of_stage(world.gather([p.grad is not None for p in own]))
     for p, flags in zip(own, zip(*reached, strict=True), strict=True):
         if p.grad is None and any(flags):
             p.grad = torch.zeros_like(p)
@@ -261,21 +289,47 @@ def _all_reduce(tensors: list[Tensor], group: Any) -> None:
 
 def peaks(tensors: Mapping[str, Tensor | None], world: World) -> dict[str, Tensor | None]:
     """Largest magnitude of each (maybe sharded) tensor on any rank, as scalars; NaN if one is in it."""
-    names = [name for name, t in tensors.items() if t is not None]
-    ours = [local(t).abs() for t in (tensors[n] for n in names) if t is not None]
-    rows = world.vectors([float(t.max()) if t.numel() else 0.0 for t in ours])
-    most = torch.tensor(rows, dtype=torch.float64).amax(0)  # amax hands NaN on, max() does not
-    return {**dict.fromkeys(tensors), **dict(zip(names, most, strict=True))}
+    most: dict[str, Tensor | None] = dict.fromkeys(tensors)
+    ours = {name: local(t).abs() for name, t in tensors.items() if t is not None}
+    rows = world.gather({n: float(t.max()) if t.numel() else 0.0 for n, t in ours.items()})
+    for name in {name: None for row in rows for name in row}:
+        # amax hands NaN on, max() does not
+        values = [row[name] for row in rows if name in row]
+        most[name] = torch.tensor(values, dtype=torch.float64).amax(0)
+    return most
 
 
 def gathered(tensors: Mapping[str, Tensor], world: World, *, keep: bool) -> dict[str, Tensor]:
-    """The whole of each tensor on the CPU, one after the other; nothing where `keep` is False. All must ask."""
+    """The whole of each tensor on the CPU, one after the other; nothing where `keep` is False. All must ask.
+
+    Rank 0 gets the tensors of all pipeline stages, another rank those of its own.
+    """
     out = {}
+    hands = world.sizes["pipeline"] > 1 and world.rank % world.stage_size == 0
     for name, tensor in tensors.items():
         one = full(tensor, world)
-        if keep:
+        if keep or hands:
             out[name] = one.cpu()
-    return out
+    if world.sizes["pipeline"] > 1:
+        given = out if hands and world.rank else None
+        out.update(collected(given, world))
+    return out if keep else {}
+
+
+def collected(tensors: Mapping[str, Tensor] | None, world: World) -> Iterator[tuple[str, Tensor]]:
+    """On rank 0, name and value of every tensor that the first rank of each other stage hands over, one by one.
+
+    All ranks must ask; only those first ranks give `tensors`.
+    """
+    ours = [(n, list(t.shape), str(t.dtype).split(".")[1]) for n, t in (tensors or {}).items()]
+    facts = world.gather(ours)
+    for tensor in (tensors or {}).values():
+        torch.distributed.send(tensor.detach().cpu().contiguous(), dst=0)
+    for rank, (name, shape, dtype) in ((r, fact) for r, each in enumerate(facts) for fact in each):
+        if world.is_main:
+            one = torch.empty(shape, dtype=getattr(torch, dtype))
+            torch.distributed.recv(one, src=rank)
+            yield name, one
 
 
 def total_norm(gradients: Sequence[Tensor], world: World) -> float:
@@ -293,7 +347,10 @@ def total_norm(gradients: Sequence[Tensor], world: World) -> float:
 
     kinds: dict[tuple[bool, bool], list[Tensor]] = {}
     for g in gradients:
-        kinds.setdefault((isinstance(g, DTensor), cut_of(g) is not None), []).append(local(g))
+        if (copy := copy_of(g)) is not None and not copy.counts:
+            continue
+        how = cut_of(g)
+        kinds.setdefault((isinstance(g, DTensor), how is not None), []).append(_counted(g, how))
     both = [square(kinds.get(kind, [])) for kind in ((True, True), (True, False), (False, True))]
     # each replica of a part has the same gradient: count the parts of one replica
     tensor = world.sizes["tensor"]
@@ -301,4 +358,4 @@ def total_norm(gradients: Sequence[Tensor], world: World) -> float:
     rows = world.vectors(both)[world.rank // size * size :][:size]
     parts = sum(row[0] for row in rows) + sum(row[1] for row in rows[::tensor])
     parts += sum(row[2] for row in rows[:tensor])
-    return (square(kinds.get((False, False), [])) + parts) ** 0.5
+    return world.over_stages(square(kinds.get((False, False), [])) + parts) ** 0.5

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 
 from luthier.errors import Refused
-from luthier.layers import is_transposed
+from luthier.layers import is_quantized, is_transposed
 from luthier.parallel.world import World
 from luthier.parts import Part, mark_part, mark_share
 
@@ -30,6 +30,11 @@ class LayerCut(Protocol):
     def along(self) -> str: ...  # "outputs" or "inputs"
     @property
     def sizes(self) -> tuple[int, ...]: ...  # what lies one after the other along that side
+    @property
+    def entering(
+        self,
+    ) -> bool: ...  # whether its inputs are whole up to here, or a rank's share of a branch
+    def part(self, dim: int, rank: int, ranks: int) -> Part: ...
 
 
 class Sides(NamedTuple):
@@ -71,10 +76,13 @@ def check_adapters(
             )
         for name, axis in follows[SIDES[how.along].style].items():
             tensor = getattr(adapter, name, None)
-            if tensor is not None and not _sizes(tensor.shape[axis], how, world.sizes["tensor"]):
+            if tensor is None:
+                continue
+            length = tensor.shape[axis + bool(adapter.stacked)]
+            if part_beside(length, how, 0, 0, world.sizes["tensor"]) is None:
                 raise Refused(
                     asked,
-                    f"{name} of layer '{path}' has {tensor.shape[axis]} rows or columns, which cannot be "
+                    f"{name} of layer '{path}' has {length} rows or columns, which cannot be "
                     f"shared out as the layer's {sum(how.sizes)} {how.along} are",
                     "leave the layer out of adapter.targets, or use parallel.shard",
                 )
@@ -95,47 +103,57 @@ def cut_layers(
     rank, ranks = world.mesh.get_local_rank("tensor"), world.sizes["tensor"]
     group = world.mesh.get_group("tensor")
     for path, how in layers.items():
-        layer, sides = model.get_submodule(path), SIDES[how.along]
-        axis = 1 - sides.weight if is_transposed(layer) else sides.weight
-        _cut(layer, "weight", Part(axis, how.sizes, rank, ranks))
-        _resize(layer, how.along, ranks)
+        layer: Any = model.get_submodule(path)
+        sides = SIDES[how.along]
+        if is_quantized(layer):
+            layer.keep(how.part(sides.weight - 2, rank, ranks))
+        else:
+            axis = 1 - sides.weight if is_transposed(layer) else sides.weight
+            put_part(layer, "weight", how.part(axis, rank, ranks))
+            _resize(layer, how.along, sum(how.part(0, rank, ranks).own_sizes))
         if how.along == "outputs":
             if layer._parameters.get("bias") is not None:
-                _cut(layer, "bias", Part(0, how.sizes, rank, ranks))
-            layer.register_forward_pre_hook(_Entering(group), prepend=True)
+                put_part(layer, "bias", how.part(0, rank, ranks))
+            if how.entering:
+                layer.register_forward_pre_hook(_Entering(group), prepend=True)
         else:
             leaving = _Leaving(group)
             layer.register_forward_pre_hook(leaving.enter)
             layer.register_forward_hook(leaving.leave, always_call=True)
-        adapter: Any = adapters.get(path)
-        if adapter is None:
-            continue
-        if how.along == "inputs":
-            adapter.entering = Part(-1, how.sizes, rank, ranks)
-        axes = adapter.follows[sides.style]
-        for name, tensor in (*adapter.named_parameters(), *adapter.named_buffers()):
-            if name in axes:
-                sizes = _sizes(tensor.shape[axes[name]], how, ranks)
-                assert sizes is not None  # `check_adapters`
-                _cut(adapter, name, Part(axes[name], sizes, rank, ranks))
-            elif isinstance(tensor, Parameter):
-                mark_share(tensor)
+        if path in adapters:
+            cut_adapter(adapters[path], how, rank, ranks)
     for path in shares:
         for parameter in model.get_submodule(path).parameters():
             mark_share(parameter)
 
 
-def _sizes(length: int, how: LayerCut, ranks: int) -> tuple[int, ...] | None:
+def cut_adapter(adapter: Any, how: LayerCut, rank: int, ranks: int) -> None:
+    """Cut an adapter as the layer, or the stack of experts, is that it is on."""
+    if how.along == "inputs":
+        adapter.entering = how.part(-1, rank, ranks)
+    axes = adapter.follows[SIDES[how.along].style]
+    for name, tensor in (*adapter.named_parameters(), *adapter.named_buffers()):
+        if name in axes:
+            axis = axes[name] + bool(adapter.stacked)
+            part = part_beside(tensor.shape[axis], how, axis, rank, ranks)
+            assert part is not None  # `check_adapters`
+            put_part(adapter, name, part)
+        elif isinstance(tensor, Parameter):
+            mark_share(tensor)
+
+
+def part_beside(length: int, how: LayerCut, axis: int, rank: int, ranks: int) -> Part | None:
     """How a side of an adapter's tensor is cut beside a layer; None if it cannot be."""
+    part = how.part(axis, rank, ranks)
     if length == sum(how.sizes):
-        return how.sizes
+        return part
     plain = len(how.sizes) == 1 and length % ranks == 0 and how.sizes[0] % length == 0
-    return (length,) if plain else None
+    return Part(axis, (length,), rank, ranks) if plain and not part.copies else None
 
 
 @torch.no_grad()
-def _cut(owner: nn.Module, name: str, how: Part) -> None:
-    """Put the rank's part in the place of a parameter or buffer."""
+def put_part(owner: nn.Module, name: str, how: Part) -> None:
+    """Put the rank's part in the place of a parameter, buffer or other tensor."""
     old = getattr(owner, name)
     mine = how.of(old.detach()).clone()
     if isinstance(old, Parameter):
@@ -144,12 +162,12 @@ def _cut(owner: nn.Module, name: str, how: Part) -> None:
     mark_part(mine, how)
 
 
-def _resize(layer: nn.Module, along: str, ranks: int) -> None:
+def _resize(layer: nn.Module, along: str, size: int) -> None:
     """The layer's own record of its sizes."""
     names = {"outputs": ("out_features", "nf"), "inputs": ("in_features", "nx")}[along]
     for name in names:
         if hasattr(layer, name):
-            setattr(layer, name, getattr(layer, name) // ranks)
+            setattr(layer, name, size)
 
 
 def _hide_bias(layer: nn.Module) -> None:
@@ -170,7 +188,7 @@ class _Entering:
         self.group = group
 
     def __call__(self, layer: nn.Module, args: tuple[Any, ...]) -> Any:
-        return (_SumBackward.apply(args[0], self.group), *args[1:])
+        return (SumBackward.apply(args[0], self.group), *args[1:])
 
 
 class _Leaving:
@@ -188,12 +206,12 @@ class _Leaving:
             output is None
         ):  # the forward was left early: an error, or all is recomputed that is needed
             return None
-        y: Any = _SumForward.apply(output, self.group)
+        y: Any = SumForward.apply(output, self.group)
         bias = layer._parameters.get("bias")
         return y if bias is None else y + bias.to(y.dtype)
 
 
-class _SumBackward(torch.autograd.Function):
+class SumBackward(torch.autograd.Function):
     """x -> x; the gradients of the ranks are summed."""
 
     @staticmethod
@@ -209,7 +227,7 @@ class _SumBackward(torch.autograd.Function):
         return total, None
 
 
-class _SumForward(torch.autograd.Function):
+class SumForward(torch.autograd.Function):
     """The ranks' y -> their sum; each gets the gradient of the sum."""
 
     @staticmethod

@@ -211,8 +211,34 @@ class World:
         return math.fsum(self.of_data(self.values(value)))
 
     def of_data(self, values: list[T]) -> list[T]:
-        """Of one value per rank, one per data rank: the ranks that cut a model's layers see the same rows."""
-        return values[:: self.size // self.data_size]
+        """Of one value per rank, one per data rank: the ranks that cut a model's layers see the same rows.
+
+        In a pipeline those of the last stage, which has the loss.
+        """
+        own = values[-self.stage_size :]
+        return own[:: len(own) // self.data_size]
+
+    def of_stage(self, values: list[T]) -> list[T]:
+        """Of one value per rank, those of the ranks with the same pipeline stage."""
+        begin = self.rank // self.stage_size * self.stage_size
+        return values[begin : begin + self.stage_size]
+
+    @property
+    def stage_size(self) -> int:
+        """How many ranks a pipeline stage has; they follow each other."""
+        return self.size // self.sizes["pipeline"]
+
+    def sums(self, values: list[float]) -> list[float]:
+        """Sums over data ranks and pipeline stages, of lists that are empty where a stage has none."""
+        same = self.stage_size // self.data_size  # ranks that cut a layer see the same
+        rows = [row for row in self.gather(values)[::same] if row]
+        return [math.fsum(column) for column in zip(*rows, strict=True)]
+
+    def over_stages(self, value: float) -> float:
+        """The sum of one value per pipeline stage, the same on all of its ranks."""
+        if self.sizes["pipeline"] == 1:
+            return value
+        return math.fsum(self.values(value)[:: self.stage_size])
 
     def max(self, value: float) -> float:
         return max(self.values(value))

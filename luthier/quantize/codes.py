@@ -36,7 +36,7 @@ _FP4_ORDER = (11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3)
 
 _CODE_BOOKS = ("nf4", "fp4")
 _BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # of code books, as in bitsandbytes
-_NESTED_BLOCK = 256
+NESTED_BLOCK = 256
 _LARGEST_CODE = {"int8": 127, "int4": 7}
 _TINY = 1e-38  # instead of a zero absmax, as in bitsandbytes
 
@@ -52,6 +52,7 @@ class Spec:
     shape: tuple[int, ...]
     block_size: int
     double_quant: bool
+    nested_block: int = NESTED_BLOCK  # scales per scale of theirs, under double_quant
 
     @property
     def numel(self) -> int:
@@ -81,7 +82,7 @@ class Spec:
 
         `codes`: int8, or uint8 with two 4-bit codes per byte, the first in the high half. `absmax`:
         float32, or uint8 under `double_quant`, where it is dynamic 8-bit codes of absmax - nested_offset in
-        blocks of 256 with scales `nested_absmax`.
+        blocks of `nested_block` with scales `nested_absmax`.
         """
         if self.by_rows:
             lead = self.shape[:-1]
@@ -92,7 +93,7 @@ class Spec:
         code_type = torch.int8 if self.bits == 8 else torch.uint8
         if not self.double_quant:
             return {"codes": (codes, code_type), "absmax": (absmax, torch.float32)}
-        nested = -(-self.num_blocks // _NESTED_BLOCK)
+        nested = -(-self.num_blocks // self.nested_block)
         return {
             "codes": (codes, code_type),
             "absmax": (absmax, torch.uint8),
@@ -201,7 +202,7 @@ def scales(tensors: Tensors, spec: Spec) -> Tensor:
     absmax = tensors["absmax"]
     if spec.double_quant:
         table = _dynamic_levels(absmax.device)
-        outer = tensors["nested_absmax"].repeat_interleave(_NESTED_BLOCK)[: spec.num_blocks]
+        outer = tensors["nested_absmax"].repeat_interleave(spec.nested_block)[: spec.num_blocks]
         levels = table.index_select(0, absmax.view(-1).int())
         return (levels * outer + tensors["nested_offset"]).view(absmax.shape)
     if absmax.dtype != torch.float32:
@@ -380,8 +381,8 @@ def _dynamic_levels(device: torch.device) -> Tensor:
 
 def _quantize_dynamic(values: Tensor) -> tuple[Tensor, Tensor]:
     """Nearest dynamic 8-bit codes of `values` [n] in blocks of 256, and the blocks' absmax."""
-    short = -len(values) % _NESTED_BLOCK
-    blocks = torch.nn.functional.pad(values, (0, short)).view(-1, _NESTED_BLOCK)
+    short = -len(values) % NESTED_BLOCK
+    blocks = torch.nn.functional.pad(values, (0, short)).view(-1, NESTED_BLOCK)
     peak = blocks.abs().amax(1)
     table = _dynamic_levels(values.device)
     scaled = blocks / peak.clamp(min=_TINY)[:, None]

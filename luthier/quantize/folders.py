@@ -10,10 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from safetensors import safe_open
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, apply_renamings
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -23,7 +26,7 @@ from luthier.layers import features, is_linear
 from luthier.quantize import layouts
 from luthier.quantize.linears import QuantizedLinear, QuantizedTensor
 from luthier.quantize.loading import OwnQuantizer, plan_quantization, replace, stand_in
-from luthier.quantize.stored import Headers, Read, broken
+from luthier.quantize.stored import Headers, Read, Stored, broken
 
 METHOD = "luthier-folder"  # our name among transformers' quantisers
 
@@ -77,10 +80,10 @@ class Prequantized(QuantizationConfigMixin):
         Weights of layers that the model lacks are left out: the loader refuses them, or does not where
         fewer layers are built.
         """
-        modules = dict(model.named_modules())
-        found = {name: modules[name] for name in self.plan if name in modules}
+        modules, plan = dict(model.named_modules()), self.plan_for(model)
+        found = {name: modules[name] for name in plan if name in modules}
         for name, layer in found.items():
-            shape = self.plan[name].spec.shape
+            shape = plan[name].spec.shape
             own = tuple(reversed(features(layer))) if is_linear(layer) else None
             if own != shape:
                 fault = f"layer '{name}' is {list(own)}" if own else f"'{name}' is no linear layer"
@@ -88,13 +91,20 @@ class Prequantized(QuantizationConfigMixin):
         self._check_asked(model, set(found))
         return found
 
+    def plan_for(self, model: nn.Module) -> dict[str, Stored]:
+        """Path of a layer in `model` -> how it lies in the folder, whose name for it may be an older one (GPT-NeoX's
+        head, `embed_out`)."""
+        rename = _renaming(model)
+        paths = {name: rename(f"{name}.weight").removesuffix(".weight") for name in self.plan}
+        return {paths[name]: stored for name, stored in self.plan.items()}
+
     def _check_asked(self, model: nn.Module, found: set[str]) -> None:
         """Refuse to quantise what is quantised already, unless it is so in just the form asked for."""
         if self.asked is None:
             return
-        plan = plan_quantization(model, self.asked)
+        plan, held = plan_quantization(model, self.asked), self.plan_for(model)
         for name in [*found, *(plan.keys() - found)]:
-            mine = self.plan[name].spec if name in found else None
+            mine = held[name].spec if name in found else None
             if plan.get(name) != mine:
                 form = (
                     "not quantised"
@@ -108,19 +118,27 @@ class Prequantized(QuantizationConfigMixin):
                 )
 
     def tensors(self, model: nn.Module) -> set[str]:
-        """Names of the folder's tensors that the quantised layers of `model` are made of."""
-        modules = dict(model.named_modules())
+        """The folder's tensors that the quantised layers of `model` are made of, by the loader's names for them."""
+        modules, rename = dict(model.named_modules()), _renaming(model)
         return {
-            part
-            for name, stored in self.plan.items()
+            rename(part)
+            for name, stored in self.plan_for(model).items()
             if name in modules
             for part in stored.parts.values()
         }
 
     def convert(self, model: nn.Module) -> None:
         """Give a model in memory, or on meta, layers of the folder's forms, with its own values."""
+        plan = self.plan_for(model)
         for name, layer in self.layers(model).items():
-            replace(model, name, self.plan[name].spec, layer.get_parameter("weight"))
+            replace(model, name, plan[name].spec, layer.get_parameter("weight"))
+
+
+def _renaming(model: nn.Module) -> Callable[[str], str]:
+    """A tensor's name in a folder -> its name in `model`, as transformers' loader changes it."""
+    mapping = get_model_conversion_mapping(model) if isinstance(model, PreTrainedModel) else []
+    renamings = [one for one in mapping if isinstance(one, WeightRenaming)]
+    return lambda name: apply_renamings(name, renamings)
 
 
 class _Awaited(nn.Module):
@@ -138,7 +156,7 @@ class _FolderQuantizer(OwnQuantizer):
     quantization_config: Prequantized
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        plan = self.quantization_config.plan
+        plan = self.quantization_config.plan_for(model)
         for name, layer in self.quantization_config.layers(model).items():
             spec = plan[name].spec
             made = QuantizedLinear.like(layer, spec.scheme, spec.block_size, spec.double_quant)
@@ -149,11 +167,12 @@ class _FolderQuantizer(OwnQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         source = self.quantization_config
+        plan = source.plan_for(model)
         awaited = {n: m for n, m in model.named_modules() if isinstance(m, _Awaited)}
         with ExitStack() as stack:
             read = source.reader(stack)
             for name, holder in awaited.items():
-                made, stored = vars(holder)["made"], source.plan[name]
+                made, stored = vars(holder)["made"], plan[name]
                 values = layouts.take(source.folder, source.fields, stored, read)
                 made.load_state_dict(values, strict=False, assign=True)
                 made.bias = holder.bias
@@ -192,6 +211,35 @@ def pack(
         packed |= layouts.write(method, f"{name}.weight", values, layer.spec, layer.dtype)
     kept = [n for n, m in model.named_modules() if is_linear(m) and n not in layers]
     return packed, layouts.config(method, specs, kept, model.dtype)
+
+
+def save_packed(model: Any) -> None:
+    """Make `model.save_pretrained` write the quantised layers in a layout that others read, as `luthier quantize` does.
+
+    transformers asks a model's quantiser for what is saved; without one it would write our codes under names that
+    nobody reads. Nothing is done to a model without quantised layers.
+    """
+    if any(isinstance(module, QuantizedTensor) for module in model.modules()):
+        model.hf_quantizer = _Packer(QuantizationConfigMixin(quant_method=cast(Any, METHOD)))
+
+
+class _Packer(OwnQuantizer):
+    """Says what of a quantised model is saved. Refused: an adapter on it, and what `pack` refuses."""
+
+    def is_serializable(self) -> bool:
+        return True
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+        if any(".adapter." in name for name in state):
+            raise Refused(
+                "save_pretrained of a quantised model with an adapter on it",
+                "the folder of a base has no place for the adapter",
+                "use luthier merge --quantized BASE ADAPTER OUT, or keep base and adapter apart",
+            )
+        packed, fields = pack(model, state)
+        model.config.quantization_config = fields
+        return packed, {}
 
 
 Pack = Callable[[Any, Mapping[str, Tensor]], tuple[dict[str, Tensor], dict[str, Any] | None]]

@@ -18,8 +18,10 @@ from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from luthier.errors import Refused
+from luthier.parts import Part
 from luthier.quantize import codes
 from luthier.quantize.codes import Spec, make_spec
+from luthier.quantize.parts import check_part, take_part
 
 # numbers dequantised at a time on CPU: a product with less of the weight is slower, by a quarter at 2**20
 _TILE = 2**22
@@ -48,6 +50,7 @@ class QuantizedTensor(nn.Module):
         """
         super().__init__()
         self.spec = make_spec(scheme, shape, block_size, double_quant)
+        self.whole = self.spec.numel  # numbers of the weight, of which a rank may have a part
         self.dtype = dtype or torch.get_default_dtype()
         for name, (size, kind) in self.spec.layout.items():
             values = torch.empty(size, dtype=kind, device=device)
@@ -134,6 +137,16 @@ class QuantizedTensor(nn.Module):
         """addend + g W, [N, in], for g [N, out], outside autograd: the gradient of x in such a node."""
         return _times(g, addend, self.spec, self._rows(index), list(self.tensors().values()))
 
+    def check_part(self, how: Part, name: str, asked: str) -> None:
+        """Refuse a cut (`keep`) of the layer `name` that would leave blocks too small."""
+        check_part(self.spec, how, name, asked)
+
+    def keep(self, how: Part) -> None:
+        """Keep a tensor-parallel rank's part of the weight: outputs (`how.dim` -2) or inputs (-1)."""
+        kept, self.spec = take_part(self.tensors(), self.spec, how)
+        for name, values in kept.items():
+            setattr(self, name, nn.Parameter(values, requires_grad=False))
+
     def tensors(self) -> dict[str, Tensor]:
         """The stored tensors by name."""
         return {name: getattr(self, name) for name in self.spec.layout}
@@ -196,8 +209,10 @@ class QuantizedLinear(QuantizedTensor):
         super().__init__(shape, scheme, block_size, double_quant, dtype=dtype, device=device)
         self.in_features, self.out_features = in_features, out_features
         self.transposed = transposed
-        values = torch.zeros(out_features, dtype=self.dtype, device=device) if bias else None
-        self.bias = None if values is None else nn.Parameter(values, requires_grad=False)
+        self.register_parameter("bias", None)  # a parameter also where there is none
+        if bias:
+            values = torch.zeros(out_features, dtype=self.dtype, device=device)
+            self.bias = nn.Parameter(values, requires_grad=False)
 
     @classmethod
     def meta(
@@ -213,17 +228,8 @@ class QuantizedLinear(QuantizedTensor):
         dtype: torch.dtype | None = None,
     ) -> Self:
         """A layer without memory, for a loader that calls `load_from` when it has read the weight."""
-        return cls(
-            in_features,
-            out_features,
-            scheme,
-            block_size,
-            double_quant,
-            bias=bias,
-            transposed=transposed,
-            dtype=dtype,
-            device="meta",
-        )
+        form = (in_features, out_features, scheme, block_size, double_quant)
+        return cls(*form, bias=bias, transposed=transposed, dtype=dtype, device="meta")
 
     @classmethod
     def like(
@@ -282,12 +288,17 @@ class QuantizedLinear(QuantizedTensor):
             made.load_from(weight, getattr(layer, "bias", None))
         return made
 
+    def keep(self, how: Part) -> None:
+        super().keep(how)
+        self.out_features, self.in_features = self.spec.shape
+
     def load_from(self, weight: Tensor, bias: Tensor | None = None) -> None:
         """Quantise `weight`, in the orientation of the layer it stands for, and take `bias` [out] over."""
         super().load_from(weight.t() if self.transposed else weight)
         if bias is not None:
             self._put("bias", bias.detach().to(self.dtype).clone())
 
+    @torch.compiler.disable()
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> x W^T + bias, [..., out], in x's type."""
         return self.product(x, self.bias)

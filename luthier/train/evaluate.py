@@ -72,13 +72,14 @@ def evaluate_loss(
     world = world or World()
     losses, correct, tokens = [], 0, 0
     coming = iter(batches)  # a corpus's may not fit in memory: no more of them than there are ranks
-    with evaluating(stage):
+    with evaluating(stage), stage.quietly():
         while group := list(islice(coming, world.data_size)):
             # a rank for which none is left runs one again: forwards gather weights, and all must take part
             own = world.data_rank < len(group)
             batch = group[world.data_rank if own else 0].to(device)
-            loss, hits, count = token_stats(stage(batch), batch.labels, stage.head)
-            if own:
+            hidden = stage(batch)  # [B, S, D]
+            if own and stage.has_head:
+                loss, hits, count = token_stats(hidden, batch.labels, stage.head)
                 losses.append(loss)
                 correct += hits
                 tokens += count

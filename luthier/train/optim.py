@@ -104,7 +104,8 @@ def set_lr(optimizer: Optimizer, lr: float) -> None:
 
 def multiply(tensors: list[Tensor], factor: float) -> None:
     """Multiply many tensors in place, in one kernel where the device has one."""
-    torch._foreach_mul_([local(t) for t in tensors], factor)  # pyright: ignore[reportPrivateImportUsage]
+    if tensors:
+        torch._foreach_mul_([local(t) for t in tensors], factor)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def clip_gradients(
@@ -117,9 +118,10 @@ def clip_gradients(
     their parts on all ranks of `world`.
     """
     gradients = [marked(p.grad, p) for p in parameters if p.grad is not None]
-    if not gradients:
+    staged = world is not None and world.sizes["pipeline"] > 1
+    if not gradients and not staged:
         return 0.0
-    if any(isinstance(g, DTensor) or cut_of(g) is not None for g in gradients):
+    if staged or any(isinstance(g, DTensor) or cut_of(g) is not None for g in gradients):
         norm = total_norm(gradients, world or World())
     else:
         double = any(g.dtype == torch.float64 for g in gradients)

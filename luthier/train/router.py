@@ -9,7 +9,7 @@ equation 5): the mean of logsumexp(logits)^2. Padding takes no part. Who catches
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,16 +23,19 @@ from luthier.models.routers import router_facts, watch_routers
 
 @dataclass(frozen=True)
 class RouterLoss:
-    """`balance` and `z`: weights of the two losses. `top_k`: experts that a token is sent to."""
+    """`balance` and `z`: weights of the two losses. `top_k`: experts that a token is sent to. `num_routers`: of the
+    whole model, of which a pipeline stage has some."""
 
     top_k: int
     balance: float
     z: float = 0.0
+    num_routers: int | None = None
 
     def shares(self, logits: Sequence[Tensor], batch: Batch) -> Tensor:
         """How many of the batch's real tokens are sent to each expert, over all layers [E], float64."""
         real = _real(batch)
-        counts = torch.zeros(logits[0].shape[-1], dtype=torch.float64, device=real.device)
+        width = logits[0].shape[-1] if logits else 0
+        counts = torch.zeros(width, dtype=torch.float64, device=real.device)
         for layer in logits:
             chosen = layer[real].topk(self.top_k, dim=-1).indices.flatten()
             counts += torch.bincount(chosen, minlength=len(counts))
@@ -43,7 +46,9 @@ class RouterLoss:
     ) -> Tensor:
         """The batch's part of the step's loss, a scalar. `logits`: of each layer [B*S, E]; `shares` [E] and
         `num_tokens`, the real ones, are those of the whole step."""
-        real, rows = _real(batch), num_tokens * len(logits)
+        real, rows = _real(batch), num_tokens * (self.num_routers or len(logits))
+        if not logits:
+            return torch.zeros((), device=real.device)
         wide = torch.promote_types(logits[0].dtype, torch.float32)
         used = (shares / rows).to(wide)
         total = torch.zeros((), dtype=wide, device=real.device)
@@ -57,10 +62,12 @@ class RouterLoss:
         return total / rows
 
 
-def router_loss(model: PreTrainedModel, asked: float | None) -> RouterLoss | None:
+def router_loss(
+    model: PreTrainedModel, asked: float | None, over_stages: Callable[[int], int] = int
+) -> RouterLoss | None:
     """The loss of the model's routers, hooked; `asked` replaces the checkpoint's weight of the balance.
 
-    None where its weights are 0. Refused when it is asked of a model without such routers.
+    `over_stages` adds up a number over the pipeline stages that have parts of the model. None where its weights are 0. Refused when it is asked of a model without such routers.
     """
     facts = router_facts(model.config)
     if facts is None and asked:
@@ -71,9 +78,10 @@ def router_loss(model: PreTrainedModel, asked: float | None) -> RouterLoss | Non
         )
     if facts is not None and asked is not None:
         facts["balance"] = asked
-    if facts is None or not (facts["balance"] or facts["z"]) or not watch_routers(model):
+    if facts is None or not (facts["balance"] or facts["z"]):
         return None
-    return RouterLoss(**facts)
+    number = over_stages(watch_routers(model))
+    return RouterLoss(**facts, num_routers=number) if number else None
 
 
 def _real(batch: Batch) -> Tensor:

@@ -21,7 +21,8 @@ from luthier.batch import TENSORS, Batch
 from luthier.errors import Failed, Refused
 from luthier.models.routers import router_logits
 from luthier.parallel.pieces import pieces_of
-from luthier.parallel.shard import Sharding, peaks, reduce
+from luthier.parallel.pipeline import OneStage, Passes, sum_copies
+from luthier.parallel.shard import peaks, reduce
 from luthier.parallel.world import World
 from luthier.parts import marked
 from luthier.train.gates import check_finite, num_seeing_several_keys
@@ -51,9 +52,15 @@ class Stage(Protocol):
 
     @property
     def model(self) -> Module: ...
-    def __call__(self, batch: Batch, /) -> Tensor: ...
+    def __call__(self, batch: Batch, /, *where: Any) -> Any: ...
     def head(self, hidden: Tensor, /) -> Tensor: ...
     def head_parameters(self) -> list[Parameter]: ...
+
+
+class Runner(Protocol):
+    """`parallel.pipeline.Pipeline`, or its `OneStage`: the backwards of a step's micro-batches."""
+
+    def run(self, micro_batches: Sequence[Batch], passes: Passes, /) -> None: ...
 
 
 @dataclass(kw_only=True)
@@ -76,7 +83,7 @@ class Updater:
     device: torch.device | str = "cpu"
     world: World = field(default_factory=World)
     router: RouterLoss | None = None
-    sharding: Sharding | None = None
+    pipeline: Runner = field(default_factory=OneStage)
     gated: bool = field(default=False, init=False)
 
     def update(self, micro_batches: Sequence[Batch], *, step: int, lr: float) -> StepReport:
@@ -98,16 +105,14 @@ class Updater:
             return replace(report, skipped="no supervised token")
         try:
             shares = self._shares(micro_batches)
-            losses = []
-            for i, batch in enumerate(micro_batches):
-                if self.sharding is not None:
-                    self.sharding.micro_batch(last=i == len(micro_batches) - 1)
-                losses.append(self._backward(batch, report, shares))
+            passes = _Passes(self, report, shares)
+            self.pipeline.run(micro_batches, passes)
             reduce(self.master.parameters, self.world)
+            sum_copies(self.master.parameters, self.world)
             # floats: the first wait for the device in the step
-            loss = self.world.sum(sum(float(part) for part, _ in losses))
+            loss = self.world.sum(sum(map(float, passes.losses)))
             if self.router is not None:
-                routed = self.world.sum(sum(float(part) for _, part in losses))
+                (routed,) = self.world.sums([sum(map(float, passes.routed))])
                 report = replace(report, router_loss=routed)
             if not math.isfinite(loss):
                 self._raise_non_finite(loss, math.nan, step, micro_batches)
@@ -146,7 +151,7 @@ class Updater:
 
     def _shares(self, micro_batches: Sequence[Batch]) -> Tensor | None:
         """Tokens of the step at each expert; None where one forward tells by itself."""
-        if self.router is None or (len(micro_batches) == 1 and self.world.data_size == 1):
+        if self.router is None or (len(micro_batches) == 1 and self.world.size == 1):
             return None
         total = torch.zeros(())
         for batch in micro_batches:
@@ -155,30 +160,7 @@ class Updater:
                 self.stage(batch)
             counts = self.router.shares(logits, batch).cpu()
             total = total + (0 * counts if batch.is_filler else counts)
-        return torch.tensor([self.world.sum(float(count)) for count in total])
-
-    def _backward(
-        self, batch: Batch, report: StepReport, shares: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Forward and backward of one micro-batch; its part of the step's mean loss and of the routers'."""
-        batch = batch.to(self.device)
-        with router_logits() as logits:
-            loss = self._loss_sum(batch) / report.num_supervised
-        routed = torch.zeros(())
-        if self.router is not None:
-            if shares is None:
-                shares = self.router.shares(logits, batch)
-            routed = self.router.loss(logits, batch, shares.to(self.device), report.num_tokens)
-            routed = 0 * routed if batch.is_filler else routed
-        if not loss.requires_grad:
-            raise Failed(
-                "training",
-                "the loss does not depend on any trained tensor",
-                "check adapter.targets: the layers they name take no part in the model's forward",
-            )
-        ((loss + routed if self.router else loss) * self.scaler.scale).backward()
-        self.master.collect()
-        return loss.detach(), routed.detach()
+        return torch.tensor(self.world.sums(total.tolist()))
 
     def _loss_sum(self, batch: Batch) -> Tensor:
         hidden = self.stage(batch)  # [B, S, D]
@@ -277,6 +259,66 @@ def _like(parameter: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tens
     if pieces_of(parameter).shape == shape:
         return marked(torch.empty_like(parameter, dtype=dtype, requires_grad=False), parameter)
     return torch.empty(shape, dtype=dtype, device=parameter.device)
+
+
+class _Passes:
+    """What a step computes of each micro-batch: its part of the step's mean loss and of the routers'."""
+
+    def __init__(self, updater: Updater, report: StepReport, shares: Tensor | None) -> None:
+        self.updater, self.report, self.shares = updater, report, shares
+        self.losses: list[Tensor] = []
+        self.routed: list[Tensor] = []
+
+    def forward(self, batch: Batch, *where: Any) -> Any:
+        """Hidden states, with the routers' loss on their graph."""
+        updater = self.updater
+        batch = batch.to(updater.device)
+        with router_logits() as logits:
+            out = updater.stage(batch, *where)
+        if updater.router is None:
+            return out
+        if self.shares is None:
+            self.shares = updater.router.shares(logits, batch)
+        shares = self.shares.to(updater.device)
+        routed = updater.router.loss(logits, batch, shares, self.report.num_tokens)
+        routed = 0 * routed if batch.is_filler else routed
+        self.routed.append(routed.detach())
+        routed = routed * updater.scaler.scale
+        if isinstance(out, tuple):
+            return _Along.apply(out[0], routed), *out[1:]
+        return _Along.apply(out, routed)
+
+    def loss(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """The part of the loss, scaled."""
+        updater = self.updater
+        labels = batch.labels.to(updater.device)
+        parameters = updater.stage.head_parameters()
+        total = token_loss(hidden, labels, updater.stage.head, parameters)
+        loss = total / self.report.num_supervised
+        if not loss.requires_grad:
+            raise Failed(
+                "training",
+                "the loss does not depend on any trained tensor",
+                "check adapter.targets: the layers they name take no part in the model's forward",
+            )
+        self.losses.append(loss.detach())
+        return loss * updater.scaler.scale
+
+    def done(self) -> None:
+        self.updater.master.collect()
+
+
+class _Along(torch.autograd.Function):
+    """x -> x; in the backward `loss` is differentiated too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, loss: Tensor) -> Tensor:
+        ctx.like = loss
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return gradient, torch.ones_like(ctx.like)
 
 
 def _single_rows(batch: Batch) -> Iterator[Batch]:

@@ -54,12 +54,12 @@ def compare_layout(config: RunConfig, world: World, say: Callable[[str], object]
             "train": config.train.model_copy(update={"compile": False}),
         }
     )
-    config = fit_batch(config, world.data_size)
+    config = fit_batch(config, world.data_size, world.sizes["pipeline"])
     check_sharding(config, world.sizes)
     ours, norm, built = _first_step(config, world)
     say(
         f"{world.words}, stage {config.parallel.stage}; {config.batch} rows in micro-batches of "
-        f"{config.micro_batch}; {name_of(built.model.dtype)} on {built.device}, "
+        f"{config.micro_batch}; {name_of(built.dtype)} on {built.device}, "
         f"{built.num_trained:,} trained parameters in {len(ours.gradients)} tensors"
     )
     what = f"{world.size} processes = one process"

@@ -13,6 +13,7 @@ from luthier.adapters import adapter_parameters, retract
 from luthier.batch import Batch, Layout, layout_scope
 from luthier.config import AdapterConfig
 from luthier.parallel.pieces import pieces_of
+from luthier.positions import TWO_AXES
 from luthier.seeding import generator
 from luthier.train.state import Stored, model_tensors, write_index, write_pieces
 
@@ -32,7 +33,6 @@ class Row:
     rank: bool = True  # it has a rank, which tensor parallelism may cut
     drawn: bool = True  # its first values are drawn, none is made of the weights
     derivative: bool = True  # its gradient is the whole derivative (DoRA takes a norm as constant)
-    one_axis: bool = False  # refused where a second axis of positions says what is context
     small: float = 3e-3  # a change of its parameters whose effect is below a step of the output
 
 
@@ -70,7 +70,7 @@ METHODS: dict[str, Row] = {
     "reft_tiny_all": Row(
         {"method": "reft", "form": "tiny", "rank": 4, "positions": "all"}, **_ON_LAYER
     ),
-    "prefix": Row({"method": "prefix", "num_prefix_tokens": 4}, one_axis=True, **_ON_MODEL),
+    "prefix": Row({"method": "prefix", "num_prefix_tokens": 4}, **_ON_MODEL),
     "prefix_network": Row(
         {
             "method": "prefix",
@@ -81,7 +81,7 @@ METHODS: dict[str, Row] = {
         },
         **_ON_MODEL,
     ),
-    "prompt": Row({"method": "prompt", "num_prefix_tokens": 4}, one_axis=True, **_ON_MODEL),
+    "prompt": Row({"method": "prompt", "num_prefix_tokens": 4}, **_ON_MODEL),
     "mora": Row({"method": "mora", "rank": 4}, rank=False, small=3e-4),
     "mora_type1": Row({"method": "mora", "form": "type1", "rank": 4}, rank=False, small=1e-4),
     "mora_type4": Row({"method": "mora", "form": "type4", "rank": 2}, rank=False, small=1e-4),
@@ -105,7 +105,6 @@ METHODS: dict[str, Row] = {
 }
 # plain, biased and tied, Conv1D, flattened tokens, ALiBi and attention of its own
 FAMILIES = ("llama", "qwen2", "gpt2", "opt", "bloom")
-TWO_AXES = ("chatglm", "glm_legacy")
 ZOO = (*TWO_AXES, "chatglm2", "qwen")  # of models/zoo: all rows in `make test-all`, a few always
 QUICK = ("lora", "reft", "prefix_network")
 

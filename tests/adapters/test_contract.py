@@ -12,7 +12,6 @@ from adapter_table import (
     FAMILIES,
     METHODS,
     QUICK,
-    TWO_AXES,
     ZOO,
     error,
     fill,
@@ -35,7 +34,6 @@ from luthier.adapters import (
     save_adapter,
 )
 from luthier.batch import Batch
-from luthier.errors import Refused
 from luthier.layers import count
 from luthier.models.stage import Stage, decoder_layers, set_recompute
 
@@ -48,9 +46,9 @@ def _rows(**wanted: Any) -> Any:
 
 
 def _on_families(**wanted: Any) -> Any:
-    """Rows on families, without those that a family's positions do not allow."""
+    """Rows on families."""
     rows = [n for n, row in METHODS.items() if all(getattr(row, k) == v for k, v in wanted.items())]
-    zoo = [(n, f) for f in ZOO for n in rows if not (METHODS[n].one_axis and f in TWO_AXES)]
+    zoo = [(n, f) for f in ZOO for n in rows]
     found = [pytest.param(n, f) for f in FAMILIES for n in rows]
     found += [pytest.param(*p, marks=() if p[0] in QUICK else pytest.mark.long) for p in zoo]
     return pytest.mark.parametrize(("row", "family"), found)
@@ -99,13 +97,6 @@ def test_a_biased_layer_in_half_precision_changes_by_rounding_only(row: str) -> 
         before = before.float()
         bound = 1.01 * 2**-8 * ((before - layer.bias.float()).abs() + 2 * before.abs())
         assert ((layer(x).float() - before).abs() <= bound).all()
-
-
-@pytest.mark.parametrize("family", TWO_AXES)
-@pytest.mark.parametrize("row", [n for n, row in METHODS.items() if row.one_axis])
-def test_tokens_before_a_context_are_refused(tiny_model: Any, row: str, family: str) -> None:
-    with pytest.raises(Refused, match=r"its positions say what is context.*form=paddlenlp"):
-        attach(tiny_model(family), options(row), seed=1)
 
 
 @_on_families()

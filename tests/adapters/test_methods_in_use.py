@@ -43,7 +43,6 @@ on_families = pytest.mark.parametrize(
         pytest.param(row, family, marks=() if row in QUICK else pytest.mark.long)
         for family in ZOO
         for row in METHODS
-        if not (METHODS[row].one_axis and family in TWO_AXES)
     ],
 )
 _TENSORS = ("input_ids", "labels", "position_ids", "document_ids")

@@ -21,7 +21,6 @@ from luthier.adapters import (
     attach,
     fold_into,
     load_adapter,
-    plan_of,
     save_adapter,
 )
 from luthier.adapters.prefix import NETWORK
@@ -386,14 +385,3 @@ def test_merging_is_refused(tiny_model: Any, method: str) -> None:
     with pytest.raises(Refused, match=r"no change of a weight.*together with the adapter"):
         fold_into(model)
     assert adapters_of(model)
-
-
-def test_families_whose_positions_say_what_is_context(tiny_model: Any) -> None:
-    model = tiny_model("llama")
-    model.config.model_type = "chatglm"
-    for method in ("prefix", "prompt"):
-        with pytest.raises(
-            Refused, match=r"'chatglm'.*use adapter.method=prefix with adapter.form"
-        ):
-            plan_of(model, options(method))
-    plan_of(model, options("paddlenlp"))

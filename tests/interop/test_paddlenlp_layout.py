@@ -57,9 +57,10 @@ def test_degrees_hold_in_several_processes(
     [
         ({"data_parallel_degree": 2}, "2 processes, and 4 were started"),
         ({"sharding": "stage2", "sharding_parallel_degree": 3}, "3 processes"),
-        ({"tensor_parallel_degree": 2}, "parallel.tensor=2"),
+        ({"tensor_parallel_degree": 3}, "3 processes or a multiple, and 4 were started"),
         ({"sep_parallel_degree": 2}, "parallel.context=2"),
-        ({"pipeline_parallel_degree": 2}, "parallel.pipeline=2"),
+        ({"pipeline_parallel_degree": 3}, "3 processes or a multiple, and 4 were started"),
+        ({"pipeline_parallel_config": "enable_magic"}, "'enable_magic' is none of its words"),
         ({"sharding_parallel_degree": 2}, r"sharding is not given"),
         ({"sharding": "offload"}, "sharding=offload"),
         ({"sharding": "stage1 stage2"}, "sharding=stage1 stage2"),
@@ -68,6 +69,21 @@ def test_degrees_hold_in_several_processes(
 def test_a_mismatch_is_refused(tmp_path: Path, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(Refused, match=message):
         mesh_sizes(config(tmp_path, 4, **arguments).config.parallel, 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "schedule", "virtual"),
+    [
+        ({"pipeline_parallel_config": "disable_p2p_cache_shape enable_timer"}, "1f1b", 1),
+        ({"virtual_pp_degree": 2}, "interleaved", 2),
+        ({"pipeline_parallel_config": "use_dualpipev"}, "zero_bubble", 2),
+    ],
+)
+def test_pipelines(tmp_path: Path, arguments: dict[str, Any], schedule: str, virtual: int) -> None:
+    parallel = config(tmp_path, 4, pipeline_parallel_degree=2, **arguments).config.parallel
+    mesh = mesh_sizes(parallel, 4)
+    assert (mesh["pipeline"], mesh["replicate"]) == (2, 2)
+    assert (parallel.schedule, parallel.virtual_stages) == (schedule, virtual)
 
 
 def test_one_process_takes_the_same_file(tmp_path: Path) -> None:

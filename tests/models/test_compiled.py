@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partialmethod
 from typing import Any
 
 import pytest
@@ -10,9 +11,11 @@ from torch._dynamo.utils import counters
 
 from luthier import native
 from luthier.adapters.placing import attach
+from luthier.config import QuantizeConfig
 from luthier.config_adapter import AdapterConfig
-from luthier.models import attention
+from luthier.models import attention, fast
 from luthier.models.stage import Stage, compile_layers, set_recompute
+from luthier.quantize.loading import Quantization
 from luthier.train.loss import token_loss
 
 PACKS = [[5, 9, 30], [61], [3, 3, 3, 3, 5, 20], [7, 16], [50, 2, 19], [11, 11, 40, 1]]
@@ -24,9 +27,13 @@ pytestmark = [
 ]
 
 
-def adapted(make: Any, dtype: torch.dtype, kernel: str) -> Stage:
-    model = make("llama").to(dtype)
+def adapted(make: Any, dtype: torch.dtype, kernel: str, scheme: Any = None, **keys: Any) -> Stage:
+    model = make("llama", **keys).to(dtype)
+    if scheme:
+        Quantization(QuantizeConfig(weights=scheme)).convert(model)
     attention.install(model, kernel, train=True)
+    if kernel == "native":
+        assert not fast.fasten(model)
     attach(model, AdapterConfig(method="lora", rank=3), seed=1)
     draw = torch.Generator().manual_seed(3)
     for name, parameter in model.named_parameters():
@@ -72,3 +79,26 @@ def test_packs_of_any_length_share_the_graphs(
     assert graphs[0] > 0
     assert graphs == graphs[:1] * len(PACKS)
     assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize("scheme", ["nf4", "int8"])
+def test_a_quantised_base_has_no_graph_of_each_layer(
+    scheme: str, tiny_model: Any, random_batch: Any, relative: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its products stay outside; what is between them is compiled once for all of many layers."""
+    deep = {"num_hidden_layers": 10}  # more than torch compiles one function for
+    plain, compiled = (adapted(tiny_model, torch.float32, "sdpa", scheme, **deep) for _ in range(2))
+    torch._dynamo.reset()
+    counters.clear()
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    plainly = partialmethod(torch.nn.Module.compile, backend="aot_eager")  # graphs, no C++
+    monkeypatch.setattr(torch.nn.Module, "compile", plainly)
+    compile_layers(compiled)
+    graphs = []
+    for lengths in PACKS[:3]:
+        batch = random_batch(lengths_per_row=[lengths])
+        ours, theirs = (gradients(x, batch) for x in (compiled, plain))
+        graphs.append(counters["stats"]["unique_graphs"])
+        assert all(relative(ours[name], theirs[name]) < 2e-6 for name in theirs)
+    assert 0 < graphs[0] < 2 * 7  # pieces between the seven products of a layer, not of each layer
+    assert graphs == graphs[:1] * 3

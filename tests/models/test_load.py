@@ -309,6 +309,27 @@ def test_tensors_that_do_not_fit(copy):
     _refuses(copy, "1 unexpected: more.w")
 
 
+def test_tensors_that_do_not_fit_are_taken_on_purpose(copy):
+    """They are what `init=random` gives with the same seed; all others are the checkpoint's."""
+    lost, grown = "model.layers.1.mlp.up_proj.weight", "lm_head.weight"
+    changed = {grown: torch.ones(7, 64), "more.w": torch.ones(2)}
+    _edit_weights(copy, lambda state: [state.pop(lost), state.update(changed)])
+    stored = load_file(copy / "model.safetensors")
+    chosen = ModelConfig.model_validate({"path": str(copy), "misfits": "accept"})
+    model = build_model(chosen, seed=3)
+    random = build_model(chosen.model_copy(update={"init": "random"}), seed=3)
+    for name, parameter in model.named_parameters():
+        wanted = random.get_parameter(name) if name in (lost, grown) else stored[name]
+        assert torch.equal(parameter, wanted), name
+    (remark,) = model.misfits
+    assert f"1 missing: {lost}; 1 unexpected: more.w; 1 of another shape: {grown}" in remark
+    assert not torch.equal(
+        build_model(chosen, seed=4).get_parameter(lost), model.get_parameter(lost)
+    )
+    half = build_model(chosen.model_copy(update={"dtype": "bfloat16"}), seed=3)
+    assert torch.equal(half.get_parameter(lost), random.get_parameter(lost).bfloat16())
+
+
 def test_layers_beyond_the_config_are_refused(copy):
     """Unless model.num_layers says so: a config.json of another model must not pass."""
     _edit_config(copy, num_hidden_layers=1)

@@ -197,6 +197,36 @@ def test_a_broken_build_is_told(tmp_path: Path) -> None:
 
 
 @built
+@pytest.mark.parametrize("damage", ["cut", "changed", "empty"])
+def test_a_damaged_file_is_built_again(damage: str, tmp_path: Path) -> None:
+    """Without a compiler it is refused, not loaded; torch computes, and the status tells why."""
+    whole = Path(native.status().rpartition("in ")[2])
+    copy = tmp_path / "luthier" / "native" / whole.name
+    copy.parent.mkdir(parents=True)
+    data = whole.read_bytes()
+    middle = len(data) // 2
+    harm = {
+        "cut": data[:middle],
+        "changed": data[:middle] + b"?" + data[middle + 1 :],
+        "empty": b"",
+    }
+    copy.write_bytes(harm[damage])
+    code = "from luthier import native; print(native.status())"
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    for compiler, wanted in (("no-such-compiler", "off: "), (None, "avx")):
+        if compiler is None and damage != "cut":
+            continue  # one build is slow enough
+        given = environment | ({"CXX": compiler} if compiler else {})
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=given, capture_output=True, text=True, check=True
+        )
+        assert done.stdout.startswith(wanted), done
+        assert ("is damaged" in done.stdout) == (compiler is not None)
+    if damage == "cut":
+        assert native._is_whole(copy)
+
+
+@built
 def test_the_operator_needs_a_layout() -> None:
     q = torch.zeros(1, 1, 2, 8, dtype=torch.bfloat16)
     with pytest.raises(RuntimeError, match="outside of a layout"):

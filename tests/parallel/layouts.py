@@ -36,7 +36,7 @@ def steps(
     Names -> arrays of the (clipped) gradients of each step and of the weights afterwards, whole; the losses,
     norms and the serial numbers of the rows that this rank saw.
     """
-    config = fit_batch(config_of(folders, keys, dtype), world.data_size)
+    config = fit_batch(config_of(folders, keys, dtype), world.data_size, world.sizes["pipeline"])
     data = open_data(config, open_text(config), world=world)
     built = build(config, train=True, world=world)
     updater = make_updater(config, built)

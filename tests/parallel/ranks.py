@@ -30,7 +30,7 @@ _ranks: list[tuple[Any, Connection]] = []  # process, our end of its pipe
 
 def run_ranks(degrees: dict[str, Any], function: Callable[..., Any], *args: Any) -> list[Any]:
     """`function(world, *args)` on every rank of a world of these degrees; what each gave, by rank."""
-    size = math.prod(degrees.get(axis, 1) for axis in ("replicate", "shard", "tensor"))
+    size = math.prod(degrees.get(axis, 1) for axis in ("pipeline", "replicate", "shard", "tensor"))
     while len(_ranks) < size:
         ours, theirs = _context.Pipe()
         process = _context.Process(target=_serve, args=(theirs,), daemon=True)

@@ -32,16 +32,14 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "dp2": {"replicate": 2, "shard": 1},
     **{f"shard2-{s}": {"shard": 2, "stage": s} for s in (1, 2, 3)},
     "tp2": {"tensor": 2, "shard": 1},
+    "pp2": {"pipeline": 2, "shard": 1},
     "shard3": {"shard": 3, "stage": 3},
     "dp2 shard2": {"replicate": 2, "shard": 2, "stage": 3},
     "shard2 tp2": {"shard": 2, "tensor": 2, "stage": 2},
     "dp2 tp2": {"replicate": 2, "tensor": 2, "shard": 1},
+    "pp2 tp2": {"pipeline": 2, "tensor": 2, "shard": 1},
 }
 METHOD_FAMILY = {"full": "gpt2", "lora": "qwen3", "qlora": "qwen3"}  # gpt2 has fused layers
-
-
-def fits(method: str, layout: str) -> bool:
-    return not (method == "qlora" and "tp" in layout)
 
 
 def pairs() -> list[Any]:
@@ -51,12 +49,13 @@ def pairs() -> list[Any]:
         for method in METHOD_FAMILY
         for first in LAYOUTS
         for second in LAYOUTS
-        if first != second and fits(method, first) and fits(method, second)
+        if first != second
     ]
     random.Random(9).shuffle(every)
     often = {
         *(("full", "shard2-3", "tp2"), ("full", "tp2", "shard2-1"), ("lora", "tp2", "dp2")),
-        *(("lora", "shard2-2", "one"), ("qlora", "dp2", "shard2-3")),
+        *(("lora", "shard2-2", "one"), ("qlora", "dp2", "shard2-3"), ("full", "pp2", "shard2-1")),
+        *(("lora", "tp2", "pp2"), ("qlora", "shard2-3", "tp2")),
     }
     chosen = [*sorted(often), *[pair for pair in every if pair not in often][:25]]
     return [pytest.param(*p, marks=[] if p in often else [pytest.mark.long]) for p in chosen]
@@ -132,8 +131,7 @@ SAME = {("full", "one"), ("lora", "shard2-3"), ("full", "tp2")}
     [
         pytest.param(m, where, marks=[] if (m, where) in SAME else [pytest.mark.long])
         for m in METHOD_FAMILY
-        for where in ("one", "dp2", "shard2-3", "tp2")
-        if fits(m, where)
+        for where in ("one", "dp2", "shard2-3", "tp2", "pp2")
     ],
 )
 def test_the_same_layout_goes_on_bit_for_bit(
@@ -148,9 +146,9 @@ def test_the_same_layout_goes_on_bit_for_bit(
 
 
 def test_no_piece_is_written_twice_and_every_rank_writes(train: Callable[..., Path]) -> None:
-    for layout, ranks in (("dp2", 2), ("tp2", 2)):
+    for layout, ranks in (("dp2", 2), ("tp2", 2), ("pp2", 2)):
         folder = train("full", layout, 4) / "checkpoints/step-4"
         sizes = [p.stat().st_size for p in sorted(folder.glob("training_state-*.safetensors"))]
-        assert len(sizes) == ranks and max(sizes) < 1.2 * min(sizes)
+        assert len(sizes) == ranks and max(sizes) < 1.6 * min(sizes)
         one = train("full", "one", 4) / "checkpoints/step-4/training_state-00000.safetensors"
         assert sum(sizes) < 1.1 * one.stat().st_size

@@ -14,6 +14,7 @@ from ranks import run_ranks
 from tiny_runs import resolved, tiny_config, write_data
 
 import luthier.built
+import luthier.crossing
 import luthier.parallel.shard
 import luthier.parallel.tensor
 import luthier.train.step
@@ -60,6 +61,15 @@ def bias_on_each_rank() -> Iterator[None]:
         yield
 
 
+def scaled(self: Any, number: int, hidden: Any) -> Any:
+    """A stage that scales what it is given, as granite's model scales embeddings."""
+    out = BORDER(self, number, hidden)
+    return out * 1.5 if out is self.given else out
+
+
+BORDER = luthier.crossing.Border.at
+
+
 def check(world: World, folders: Any, keys: dict[str, Any], fault: str | None) -> Any:
     from luthier.data.loader import Loader
 
@@ -74,6 +84,8 @@ def check(world: World, folders: Any, keys: dict[str, Any], fault: str | None) -
         "row": patch.object(Loader, "_batches", one_row_lost),
         "norms of heads": patch.object(luthier.parallel.shard, "is_share", lambda p: False),
         "bias": bias_on_each_rank(),
+        "scale": patch.object(luthier.crossing.Border, "at", scaled),
+        "copies": patch.object(luthier.train.step, "sum_copies", nothing_is_summed),
     }
     with faults[fault]:
         try:
@@ -151,6 +163,35 @@ def test_faults_of_tensor_ranks_are_found(
 ) -> None:
     given, here = BATCH | keys | {"parallel__tensor": 2}, (model_folder(family), *folders[1:])
     for found, _ in run_ranks({"tensor": 2}, check, here, given, fault):
+        assert isinstance(found, str) and "more than rounding" in found
+        assert name in found.split("the gradient of")[1].split(" by ")[0]
+
+
+@pytest.mark.parametrize(
+    ("family", "keys"), [("granite", FULL), ("qwen2", {"train__recompute": "layer"})]
+)
+def test_stages_of_a_pipeline_agree(
+    family: str, keys: dict[str, Any], folders: Any, model_folder: Callable[[str], Path]
+) -> None:
+    given, here = BATCH | keys | {"parallel__pipeline": 2}, (model_folder(family), *folders[1:])
+    for found, said in run_ranks({"pipeline": 2}, check, here, given, None):
+        assert found["2 processes = one process"]["worst"] < 1e-5
+        assert said[-1] == "verify layout: ok"
+
+
+@pytest.mark.parametrize(
+    ("fault", "family", "name"), [("scale", "granite", ""), ("copies", "qwen2", "embed_tokens")]
+)
+def test_faults_of_stages_are_found(
+    fault: str,
+    family: str,
+    name: str,
+    folders: Any,
+    model_folder: Callable[[str], Path],
+) -> None:
+    """A stage that scales its input; tied embeddings whose two gradients are not added."""
+    given, here = BATCH | FULL | {"parallel__pipeline": 2}, (model_folder(family), *folders[1:])
+    for found, _ in run_ranks({"pipeline": 2}, check, here, given, fault):
         assert isinstance(found, str) and "more than rounding" in found
         assert name in found.split("the gradient of")[1].split(" by ")[0]
 

@@ -10,7 +10,7 @@ from tiny_runs import resolved
 from luthier.config_parallel import ParallelConfig
 from luthier.errors import Refused
 from luthier.parallel import world as module
-from luthier.parallel.degrees import check_sharding, fit_batch, mesh_sizes
+from luthier.parallel.degrees import check_sharding, check_stages, fit_batch, mesh_sizes
 from luthier.parallel.joining import Place
 from luthier.parallel.world import OTHERS, World, place
 
@@ -88,8 +88,11 @@ def test_degrees_fill_the_mesh(
         ({"tensor": 2, "sequence": True}, 2, "parallel.sequence=true.*is not there"),
         ({"tensor": 2}, 3, "parallel.tensor=2 was asked for.*2 processes or a multiple, and 3"),
         ({"context": 2}, 2, "parallel.context=2"),
-        ({"pipeline": -1, "shard": 1}, 2, "parallel.pipeline=-1"),
-        ({"schedule": "zero_bubble"}, 2, "parallel.schedule=zero_bubble.*pipeline"),
+        ({"pipeline": 2}, 3, "parallel.pipeline=2 was asked for.*2 processes or a multiple, and 3"),
+        ({"schedule": "zero_bubble"}, 2, "parallel.schedule=zero_bubble.*parallel.pipeline is 1"),
+        ({"virtual_stages": 2}, 2, "parallel.virtual_stages=2.*parallel.pipeline is 1"),
+        ({"pipeline": 2, "virtual_stages": 2}, 2, "parallel.virtual_stages=2 with.*1f1b"),
+        ({"pipeline": 2, "schedule": "interleaved"}, 2, "interleaved with.*virtual_stages=1"),
         ({"offload": True}, 1, "parallel.offload=true.*parallel.shard is 1"),
     ],
 )
@@ -105,6 +108,39 @@ def test_only_one_axis_takes_what_is_left() -> None:
         parallel(replicate=-1, shard=-1)
     with pytest.raises(ValueError, match="at least 1"):
         parallel(shard=0)
+
+
+@pytest.mark.parametrize(
+    ("train", "ranks", "stages", "micro"),
+    [
+        ({"batch": 8}, 1, 2, 2),  # twice as many micro-batches as stages, where it is left to us
+        ({"batch": 6}, 1, 4, 1),
+        ({"batch": 16}, 2, 2, 2),
+        ({"batch": 8, "micro_batch": 4}, 1, 2, 4),
+    ],
+)
+def test_a_pipeline_gets_enough_micro_batches(
+    train: dict[str, int], ranks: int, stages: int, micro: int
+) -> None:
+    assert fit_batch(config(train=train), ranks, stages).train.micro_batch == micro
+
+
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [
+        ({"batch": 2}, "parallel.pipeline=4 with 2 micro-batches.*train.batch=4 or more"),
+        ({"batch": 8, "micro_batch": 4}, "with 2 micro-batches.*train.micro_batch=2 or less"),
+        ({"accumulation": 3, "micro_batch": 2}, "with 3 micro-.*train.accumulation=4 or more"),
+    ],
+)
+def test_too_few_micro_batches_are_refused(train: dict[str, int], message: str) -> None:
+    with pytest.raises(Refused, match=message):
+        fit_batch(config(train=train), 1, 4)
+
+
+def test_more_stages_than_layers_are_refused() -> None:
+    with pytest.raises(Refused, match=r"virtual_stages=2.*4 stages, and the model has 3 layers"):
+        check_stages(parallel(pipeline=2, virtual_stages=2, schedule="interleaved"), 2, 3)
 
 
 def config(**keys: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from luthier.config import RunConfig
 from luthier.configfile import from_mapping
 from luthier.errors import Refused
 from luthier.footprint import Footprint, footprint
-from luthier.plan import Way, estimate, parse_layout, parse_size, plan, ways
+from luthier.plan import parse_layout, parse_size, plan
+from luthier.spread import Way, device_share, estimate, ways
 
 SMALL = {
     "model_type": "llama",
@@ -182,11 +184,64 @@ def test_published_layouts_fit_where_they_did(
     assert of(config_of(tmp_path, shape, **keys), way).total < memory * 1e9
 
 
+@pytest.mark.parametrize(
+    ("shape", "memory", "way", "keys"),
+    [
+        # torchtitan: 405B on 512 H100 of 96 GB, 8 x tensor, 16 stages, sharded
+        (LLAMA_405, 96, Way(1, 4, 3, tensor=8, pipeline=16), {"train__batch": 128}),
+        # torchtitan: 70B on 256 H100, 32 x 8
+        (LLAMA_70, 96, Way(1, 32, 3, tensor=8), {"train__batch": 64, "train__micro_batch": 2}),
+        # NeMo Automodel: 70B with LoRA on 8 H100 of 80 GB, 4 x 2
+        (
+            LLAMA_70,
+            80,
+            Way(1, 4, 3, tensor=2),
+            {"train__batch": 32, "adapter__method": "lora", "data__length": 4096},
+        ),
+        # Megatron-Bridge: 70B with LoRA on 8 H100 of 80 GB, 2 x 4 stages
+        (
+            LLAMA_70,
+            80,
+            Way(1, 1, 2, tensor=2, pipeline=4),
+            {"train__batch": 32, "adapter__method": "lora", "data__length": 4096},
+        ),
+    ],
+)
+def test_published_layouts_of_more_axes_fit_where_they_did(
+    tmp_path: Path, shape: Any, memory: int, way: Way, keys: Any
+) -> None:
+    keys = {"data__length": 8192, "train__micro_batch": 1, "train__recompute": "layer"} | keys
+    assert of(config_of(tmp_path, shape, **keys), way).total < memory * 1e9
+
+
+def test_axes_cut_what_they_say(tmp_path: Path) -> None:
+    config = config_of(tmp_path, LLAMA, train__batch=16, train__micro_batch=1)
+    found = footprint(config)
+    one = of(config, Way(1, 1, 2), found)
+    whole = sum(one.items[name] for name in ("weights, trained", "float32 copies", "optimiser"))
+    for keys, share in (({"tensor": 4}, 1 / 4), ({"pipeline": 4}, 1 / 4), ({"context": 4}, 1.0)):
+        part = of(config, Way(1, 1, 2, **keys), found)
+        held = sum(
+            part.items.get(n, 0) for n in ("weights, trained", "float32 copies", "optimiser")
+        )
+        # norms are whole beside tensor parallelism; a pipeline's first and last stage have the vocabulary's tables
+        assert held == pytest.approx(whole * share, rel=0.25 if "pipeline" in keys else 0.001)
+        assert held >= whole * share * 0.999
+        assert part.moved > 0 and part.total < one.total
+    # the first of four stages keeps four micro-batches of a quarter of the layers
+    pipeline = Way(1, 1, 2, pipeline=4)
+    assert device_share(config, found, pipeline, False, 16).saved == found.saved
+    assert device_share(config, found, pipeline, True, 16).saved == found.saved // 4
+    few = of(config, pipeline, found)
+    waiting = few.flops / (one.flops / 4)
+    assert waiting == pytest.approx(1 + 3 / 16)
+
+
 def test_what_nobody_could_fit_does_not_fit(tmp_path: Path) -> None:
     keys = {"train__batch": 512, "train__micro_batch": 1, "data__length": 8192}
     config = config_of(tmp_path, LLAMA_405, **keys)
     found = footprint(config)
-    # 405B on 512 H100 needed tensor and pipeline parallelism: stage 2 holds 810 GB of weights
+    # 405B on 512 H100 needed tensor and pipeline parallelism: here stage 2 holds 810 GB of weights
     assert of(config, Way(1, 512, 2), found).total > 800e9
     assert of(config, Way(512, 1, 2), found).total > 6000e9
     config = config_of(tmp_path, LLAMA, train__batch=1, data__length=2048)
@@ -202,8 +257,8 @@ def test_the_command_proposes_and_says_what_to_change(
     assert main([*words, "--device-memory", "80GB", "--device-flops=400T"]) == 0
     shown = capsys.readouterr().out
     assert "fits: " in shown and "does not fit" not in shown
-    assert "8,030,261,248 trained" in shown and "shard=64 stage=1" in shown
-    assert main([*words, "--device-memory", "12GB"]) == 0
+    assert "8,030,261,248 trained" in shown
+    assert main([*words, "--device-memory", "2GB"]) == 0
     shown = capsys.readouterr().out
     assert "does not fit: " in shown and "quantize.weights=nf4" in shown
     assert not list(tmp_path.glob("run*"))
@@ -212,8 +267,10 @@ def test_the_command_proposes_and_says_what_to_change(
 def test_thousands_of_devices(tmp_path: Path) -> None:
     keys = {"train__batch": 4096, "train__micro_batch": 1}
     resolved = from_mapping(config_of(tmp_path, LLAMA_405, **keys).model_dump())
+    begin = time.perf_counter()
     made = plan(resolved, devices=4096, device_memory="80GB")
-    assert len(made["layouts"]) == 1 + 3 * 12
+    assert made["fits"] and len(made["layouts"]) > 1000
+    assert time.perf_counter() - begin < 60  # seconds, on a busy machine; thousands of layouts
 
 
 def test_dropout_is_planned_and_a_mixture_refused(tmp_path: Path) -> None:
@@ -232,8 +289,8 @@ def test_layouts_and_sizes_in_words(tmp_path: Path) -> None:
     assert parse_layout("shard=4,stage=3", 4) == Way(1, 4, 3)
     assert parse_layout("replicate=2 shard=4", 8) == Way(2, 4, 2)
     config = config_of(tmp_path, SMALL, optim__name="adafactor")
-    assert ways(4, config) == [Way(4, 1, 2)]
-    for text in ("shard=0", "tensor=2", "shard", "stage=4", "shard=3"):
+    assert not any(way.shard > 1 for way in ways(4, config, footprint(config)))
+    for text in ("shard=0", "tensors=2", "shard", "stage=4", "shard=3"):
         with pytest.raises(Refused):
             parse_layout(text, 8)
     for text in ("much", "-3GB", "0", "nan", "GB"):
@@ -244,11 +301,11 @@ def test_layouts_and_sizes_in_words(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["train.batch=6", "--devices", "4"], "train.batch=6"),
+        (["train.batch=6", "--devices", "4", "--layout", "replicate=4"], "train.batch=6"),
         (["quantize.weights=nf4"], "full fine-tuning of a quantised base"),
         (["adapter.method=lora", "adapter.path=old"], "adapter.path"),
         (["--device-memory", "lots"], "--device-memory lots"),
-        (["--layout", "tensor=2"], "--layout tensor=2"),
+        (["--layout", "tensors=2"], "--layout tensors=2"),
         (["parallel.offload=true"], "offload"),
     ],
 )

@@ -155,7 +155,7 @@ def small_run(
         model.train()
         return {"loss": float(total) / held_out.num_supervised}
 
-    full = full_model(model, None) if method == "none" else None
+    full = full_model(model, dtype, None) if method == "none" else None
 
     def copy() -> Copy:
         made = full or AdapterFolder(copy_adapter(model, LORA, "tiny", None))

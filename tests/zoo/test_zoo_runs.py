@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-import luthier.models.stage
 from luthier.api import load
 from luthier.assemble import build, open_data, open_text
 from luthier.batch import IGNORE, Layout
@@ -20,13 +19,13 @@ from luthier.errors import Refused
 from luthier.exchange import merge
 from luthier.models.stage import Stage, check_stage
 from luthier.models.zoo.glm_generation import context_mask, infilling_positions
+from luthier.positions import position_axes
 from luthier.recipes import finetune, resolve
 from luthier.use import evaluate, predict
 from luthier.verify.data import verify_data
 from luthier.verify.loss import verify_loss
 from luthier.verify.packing import verify_packing
 from tests.adapters.adapter_table import METHODS as ADAPTERS
-from tests.adapters.adapter_table import TWO_AXES
 from tests.zoo_folders import ZOO, zoo_folder
 
 LENGTH = {"chatglm3": 100, "chatglm": 100, "chatglm2": 100, "glm_legacy": 60, "qwen": 220}
@@ -114,8 +113,6 @@ def test_every_adapter_trains(
 ) -> None:
     """A run whose loss falls, an adapter folder that loads and answers."""
     row = ADAPTERS[method]
-    if row.one_axis and family in TWO_AXES:
-        pytest.skip("refused by name: tests/adapters/test_contract.py")
     options = {k: list(v) if isinstance(v, tuple) else v for k, v in row.options.items()}
     if options["method"] == "reft":
         options["positions"] = "f1+l1" if options["positions"] != "all" else "all"
@@ -160,7 +157,8 @@ def test_their_rows_are_verified(family: str, config: Callable[..., dict[str, An
 METHODS = {
     "none": {},
     "lora": {"method": "lora", "rank": 4},
-    "prefix": {"method": "prefix", "form": "paddlenlp", "num_prefix_tokens": 4},
+    "prefix": {"method": "prefix", "num_prefix_tokens": 4},
+    "prompt": {"method": "prompt", "num_prefix_tokens": 4},
 }
 
 
@@ -232,7 +230,7 @@ def test_the_start_up_check_sees_contexts(
     monkeypatch.setattr(Layout, "in_context", None)
     with pytest.raises(Refused, match="hidden states in a packed row differ"):
         check_stage(Stage(built.model))
-    assert luthier.models.stage.family_of(built.model.config.model_type).position_axes == 2
+    assert position_axes(built.model.config.model_type) == 2
 
 
 @pytest.mark.parametrize("family", ZOO)

@@ -1,10 +1,9 @@
 """ChatGLM-6B (v1): a decoder that reads its context in both directions, then writes after <sop>.
 
 Rows hold context (with one [gMASK] or [MASK]), <sop>, answer, <eop>. Positions have two axes: where in
-the context, and how far behind it (0 = context). Parameter names, config fields and the conventions of
-`forward` are those of THUDM/chatglm-6b (config model_type "chatglm"). Inside a stage the attention seam
-knows documents and contexts; in a plain call the mask is made here. Registration with the Auto classes
-is in `register.py`, the tokenizer in `tokenization_chatglm.py`.
+the context, and how far behind it (0 = context). Parameter names, config fields and the conventions of `forward`
+are those of THUDM/chatglm-6b. Inside a stage the attention seam knows documents and contexts; in a plain call
+the mask is made here. `register.py` tells the Auto classes; the tokenizer is in `tokenization_chatglm.py`.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ ALPHA = math.sqrt(2 * 28)
 
 
 def position_ids_of(input_ids: Tensor, config: Any, real: Tensor | None = None) -> Tensor:
-    """Positions of rows of ids: [B, S] -> [B, 2, S].
+    """Positions of rows of ids: [B, S] -> [B, 2, S]. A mask `real` of more axes says nothing of padding.
 
     Axis 0 counts the context, then stays at its first [gMASK] (without one: [MASK]). Axis 1 is 0 in the
     context and 1, 2, ... from <sop> on. `real` [B, S] is 0 on padding: counting starts behind left padding.
@@ -58,7 +57,7 @@ def position_ids_of(input_ids: Tensor, config: Any, real: Tensor | None = None) 
         has_gmask | has_mask,
         f"[gMASK] or [MASK] (gmask_token_id={config.gmask_token_id}, mask_token_id={config.mask_token_id})",
     )
-    padding = 0 if real is None else real.int().argmax(1, keepdim=True)  # [B, 1]
+    padding = 0 if real is None or real.ndim > 2 else real.int().argmax(1, keepdim=True)  # [B, 1]
     where = torch.where(has_gmask, gmask, mask) - padding
     context = (index - padding).clamp(min=0)
     return torch.stack(
@@ -248,6 +247,12 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.word_embeddings = value
 
+    def positions_of(self, input_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor:
+        """Positions [B, 2, S] where none are given."""
+        if input_ids is None:
+            raise ValueError("inputs_embeds need position_ids [B, 2, S]")
+        return position_ids_of(input_ids, self.config, attention_mask)
+
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -261,16 +266,13 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Hidden states [B, S, H] after the final norm; arguments as in `ChatGLMForCausalLM.forward`."""
-        if inputs_embeds is None:
-            inputs_embeds = self.word_embeddings(input_ids)
+        inputs_embeds = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         real = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
         if position_ids is None:
-            if input_ids is None:
-                raise ValueError("inputs_embeds need position_ids [B, 2, S]")
-            position_ids = position_ids_of(input_ids, self.config, real)
+            position_ids = self.positions_of(input_ids, attention_mask)
         if position_ids.ndim != 3 or position_ids.shape[1] != 2:
             raise Refused(
                 "ChatGLM-6B has positions with two axes",

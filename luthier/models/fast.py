@@ -1,0 +1,163 @@
+"""Layers whose forward and backward the native kernels compute in one pass: RMSNorm and gated MLPs with SiLU.
+
+A module is known by its shape, then by what it computes: on a few numbers ours and its own forward have to
+agree. Then the instance gets a forward of its own, as adapters give to linear layers; class, names and weights stay.
+What is not known, or computes something else, is left to torch, and `fasten` says so. The kernels are
+for bfloat16 on a CPU, in compiled layers too.
+"""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from luthier.native import ops
+
+ERROR = 2**-7  # what two orders of rounding in bfloat16 may differ by, relative to the whole
+NORMS = "RMSNorm"  # what the names of classes of such norms end with
+
+
+class Norm(NamedTuple):
+    """What an RMSNorm computes: (offset + weight) x / sqrt(mean(x^2) + eps)."""
+
+    eps: float
+    offset: float  # Gemma's weights are kept less one
+    rounded: bool  # x is rounded before the weight multiplies it
+
+
+def fasten(model: nn.Module) -> list[str]:
+    """Give every norm and MLP of `model` that is known the fast forward; remarks on those that are not.
+
+    Call it on a model with its weights and without adapters. Where the kernels are not for the model at all
+    nothing is done and nothing said.
+    """
+    if not ops.takes(next(model.parameters())):
+        return []
+    left: dict[str, str] = {}
+    known: dict[tuple[Any, ...], str | None] = {}  # one layer of a kind is tried, its weights cost
+    for module in list(model.modules()):
+        name = type(module).__name__
+        if name.endswith(NORMS):
+            why = _fasten_norm(module)
+        elif _is_gated(module):
+            kind = type(module), type(module.act_fn)
+            if kind not in known:
+                known[kind] = _differs_mlp(module)
+            why = known[kind]
+            if why is None:
+                vars(module)["forward"] = MethodType(_mlp_forward, module)
+        else:
+            continue
+        if why is not None:
+            left.setdefault(name, why)
+    return [
+        f"{name} is computed by torch, not by the native kernels: {why}"
+        for name, why in left.items()
+    ]
+
+
+# ---- RMSNorm
+
+
+def _fasten_norm(module: nn.Module) -> str | None:
+    """Install ours, or say why not."""
+    weight = getattr(module, "weight", None)
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if not isinstance(weight, Tensor) or weight.ndim != 1 or not isinstance(eps, float):
+        return "it is not one weight and one epsilon"
+    if not ops.takes(weight):
+        return f"its weight is {str(weight.dtype).removeprefix('torch.')}"
+    if not weight.is_contiguous():
+        return "its weight is a view"
+    # numbers of two sizes: beside the small ones the epsilon counts
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(4, len(weight), generator=draw) * torch.tensor([[8.0], [1.0], [3e-3], [1e-4]])
+    x = x.bfloat16()
+    with torch.no_grad():
+        wanted = type(module).forward(module, x)
+        for form in (Norm(eps, 0.0, True), Norm(eps, 0.0, False), Norm(eps, 1.0, False)):
+            ours = ops.rms_norm(x, weight, *form)[0]
+            if wanted.dtype == ours.dtype and _alike(ours, wanted):
+                module.luthier_norm = form
+                vars(module)["forward"] = MethodType(_norm_forward, module)
+                return None
+    return "it computes something else"
+
+
+def _alike(ours: Tensor, wanted: Tensor) -> bool:
+    """Whether each row is the same up to rounding."""
+    a, b = ours.double(), wanted.double()
+    return bool(((a - b).norm(dim=-1) <= ERROR * b.norm(dim=-1)).all())
+
+
+def _norm_forward(self: Any, x: Tensor) -> Tensor:
+    if not ops.takes(x, self.weight):
+        return type(self).forward(self, x)
+    return _RMSNorm.apply(x, self.weight, self.luthier_norm)  # pyright: ignore[reportReturnType]
+
+
+class _RMSNorm(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, form: Norm) -> Tensor:
+        out, inverse = ops.rms_norm(x, weight, *form)
+        ctx.save_for_backward(x, weight, inverse)
+        ctx.offset = form.offset
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        wanted = ctx.needs_input_grad[1]
+        x, weight, inverse = ctx.saved_tensors
+        dx, dweight = ops.rms_norm_backward(grads[0], x, weight, inverse, ctx.offset, wanted)
+        return dx, dweight.to(weight.dtype) if wanted else None, None
+
+
+# ---- MLP
+
+
+def _is_gated(module: nn.Module) -> bool:
+    """Whether it has the shape of Llama's MLP: gate, up and down, and one activation."""
+    return {name for name, _ in module.named_children()} == {
+        *("gate_proj", "up_proj", "down_proj", "act_fn")
+    }
+
+
+def _differs_mlp(module: Any) -> str | None:
+    """Why the MLP is not down(silu(gate(x)) up(x)); None if it is."""
+    numbers = torch.tensor([-9.0, -1.0, -0.1, 0.0, 0.5, 2.0, 12.0])
+    if not torch.allclose(module.act_fn(numbers), F.silu(numbers), atol=1e-6):
+        return "its activation is not SiLU"
+    draw = torch.Generator().manual_seed(0)
+    width = module.gate_proj.in_features
+    x = torch.randn(1, 3, width, generator=draw).bfloat16() * 4
+    with torch.no_grad():
+        wanted, ours = type(module).forward(module, x), _mlp_forward(module, x)
+    if not ops.takes(ours):
+        return f"it computes in {str(ours.dtype).removeprefix('torch.')}"
+    return None if _alike(ours, wanted) else "it computes something else"
+
+
+def _mlp_forward(self: Any, x: Tensor) -> Tensor:
+    gate, up = self.gate_proj(x), self.up_proj(x)
+    if not ops.takes(gate, up):
+        return self.down_proj(self.act_fn(gate) * up)
+    return self.down_proj(_SwiGLU.apply(gate, up))
+
+
+class _SwiGLU(Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return ops.swiglu(gate, up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return ops.swiglu_backward(grads[0], *ctx.saved_tensors)
