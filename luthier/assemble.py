@@ -35,7 +35,7 @@ from luthier.bases import quantization_of, refuse_training
 from luthier.batch import Batch
 from luthier.built import Built as Built
 from luthier.built import copy_model as copy_model
-from luthier.built import cut, cut_stages, cut_tensor
+from luthier.built import cut, cut_stages, cut_tensor, plan_stages
 from luthier.built import name_of as name_of
 from luthier.config import MINIMISED, RunConfig
 from luthier.data.corpus import Corpus
@@ -112,9 +112,8 @@ def check_training(config: RunConfig, text: Text, sizes: Mapping[str, int]) -> N
     ):
         return
     if stages > 1:
-        places_of(model)
-        layers = text.model_config.get_text_config().num_hidden_layers
-        check_stages(config.parallel, stages, min(layers, config.model.num_layers or layers))
+        layers = model.get_submodule(places_of(model).layers)
+        check_stages(config.parallel, stages, config.model.num_layers or len(layers))
     if (quantization := quantization_of(config.quantize, None, model=config.model)) is not None:
         quantization.convert(model)
     if tensor > 1:
@@ -162,7 +161,9 @@ def build(
         check_made_alike(Path(adapter), chosen.num_layers, chosen.rope_scaling)
     new = config.adapter if train else None
     quantization = quantization_of(config.quantize, adapter, new, config.train.seed, model=chosen)
-    model = build_model(chosen, seed=config.train.seed, train=train, quantization=quantization)
+    stages = plan_stages(config.parallel, world or World(), None if adapter else new)
+    how: dict[str, Any] = {"quantization": quantization, "leave_out": stages and stages.leave_out}
+    model = build_model(chosen, seed=config.train.seed, train=train, **how)
     built = Built(
         model, Stage(model), device, chosen.path, num_layers=chosen.num_layers, init=chosen.init
     )
@@ -198,8 +199,8 @@ def build(
     built.stage.autocast = None if chosen.autocast == "none" else getattr(torch, chosen.autocast)
     if train and built.world.sizes["tensor"] > 1:
         cut_tensor(built)
-    if built.world.sizes["pipeline"] > 1:
-        cut_stages(built, config.parallel)
+    if stages is not None:
+        cut_stages(built, stages)
     if train and built.world.sharded:
         cut(built, config.parallel)
     check_stage(built.stage)

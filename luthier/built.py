@@ -28,6 +28,7 @@ from luthier.models.cuts import cuts_of
 from luthier.models.export import FullModel, full_model
 from luthier.models.folder import original_hash
 from luthier.models.partial import Chunk, Share, balanced, costs_of, places_of
+from luthier.models.reading import LeaveOut
 from luthier.models.rotary import config_changes
 from luthier.models.stage import Stage, decoder_layers, same_stage
 from luthier.parallel.branches import cut_branches
@@ -164,18 +165,60 @@ def cut_tensor(built: Built) -> None:
         found.settle(built.model, world.mesh.get_local_rank("tensor"), world.sizes["tensor"])
 
 
-def cut_stages(built: Built, parallel: ParallelConfig) -> None:
+class StagePlan:
+    """Which layers the ranks of a pipeline have, decided on a model that is whole or on meta."""
+
+    def __init__(self, parallel: ParallelConfig, world: World, partly: bool = True) -> None:
+        """`partly`: whether a rank need not read the layers of others."""
+        self.parallel, self.ranks, self.partly = parallel, world.sizes["pipeline"], partly
+        self.here = world.mesh.get_local_rank("pipeline")
+        self.chunks: list[Chunk] = []
+
+    def absent(self, model: PreTrainedModel) -> set[int]:
+        """The layers of `model` that this rank has not."""
+        places = places_of(model)
+        check_stages(self.parallel, self.ranks, model.config.get_text_config().num_hidden_layers)
+        number = self.ranks * self.parallel.virtual_stages
+        parts = balanced(*costs_of(model, places), number)
+        self.chunks = [Chunk(i, part, i == 0, i == number - 1) for i, part in enumerate(parts)]
+        others = [chunk for chunk in self.chunks if chunk.number % self.ranks != self.here]
+        return {layer for chunk in others for layer in chunk.layers}
+
+    @property
+    def leave_out(self) -> LeaveOut | None:
+        return self.absent if self.partly else None
+
+    @property
+    def words(self) -> str:
+        """The layers of each stage."""
+        parts = (
+            f"{c.layers[0]} to {c.layers[-1]}" if len(c.layers) > 1 else str(c.layers[0])
+            for c in self.chunks
+        )
+        return f"stages of the pipeline: layers {'; '.join(parts)} and the head"
+
+
+def plan_stages(
+    parallel: ParallelConfig, world: World, new: AdapterConfig | None
+) -> StagePlan | None:
+    """The stages of `world`, if it has some; `new`: options of an adapter that will get its first values.
+
+    Tensor parallelism cuts a whole model, and first values of some methods are a function of it.
+    """
+    if world.sizes["pipeline"] == 1:
+        return None
+    alone = new is None or new.method == "none" or ADAPTERS[new.method].from_layer
+    return StagePlan(parallel, world, partly=alone and world.sizes["tensor"] == 1)
+
+
+def cut_stages(built: Built, plan: StagePlan) -> None:
     """Leave out what other stages of the pipeline have of the model."""
     model, world = built.model, built.world
-    ranks = world.sizes["pipeline"]
-    check_stages(parallel, ranks, model.config.get_text_config().num_hidden_layers)
-    places = places_of(model)
-    number = ranks * parallel.virtual_stages
-    parts = balanced(*costs_of(model, places), number)
-    chunks = [Chunk(i, part, i == 0, i == number - 1) for i, part in enumerate(parts)]
-    owners = [chunk.number % ranks for chunk in chunks for _ in chunk.layers]
-    here = world.mesh.get_local_rank("pipeline")
-    own = [chunk for chunk in chunks if chunk.number % ranks == here]
+    if not plan.chunks:
+        plan.absent(model)
+    places, here = places_of(model), plan.here
+    owners = [chunk.number % plan.ranks for chunk in plan.chunks for _ in chunk.layers]
+    own = [chunk for chunk in plan.chunks if chunk.number % plan.ranks == here]
     relay = Relay(owners, world)
     built.stage.share = share = Share(model, places, own, relay)
     if share.tied and share.has_first != share.has_last:
@@ -186,6 +229,7 @@ def cut_stages(built: Built, parallel: ParallelConfig) -> None:
             for parameter in adapter.parameters():
                 mark_copy(parameter, Copy(everywhere=True, counts=here == 0))
     model.register_forward_hook(partial(_tell_logits, relay))
+    built.remarks.append(plan.words)
 
 
 def _tell_logits(relay: Relay, model: Any, args: Any, output: Any) -> Any:
@@ -208,9 +252,9 @@ class AdapterFolder:
             self.save(folder)
 
 
-def copy_model(built: Built, text: Text) -> AdapterFolder | FullModel:
+def copy_model(built: Built, text: Text, world: World) -> AdapterFolder | FullModel:
     """The trained thing as others read it, on its way to disk: a PEFT folder, or a Hugging Face folder with its
-    tokenizer. Every rank must ask."""
+    tokenizer. Every rank of `world` must ask: the run's, or one of its copies on its own."""
     if built.adapter is None:
         if built.full is None:
             keep_stops(built.model, text.renderer.stop_ids)
@@ -223,8 +267,9 @@ def copy_model(built: Built, text: Text) -> AdapterFolder | FullModel:
     made |= {"quantize": built.quantize} if built.quantize else {}
     if built.base_hash and (origin := original_hash(built.base)):
         made |= {"original_hash": origin}
-    with _adapters_whole(built):
-        if not built.world.is_main:
+    alone = world.size < built.world.size
+    with nullcontext() if alone else _adapters_whole(built):
+        if not world.is_main:
             return AdapterFolder(None)
         return AdapterFolder(
             copy_adapter(built.model, built.adapter, built.base, built.base_hash, made)

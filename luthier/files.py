@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from luthier.errors import Failed, Refused
+from luthier.errors import Refused, Unwritten
 
 MANIFEST = "manifest.json"
 Entry = dict[str, Any]  # what a manifest says of a file: size and sha256
@@ -162,9 +162,9 @@ def damage(folder: Path, *, hashes: bool = True) -> str | None:
     return None
 
 
-def failed(path: Path, error: OSError) -> Failed:
+def failed(path: Path, error: OSError) -> Unwritten:
     """What a user is told when writing `path` failed."""
-    return Failed(
+    return Unwritten(
         f"writing {path}",
         f"{error.strerror or error} ({type(error).__name__}); what was saved before is untouched",
         "free space or give another output, then go on with checkpoint.resume=auto",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -43,18 +44,23 @@ from luthier.files import PARTIAL, check_writable, write_json, write_text
 from luthier.interop.read import read_config
 from luthier.models.load import resolve_device
 from luthier.parallel.degrees import check_sharding, fit_batch
-from luthier.parallel.world import World, speaks
+from luthier.parallel.world import World, note, restarted, speaks, tells
 from luthier.predicted import Prediction
 from luthier.summary import facts_of
+from luthier.train.bad_rows import keep_rows
 from luthier.train.checkpoint import Checkpoints, Found, check_identity, find, read
+from luthier.train.ending import newest_in
 from luthier.train.gates import check_batch, check_isolation
 from luthier.train.loop import Trainer
-from luthier.train.metrics import Metrics, memory
+from luthier.train.metrics import FILE as METRICS
+from luthier.train.metrics import Metrics, memory, read_metrics
 from luthier.train.report import Facts, pair_samples, write_report
 from luthier.train.saving import Saver
 from luthier.train.schedules import make_schedule, warmup_steps
 from luthier.train.sinks import check_sinks
 from luthier.train.state import model_tensors
+from luthier.train.watchdog import FOLDER as STACKS
+from luthier.train.watchdog import LONG, Watchdog
 
 Source = str | Path | Mapping[str, Any] | RunConfig | Resolved
 MARKERS = ("config.json", "adapter_config.json")  # what makes a folder a model
@@ -90,7 +96,7 @@ def finetune(source: Source, overrides: Sequence[str] = ()) -> dict[str, Any]:
         for remark in resolved.remarks:
             say(f"note: {remark}")
         if world.size > 1:
-            say(f"{world.words}, stage {resolved.config.parallel.stage}")
+            say(world.layout(resolved.config.parallel))
         return world.broadcast(run_on(resolved.config, world))
 
 
@@ -124,10 +130,30 @@ def run_on(config: RunConfig, world: World) -> dict[str, Any]:
         data.loader.close()
 
 
+def make_watchdog(config: RunConfig, world: World) -> Watchdog:
+    """Watches over the steps of this process."""
+    limit = config.train.hang_timeout
+
+    def tell(error: Exception) -> None:
+        note(error)
+        if tells(error):
+            print(f"luthier: {error}", file=sys.stderr, flush=True)
+
+    return Watchdog(
+        Path(config.output) / STACKS,
+        None if limit == "never" else limit,
+        rank=world.rank,
+        slack=LONG if config.train.compile else 1.0,
+        tell=tell,
+    )
+
+
 def _start(config: RunConfig, output: Path, world: World) -> dict[str, Any]:
     """Where the run starts, as JSON. A run that its launcher started again goes on by itself."""
     resume = config.checkpoint.resume
-    found = find(output, "auto" if world.attempt and resume == "never" else resume)
+    if world.attempt and (resume == "never" or newest_in(output)):
+        resume = "auto"
+    found = find(output, resume)
     check_writable(f"output={output}", output)
     return {"path": found.path and str(found.path), "remarks": list(found.remarks)}
 
@@ -229,8 +255,13 @@ def _finetune(
         remarks=remarks,
         evaluation_data="" if data.dev is None else data.dev.fingerprint,
         world=world,
+        watchdog=make_watchdog(config, world),
+        restart=restarted(),
+        stop_unwritten=config.checkpoint.on_failure == "stop",
         compare=Prediction(config, world, built.device, before).compare,
     )
+    updater.on_nan, updater.max_nan_steps = config.train.on_nan, config.train.max_nan_steps
+    updater.keep_rows = partial(keep_rows, output, world, data.loader.origin, text.tokenizer.decode)
     result = trainer.fit(found.path)
     if updater.gated:
         checks.append(
@@ -270,6 +301,10 @@ def _report(
     if (output / BEFORE).is_file():
         before = json.loads((output / BEFORE).read_text("utf-8"))
     facts["before"] = before.get("values", {})
+    if restarts := [r for r in read_metrics(output / METRICS) if r["kind"] == "restart"]:
+        seconds = sum(r["recovery_seconds"] or 0 for r in restarts)
+        told = f"{len(restarts)}, with {seconds:.0f} s from the failures to the next finished step"
+        facts["more"] = {**facts.get("more", {}), "restarts": told}
     facts["samples"] = pair_samples(
         before.get("records", []), evaluator.records if evaluator else []
     )
@@ -296,7 +331,7 @@ def publish_final(saver: Saver, output: Path, built: Built, text: Text, step: in
     made = output / f"{PARTIAL}final" / "model"
     live = {} if built.adapter else model_tensors(built.model)
     tensors = {f"weights/{name}": tensor for name, tensor in live.items()}
-    saver.begin(made, step, partial(copy_model, built, text), tensors, None)
+    saver.begin(made, step, partial(copy_model, built, text, built.world), tensors, None)
     saver.wait()
     built.world.lead(lambda: _move_final(made, output))
 

@@ -79,6 +79,9 @@ class Adapter(nn.Module):
     shared_names: ClassVar[tuple[str, ...]] = ()
     """Names of tensors of the adapter's file that belong to no single layer."""
 
+    from_layer: ClassVar[bool] = True
+    """Whether an adapter's first values depend on its own layer alone: then a pipeline's rank reads no other."""
+
     zero_at_start: frozenset[str] = frozenset()
     """Parameters whose gradient is zero at the first step (LoRA's A while B is zero). A form or option may
     set it on the instance."""

@@ -312,8 +312,10 @@ def _sort(
         elif parameter.shape != tensor.shape:
             shapes = f"its shape is {_shape(tensor)}, the base's is {_shape(parameter)}"
             found.misfits[name] = shapes
-        elif _inside(plain, modules_to_save) or not torch.equal(
-            parameter.cpu(), tensor.to(parameter.dtype)
+        elif (
+            _inside(plain, modules_to_save)
+            or parameter.is_meta  # of a layer that is on another rank
+            or not torch.equal(parameter.cpu(), tensor.to(parameter.dtype))
         ):
             found.whole[plain] = tensor
     return found

@@ -112,8 +112,8 @@ def cuts_of(model: PreTrainedModel, ranks: int) -> Cuts:
 
 
 def _layers(model: PreTrainedModel) -> list[tuple[str, Any]]:
-    """The decoder layers by path."""
-    every = {id(layer) for layer in decoder_layers(model)}
+    """The decoder layers by path, without those of other pipeline stages."""
+    every = {id(layer) for layer in decoder_layers(model) if layer._modules}
     return [(path, module) for path, module in model.named_modules() if id(module) in every]
 
 

@@ -5,6 +5,7 @@ Pure arithmetic, done before any work; the mesh itself is made by `world.py`.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping
 
@@ -139,6 +140,22 @@ def check_sharding(config: RunConfig, sizes: Mapping[str, int]) -> None:
             "layers that are cut are not compiled in this version",
             "leave train.compile out",
         )
+
+
+def check_processes(config: RunConfig, processes: int) -> None:
+    """Refuse a number of processes that the config alone tells cannot be."""
+    sizes = mesh_sizes(config.parallel, processes)
+    fit_batch(config, sizes["replicate"] * sizes["shard"], sizes["pipeline"])
+    check_sharding(config, sizes)
+
+
+def fewer(config: RunConfig, processes: int) -> int | None:
+    """The largest number of processes below `processes` that the config allows."""
+    for number in range(processes - 1, 0, -1):
+        with contextlib.suppress(Refused):
+            check_processes(config, number)
+            return number
+    return None
 
 
 def fit_batch(config: RunConfig, data_ranks: int, stages: int = 1) -> RunConfig:

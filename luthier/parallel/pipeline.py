@@ -299,7 +299,8 @@ def sum_copies(parameters: Sequence[Parameter], world: World) -> None:
         if how.everywhere:
             dist.all_reduce(mine, group=group)
             continue
-        mine, theirs = mine.contiguous(), torch.empty_like(mine, memory_format=torch.contiguous_format)  # fmt: skip
+        mine = mine.contiguous()
+        theirs = torch.empty_like(mine)
         other = last if here == 0 else 0
         work = dist.isend(mine, group=group, group_dst=other)
         dist.recv(theirs, group=group, group_src=other)

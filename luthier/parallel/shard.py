@@ -53,9 +53,7 @@ class Sharding:
         self.stage = stage
         kept = {id(p) for p in whole}
         ignored = {
-            p
-            for p in root.parameters()
-            if id(p) in kept or (stage < 3 and not p.requires_grad) or not p.is_floating_point()
+            p for p in root.parameters() if id(p) in kept or (stage < 3 and not p.requires_grad)
         }
         half = any(p.requires_grad and p.dtype.itemsize == 2 for p in root.parameters())
         axes = ("replicate", "shard") if world.sizes["replicate"] > 1 else "shard"

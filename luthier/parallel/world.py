@@ -8,6 +8,7 @@ are `shard.py`'s. torch is imported where it is needed, so that reading a config
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -19,10 +20,11 @@ from typing import Any, TypeVar
 
 from luthier import errors
 from luthier.config_parallel import AXES, ParallelConfig
-from luthier.errors import Failed, LuthierError, Refused
-from luthier.parallel import joining
+from luthier.errors import Failed, LostPeer, LuthierError, NotFinite, Refused
+from luthier.parallel import joining, restarts
 from luthier.parallel.degrees import mesh_sizes
 from luthier.parallel.joining import Place
+from luthier.parallel.restarts import Note, Restart, leave_note
 
 T = TypeVar("T")
 
@@ -46,6 +48,7 @@ _joined: list[
 def place() -> Place:
     """This process's place by torchrun's variables. Refused for a launcher that sets others."""
     env = os.environ
+    restart = Restart.from_text(env.get(restarts.VARIABLE))
     if "RANK" not in env or "MASTER_ADDR" not in env:
         for name in OTHERS:
             if env.get(name, "1").strip() != "1":
@@ -62,7 +65,9 @@ def place() -> Place:
             size=int(env.get("WORLD_SIZE", "1")),
             local_rank=int(env.get("LOCAL_RANK", env["RANK"])),
             local_size=int(env.get("LOCAL_WORLD_SIZE", env.get("WORLD_SIZE", "1"))),
-            attempt=int(env.get("TORCHELASTIC_RESTART_COUNT", "0")),
+            attempt=int(env.get("TORCHELASTIC_RESTART_COUNT", "0"))
+            + (restart.attempt if restart else 0),
+            restart=restart,
             address=env["MASTER_ADDR"],
             port=int(env.get("MASTER_PORT", "29500")),
             served=env.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
@@ -84,6 +89,30 @@ def tells(error: BaseException) -> bool:
     """Whether this process shows `error`: of all processes of a run, the first that has one."""
     here, store = _joined[-1] if _joined else (_place_or_alone(), None)
     return here.size == 1 or joining.first_to_tell(here, store)
+
+
+def note(error: BaseException) -> None:
+    """Tell the launcher what this process ends with."""
+    here = _place_or_alone()
+    if here.restart is None or not isinstance(error, Exception):
+        return
+    leave_note(
+        here.restart,
+        here.rank,
+        Note(
+            str(error) if isinstance(error, LuthierError) else f"{type(error).__name__}: {error}",
+            lost=isinstance(error, LostPeer) or lost_peer(error),
+            final=isinstance(error, NotFinite),
+        ),
+    )
+
+
+def restarted() -> Restart | None:
+    """What the launcher tells of a restart of this run; None for a run that was started once."""
+    here = _place_or_alone()
+    if here.restart is not None:
+        return here.restart if here.restart.attempt else None
+    return Restart(here.attempt, "torchrun started the processes again") if here.attempt else None
 
 
 def processes() -> int:
@@ -146,7 +175,7 @@ class World:
         """As `start`, at a given place."""
         sizes = mesh_sizes(parallel, here.size)
         if here.size == 1:
-            return cls()
+            return cls(attempt=here.attempt)
         import torch
         import torch.distributed as dist
         from torch.distributed.device_mesh import init_device_mesh
@@ -205,6 +234,15 @@ class World:
         """`4 processes (replicate 2, shard 2)`."""
         axes = ", ".join(f"{axis} {size}" for axis, size in self.sizes.items() if size > 1)
         return f"{self.size} processes ({axes})" if self.size > 1 else "one process"
+
+    def layout(self, parallel: ParallelConfig) -> str:
+        """`4 processes (pipeline 2, shard 2), stage 2, schedule interleaved with 2 stages a process`."""
+        found = f"{self.words}, stage {parallel.stage}" if self.sharded else self.words
+        if self.sizes["pipeline"] > 1:
+            found += f", schedule {parallel.schedule}"
+            if parallel.virtual_stages > 1:
+                found += f" with {parallel.virtual_stages} stages a process"
+        return found
 
     def sum(self, value: float) -> float:
         """The sum of `value` over the data ranks; the same bits on each."""
@@ -279,6 +317,14 @@ class World:
         """Rank 0's `value` (JSON) on every rank."""
         return self.gather(value if self.is_main else None)[0]
 
+    def first(self, what: str) -> bool:
+        """Whether this process is the first of the run to claim `what`; asked of the store, which outlives ranks."""
+        if self.size == 1:
+            return True
+        with contextlib.suppress(Exception):
+            return _joined[-1][1].add(f"first/{what}", 1) == 1
+        return False
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         self.values(0.0)
@@ -327,7 +373,7 @@ class World:
 
 
 def _packed(error: Exception) -> list[str]:
-    if isinstance(error, LuthierError) and type(error) in (Refused, Failed):
+    if isinstance(error, (Refused, Failed)):
         return [type(error).__name__, error.asked, error.found, error.do]
     return ["Failed", "the work of another rank", f"{type(error).__name__}: {error}", ""]
 

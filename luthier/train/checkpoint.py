@@ -194,6 +194,7 @@ class Checkpoints:
         self.output, self.keep, self.identity = output, keep, dict(identity)
         self.saver = Saver(world, background=background)
         self._written: set[int] = set()
+        self._told: dict[int, dict[str, Any]] = {}  # of steps that are being saved
 
     def start(self, path: Path | None) -> Saved | None:
         """Begin at checkpoint `path` (None: afresh): compare identities, remove leftovers of a crash.
@@ -220,12 +221,12 @@ class Checkpoints:
         copy_model: Callable[[], ModelCopy],
         tensors: Mapping[str, Tensor],
         state: Mapping[str, Any],
-        *,
         best: int | None = None,
+        told: Mapping[str, Any] | None = None,
     ) -> Path:
         """Begin to write `step-N`; when it is whole, what is no longer kept is removed. `best`: step never removed.
 
-        `state` must be JSON without NaN; the live `tensors` are checked by the caller (`non_finite`). Writing that
+        `told` comes back from `finished`. `state` must be JSON without NaN; the live `tensors` are checked by the caller (`non_finite`). Writing that
         fails (disk full, read-only) is told by `saver`, and the older checkpoints are as they were.
         """
         record = {
@@ -242,8 +243,25 @@ class Checkpoints:
             self._written.add(step)
             self._retain(step, best)
 
+        self._told[step] = dict(told or {})
         self.saver.begin(folder, step, copy_model, tensors, {STATE: record}, settle)
         return folder
+
+    def finished(self) -> list[tuple[int, dict[str, Any]]]:
+        """Steps whose checkpoints became whole since this was asked, with what is recorded of them."""
+        return [
+            (
+                written.step,
+                {
+                    "path": str(written.path),
+                    **self._told.pop(written.step, {}),
+                    "blocked_seconds": written.blocked,
+                    "seconds": written.seconds,
+                    "bytes": written.num_bytes,
+                },
+            )
+            for written in self.saver.finished()
+        ]
 
     def _retain(self, step: int, best: int | None) -> None:
         """Remove all but the newest `keep` and the best.

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from luthier.errors import Failed, LuthierError
+from luthier.errors import Failed, LostPeer, LuthierError
 from luthier.files import Entry, begin, failed, finish, flushed, partial_of, write_json
 from luthier.parallel.pieces import Piece, Pieces, Shares, pieces_of
 from luthier.parallel.world import World, lost_peer
@@ -221,9 +221,10 @@ def _told_of(folder: Path, work: Callable[[], Any]) -> Any:
 def _told(folder: Path, error: Exception) -> Exception:
     if isinstance(error, LuthierError):
         return error
-    text = f"{type(error).__name__}: {error}"
+    text, kind = f"{type(error).__name__}: {error}", Failed
     if lost_peer(error):
         text = f"another process of the run is gone ({str(error).splitlines()[0][:160]})"
-    made = Failed(f"saving {folder}", text, "what was saved before is untouched")
+        kind = LostPeer
+    made = kind(f"saving {folder}", text, "what was saved before is untouched")
     made.__cause__ = error
     return made

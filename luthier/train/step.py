@@ -8,7 +8,7 @@ which rate, and what else happens between them is `loop.py`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -18,7 +18,7 @@ from torch.nn import Module, Parameter
 from torch.optim import Optimizer
 
 from luthier.batch import TENSORS, Batch
-from luthier.errors import Failed, Refused
+from luthier.errors import Failed, NotFinite, Refused
 from luthier.models.routers import router_logits
 from luthier.parallel.pieces import pieces_of
 from luthier.parallel.pipeline import OneStage, Passes, sum_copies
@@ -72,6 +72,8 @@ class Updater:
     there with `zeros`, and then `gated` is True. `router`: a loss of the routers' logits, added to what is
     trained, not to the loss that is reported; with several micro-batches it takes a forward of each more, as
     it counts the tokens of the whole step first. The model's mode (train or eval) is the caller's.
+    `on_nan`: a step whose loss or gradient is not finite ends the run (`stop`) or updates nothing (`skip`, at most
+    `max_nan_steps` in a row); `keep_rows(step, rows, micro_batches)` writes the rows down and says where.
     """
 
     stage: Stage
@@ -84,14 +86,19 @@ class Updater:
     world: World = field(default_factory=World)
     router: RouterLoss | None = None
     pipeline: Runner = field(default_factory=OneStage)
+    on_nan: str = "stop"
+    max_nan_steps: int = 10
+    keep_rows: Callable[[int, Sequence[int], Sequence[Batch]], str] | None = None
     gated: bool = field(default=False, init=False)
+    half_updated: bool = field(default=False, init=False)  # inside of the optimiser's step
+    _nan_steps: int = field(default=0, init=False)  # in a row
 
     def update(self, micro_batches: Sequence[Batch], *, step: int, lr: float) -> StepReport:
         """Do optimiser step number `step` (from 1) at rate `lr`; the report has no times yet.
 
         The loss is the sum over all supervised tokens of the step divided by their count. A step without
-        supervised tokens, or one that overflows float16, updates nothing and says so. Raises Failed, with
-        no weight touched, when the loss or a gradient is not finite.
+        supervised tokens, or one that overflows float16, updates nothing and says so. Raises NotFinite, with
+        no weight touched, when the loss or a gradient is not finite and `on_nan` does not skip the step.
         """
         counts = self._counts(micro_batches)
         report = StepReport(
@@ -115,20 +122,22 @@ class Updater:
                 (routed,) = self.world.sums([sum(map(float, passes.routed))])
                 report = replace(report, router_loss=routed)
             if not math.isfinite(loss):
-                self._raise_non_finite(loss, math.nan, step, micro_batches)
+                return self._not_finite(loss, math.nan, report, micro_batches)
             self.scaler.unscale(self.master.parameters)
             norm = clip_gradients(self.master.parameters, self.clip, self.world)
             if not self.scaler.update(math.isfinite(norm)):
                 return replace(report, loss=loss, skipped="float16 overflow")
             if not math.isfinite(norm):
-                self._raise_non_finite(loss, norm, step, micro_batches)
+                return self._not_finite(loss, norm, report, micro_batches)
             if self.gate is not None and not self.gated:
                 telling = self.world.sum(sum(map(num_seeing_several_keys, micro_batches))) > 0
                 self.gate(gradients=self._everywhere(), step=step, zeros=telling)
                 self.gated = telling
             set_lr(self.optimizer, lr)
+            self.half_updated = True
             self.optimizer.step()
             self.master.write_back()
+            self.half_updated, self._nan_steps = False, 0
             return replace(report, loss=loss, grad_norm=norm)
         finally:
             self.master.zero_grad()
@@ -166,10 +175,11 @@ class Updater:
         hidden = self.stage(batch)  # [B, S, D]
         return token_loss(hidden, batch.labels, self.stage.head, self.stage.head_parameters())
 
-    def _raise_non_finite(
-        self, loss: float, norm: float, step: int, micro_batches: Sequence[Batch]
-    ) -> None:
-        """Raise Failed naming the rows whose own loss is not finite, or all rows when none is to blame."""
+    def _not_finite(
+        self, loss: float, norm: float, report: StepReport, micro_batches: Sequence[Batch]
+    ) -> StepReport:
+        """Skip the step or raise NotFinite, the same on every rank; names the rows whose own loss is not
+        finite, or all rows when none is to blame."""
         rows = [row for batch in micro_batches for row in _single_rows(batch.to(self.device))]
         bad = []
         with torch.no_grad():
@@ -182,14 +192,25 @@ class Updater:
         weights: dict[str, Tensor] = dict(self.stage.model.named_parameters())
         if self.world.size > 1:
             weights = {n: t for n, t in peaks(weights, self.world).items() if t is not None}
-        check_finite(
-            loss,
-            norm,
-            step=step,
-            rows=[r for b, _ in found for r in b] or [r for _, e in found for r in e],
-            weights=weights,
-            gradients=self._everywhere(),
-        )
+        blamed = [r for b, _ in found for r in b] or [r for _, e in found for r in e]
+        where = self.keep_rows(report.step, blamed, micro_batches) if self.keep_rows else ""
+        self._nan_steps += 1
+        try:
+            check_finite(
+                loss,
+                norm,
+                step=report.step,
+                rows=blamed,
+                weights=weights,
+                gradients=self._everywhere(),
+            )
+        except NotFinite as error:
+            text = f"{error.found}; the rows are in {where}" if where else error.found
+            if self.on_nan == "stop" or self._nan_steps > self.max_nan_steps:
+                many = f"{self._nan_steps} steps in a row: " if self._nan_steps > 1 else ""
+                raise NotFinite(error.asked, many + text, error.do) from None
+            report = replace(report, told=f"{error.asked}: {text}; the step is skipped")
+        return replace(report, skipped="not finite")
 
     # ---- what a checkpoint holds besides the model
 
@@ -206,7 +227,7 @@ class Updater:
         return out | {f"master/{n}": t for n, t in self.master.tensors().items()}
 
     def state(self) -> dict[str, Any]:
-        return {"scaler": self.scaler.state()}
+        return {"scaler": self.scaler.state(), "nan_steps": self._nan_steps}
 
     def load(self, stored: Stored, state: Mapping[str, Any]) -> None:
         """Put back what `tensors` and `state` gave on whatever layout, bit for bit. Raises Refused when it does not fit."""
@@ -224,6 +245,7 @@ class Updater:
                 stored.load(full, moment)
         load_optimizer_tensors(self.optimizer, self.master.named, moments)
         self.scaler.load_state(state["scaler"])
+        self._nan_steps = state.get("nan_steps", 0)
 
     @torch.no_grad()
     def load_weights(self, stored: Stored) -> None:

@@ -157,7 +157,7 @@ def small_run(
 
     full = full_model(model, dtype, None) if method == "none" else None
 
-    def copy() -> Copy:
+    def copy(world: Any) -> Copy:
         made = full or AdapterFolder(copy_adapter(model, LORA, "tiny", None))
         return Copy(made, pause)
 
