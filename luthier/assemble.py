@@ -34,10 +34,9 @@ from luthier.adapters.store import load_adapter
 from luthier.bases import quantization_of, refuse_training
 from luthier.batch import Batch
 from luthier.built import Built as Built
+from luthier.built import copy_model as copy_model
 from luthier.built import cut, cut_stages, cut_tensor, plan_stages, share_tokens
 from luthier.built import name_of as name_of
-from luthier.built import read_model as read_model
-from luthier.built import write_model as write_model
 from luthier.config import MINIMISED, RunConfig
 from luthier.data.corpus import Corpus
 from luthier.data.dataset import Dataset, LazyDataset

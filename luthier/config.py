@@ -239,6 +239,10 @@ class CheckpointConfig(Section):
         "never",
         description="`never`, `auto` (newest whole checkpoint in `output`, or a fresh start), or a checkpoint folder.",
     )
+    background: bool = Field(
+        True,
+        description="Write checkpoints while the training goes on, from a copy in memory; off saves that memory.",
+    )
 
     on_failure: Literal["continue", "stop"] = Field(
         "continue",

@@ -22,6 +22,7 @@ from luthier.assemble import (
     Text,
     build,
     check_training,
+    copy_model,
     expected_steps,
     identity,
     joined,
@@ -30,17 +31,16 @@ from luthier.assemble import (
     name_of,
     open_data,
     open_text,
-    read_model,
-    write_model,
 )
 from luthier.bases import storage_words
 from luthier.batch import Layout
+from luthier.built import Built
 from luthier.config import RunConfig
 from luthier.config_adapter import USUAL_RATES
 from luthier.configfile import Resolved, from_mapping, to_yaml
 from luthier.data.dataset import LazyDataset
 from luthier.errors import Refused
-from luthier.files import PARTIAL, check_writable, publish, write_json, write_text
+from luthier.files import PARTIAL, check_writable, write_json, write_text
 from luthier.interop.read import read_config
 from luthier.models.load import resolve_device
 from luthier.parallel.degrees import check_sharding, fit_batch
@@ -55,8 +55,10 @@ from luthier.train.loop import Trainer
 from luthier.train.metrics import FILE as METRICS
 from luthier.train.metrics import Metrics, memory, read_metrics
 from luthier.train.report import Facts, pair_samples, write_report
+from luthier.train.saving import Saver
 from luthier.train.schedules import make_schedule, warmup_steps
 from luthier.train.sinks import check_sinks
+from luthier.train.state import model_tensors
 from luthier.train.watchdog import FOLDER as STACKS
 from luthier.train.watchdog import LONG, Watchdog
 
@@ -217,7 +219,13 @@ def _finetune(
         remarks.append(
             f"optim.lr is {config.lr:g}, the default of adapters; {config.adapter.method} usually learns at about {usual:g}"
         )
-    checkpoints = Checkpoints(output, keep=config.checkpoint.keep, identity=identity(config))
+    checkpoints = Checkpoints(
+        output,
+        keep=config.checkpoint.keep,
+        identity=identity(config),
+        world=world,
+        background=config.checkpoint.background,
+    )
 
     world.lead(lambda: _begin(output, to_yaml(recorded), fresh=found.path is None))
     metrics = Metrics(
@@ -238,8 +246,7 @@ def _finetune(
         plan=plan,
         metrics=metrics,
         checkpoints=checkpoints,
-        write_model=lambda folder: write_model(built, text, folder),
-        read_model=lambda folder: read_model(built, config, folder),
+        copy_model=partial(copy_model, built, text),
         evaluate=evaluator if plan.evaluate_every != "never" else None,
         before=(lambda: _evaluate_before(output, evaluator, world))
         if evaluator and config.evaluate.before
@@ -248,7 +255,6 @@ def _finetune(
         remarks=remarks,
         evaluation_data="" if data.dev is None else data.dev.fingerprint,
         world=world,
-        held=built.held,
         watchdog=make_watchdog(config, world),
         restart=restarted(),
         stop_unwritten=config.checkpoint.on_failure == "stop",
@@ -262,8 +268,7 @@ def _finetune(
             ("every trained tensor had a gradient at the first step, no frozen one", True, "")
         )
 
-    with built.held():
-        world.lead(lambda: _publish_final(output, lambda folder: write_model(built, text, folder)))
+    publish_final(checkpoints.saver, output, built, text, result.step)
     data.train.ledger.reconcile(data.train.ledger.num_rows)
     if (
         evaluator
@@ -318,22 +323,27 @@ def _evaluate_before(output: Path, evaluator: Evaluator, world: World) -> dict[s
     return values
 
 
-def _publish_final(output: Path, write: Any) -> None:
-    """Write the final model at the top of `output`, file by file.
+def publish_final(saver: Saver, output: Path, built: Built, text: Text, step: int) -> None:
+    """Write the final model at the top of `output`, file by file; every rank its share.
 
     The config comes last: without it nobody takes the folder for a model.
     """
-    staged = output / f"{PARTIAL}final"
-    with publish(staged / "model", manifest=False) as folder:
-        write(folder)
+    made = output / f"{PARTIAL}final" / "model"
+    live = {} if built.adapter else model_tensors(built.model)
+    tensors = {f"weights/{name}": tensor for name, tensor in live.items()}
+    saver.begin(made, step, partial(copy_model, built, text, built.world), tensors, None)
+    saver.wait()
+    built.world.lead(lambda: _move_final(made, output))
+
+
+def _move_final(made: Path, output: Path) -> None:
     for name in MARKERS:
         (output / name).unlink(missing_ok=True)
-    made = staged / "model"
     names = [path.relative_to(made) for path in made.rglob("*") if path.is_file()]
     for name in sorted(names, key=lambda name: (str(name) in MARKERS, name)):
         (output / name).parent.mkdir(parents=True, exist_ok=True)
         (made / name).replace(output / name)
-    shutil.rmtree(staged)
+    shutil.rmtree(made.parent)
 
 
 def _say_result(output: Path, facts: Mapping[str, Any], step: int, report: Path) -> None:

@@ -14,7 +14,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -155,6 +155,7 @@ class World:
     sizes: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(AXES, 1))
     mesh: Any = None  # DeviceMesh over AXES; None in a run of one process
     attempt: int = 0  # how often the launcher restarted the run
+    group: Any = None  # what values are exchanged over, beside the ranks' first group (`aside`)
 
     @classmethod
     def start(
@@ -301,7 +302,7 @@ class World:
 
         ours = torch.tensor(values, dtype=torch.float64)
         theirs = [torch.empty_like(ours) for _ in range(self.size)]
-        dist.all_gather(theirs, ours)
+        dist.all_gather(theirs, ours, group=self.group)
         return [t.tolist() for t in theirs]
 
     def gather(self, value: Any) -> list[Any]:
@@ -316,7 +317,7 @@ class World:
         padded = torch.zeros(max(sizes), dtype=torch.uint8)
         padded[: len(ours)] = ours
         theirs = [torch.empty_like(padded) for _ in sizes]
-        dist.all_gather(theirs, padded)
+        dist.all_gather(theirs, padded, group=self.group)
         texts = (bytes(t[:n].tolist()) for t, n in zip(theirs, sizes, strict=True))
         return [json.loads(text) for text in texts]
 
@@ -351,12 +352,40 @@ class World:
             return result
         told = self.broadcast()
         if "error" in told:
-            kind, *texts = told["error"]
-            raise getattr(errors, kind)(*texts)
+            raise _unpacked(told["error"])
         return told["result"]
+
+    def together(self, work: Callable[[], T]) -> list[T]:
+        """Do `work` on every rank; the results (JSON) by rank, or the first error, everybody's."""
+        told: dict[str, Any] = {}
+        ours = None
+        try:
+            told["result"] = work()
+        except Exception as error:
+            ours, told = error, {"error": _packed(error)}
+        every = self.gather(told)
+        if ours is not None:
+            raise ours
+        for found in every:
+            if "error" in found:
+                raise _unpacked(found["error"])
+        return [found["result"] for found in every]
+
+    def aside(self) -> World:
+        """The same ranks with a group of their own, for what a thread exchanges beside the training. All must ask."""
+        if self.size == 1:
+            return self
+        import torch.distributed as dist
+
+        return replace(self, group=dist.new_group(backend="gloo", timeout=WAIT))
 
 
 def _packed(error: Exception) -> list[str]:
     if isinstance(error, (Refused, Failed)):
         return [type(error).__name__, error.asked, error.found, error.do]
-    return ["Failed", "the work of rank 0", f"{type(error).__name__}: {error}", ""]
+    return ["Failed", "the work of another rank", f"{type(error).__name__}: {error}", ""]
+
+
+def _unpacked(told: list[str]) -> LuthierError:
+    kind, *texts = told
+    return getattr(errors, kind)(*texts)

@@ -49,6 +49,24 @@ def try_save(
     return False
 
 
+def standing(
+    best: dict[str, Any] | None, metric: str, *, same: bool, damage: Callable[[int], str | None]
+) -> tuple[dict[str, Any] | None, list[str]]:
+    """What a resumed run takes as the best so far, and what the user should know; None: it is sought from here on.
+
+    `same`: the evaluation data is that of the run so far. `damage(step)` tells what is wrong with a checkpoint.
+    """
+    if best is None or (same and best["metric"] != metric):
+        return None, []  # another metric was asked for
+    if not same:
+        why = f"the best so far, step-{best['step']}, was measured on other evaluation data"
+    elif damage(best["step"]) is not None:
+        why = f"the best checkpoint so far, step-{best['step']}, is not there any more"
+    else:
+        return best, []
+    return None, [f"{why}: the best is sought from here on"]
+
+
 def failure(error: Exception, done: int, newest: str) -> Failed:
     """An unexpected error as a message; `newest` is where the run can go on."""
     text, kind = f"{type(error).__name__}: {error}", Failed

@@ -18,11 +18,13 @@ from torch.nn import Module, Parameter
 from torch.optim import Optimizer
 
 from luthier.batch import TENSORS, Batch
-from luthier.errors import Failed, NotFinite
+from luthier.errors import Failed, NotFinite, Refused
 from luthier.models.routers import router_logits
+from luthier.parallel.pieces import pieces_of
 from luthier.parallel.pipeline import OneStage, Passes, sum_copies
-from luthier.parallel.shard import part_of, peaks, reduce
+from luthier.parallel.shard import peaks, reduce
 from luthier.parallel.world import World
+from luthier.parts import marked
 from luthier.train.gates import check_finite, num_seeing_several_keys
 from luthier.train.loss import token_loss
 from luthier.train.master import LossScaler, MasterWeights
@@ -34,6 +36,7 @@ from luthier.train.optim import (
     set_lr,
 )
 from luthier.train.router import RouterLoss
+from luthier.train.state import Stored, model_tensors
 
 
 class Gate(Protocol):
@@ -231,28 +234,68 @@ class Updater:
         return dict(self.master.named)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Moments and master weights under `optimizer/` and `master/`; live ones, not copies."""
+        """The model's own tensors, moments and master weights under `weights/`, `optimizer/` and `master/`; live
+        ones, not copies."""
         moments = optimizer_tensors(self.optimizer, self.master.named)
-        out = {f"optimizer/{name}": tensor for name, tensor in moments.items()}
+        out = {f"weights/{name}": t for name, t in model_tensors(self.stage.model).items()}
+        out |= {f"optimizer/{name}": tensor for name, tensor in moments.items()}
         return out | {f"master/{n}": t for n, t in self.master.tensors().items()}
 
     def state(self) -> dict[str, Any]:
         return {"scaler": self.scaler.state(), "nan_steps": self._nan_steps}
 
-    def load(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-        """Put back `tensors` and `state`, bit for bit. Raises Refused when they do not fit."""
-        parts: dict[str, dict[str, Tensor]] = {"master": {}, "optimizer": {}}
+    def load(self, stored: Stored, state: Mapping[str, Any]) -> None:
+        """Put back what `tensors` and `state` gave on whatever layout, bit for bit. Raises Refused when it does not fit."""
+        self._check_names(stored)
+        self.load_weights(stored)
+        for name, master in self.master.tensors().items():
+            stored.load(f"master/{name}", master)
+        moments = {}
         named = dict(self.master.named)
-        for name, tensor in tensors.items():
-            kind, _, rest = name.partition("/")
-            owner = named.get(rest if kind == "master" else rest.partition("/")[2])
-            if owner is None and self.world.sizes["pipeline"] > 1:
-                continue  # another stage's
-            parts[kind][rest] = tensor if owner is None else part_of(tensor, owner)
-        self.master.load_tensors(parts["master"])
-        load_optimizer_tensors(self.optimizer, self.master.named, parts["optimizer"])
+        for full in stored:
+            kind, _, rest = full.partition("/")
+            parameter = named.get(rest.partition("/")[2]) if kind == "optimizer" else None
+            if parameter is not None:
+                moments[rest] = moment = _like(parameter, stored.shape(full), stored.dtype(full))
+                stored.load(full, moment)
+        load_optimizer_tensors(self.optimizer, self.master.named, moments)
         self.scaler.load_state(state["scaler"])
         self._nan_steps = state.get("nan_steps", 0)
+
+    @torch.no_grad()
+    def load_weights(self, stored: Stored) -> None:
+        """Put the model's own tensors back, bit for bit."""
+        for name, tensor in model_tensors(self.stage.model).items():
+            stored.load(f"weights/{name}", tensor)
+
+    def _check_names(self, stored: Stored) -> None:
+        """Refuse a state of other tensors than those of this run. A rank may have only some of the run's."""
+        ours = {f"weights/{name}" for name in model_tensors(self.stage.model)}
+        ours |= {f"master/{name}" for name in self.master.tensors()}
+        every = set().union(*self.world.gather(sorted(ours)))
+        of_some = {
+            n for names in self.world.gather([n for n, _ in self.master.named]) for n in names
+        }
+        missing = sorted(every - set(stored))
+        strange = [
+            name
+            for name in stored
+            if name not in every
+            and not (name.startswith("optimizer/") and name.split("/", 2)[2] in of_some)
+        ]
+        if missing or strange:
+            raise Refused(
+                f"going on from {stored.folder}",
+                f"it lacks '{missing[0]}'" if missing else f"it holds '{strange[0]}', which this run has not",
+                "resume with the model, adapter and optim settings of the checkpoint",
+            )  # fmt: skip
+
+
+def _like(parameter: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Memory for a moment of `parameter`: cut as that is, if it has its shape."""
+    if pieces_of(parameter).shape == shape:
+        return marked(torch.empty_like(parameter, dtype=dtype, requires_grad=False), parameter)
+    return torch.empty(shape, dtype=dtype, device=parameter.device)
 
 
 class _Passes:
