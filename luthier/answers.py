@@ -41,6 +41,7 @@ class Evaluator:
             self.built.device,
             lambda done: tell("evaluating", done, len(self.batches)),
             self.built.world,
+            self.built.context and self.built.context.split,
         )
         self.built.settle()
         if self.config.evaluate.generate:

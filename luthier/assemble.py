@@ -34,16 +34,16 @@ from luthier.adapters.store import load_adapter
 from luthier.bases import quantization_of, refuse_training
 from luthier.batch import Batch
 from luthier.built import Built as Built
-from luthier.built import cut, cut_stages, cut_tensor
+from luthier.built import copy_model as copy_model
+from luthier.built import cut, cut_stages, cut_tensor, plan_stages, share_tokens
 from luthier.built import name_of as name_of
-from luthier.built import read_model as read_model
-from luthier.built import write_model as write_model
 from luthier.config import MINIMISED, RunConfig
 from luthier.data.corpus import Corpus
 from luthier.data.dataset import Dataset, LazyDataset
 from luthier.data.loader import CorpusBatches, Loader, evaluation_batches
 from luthier.data.prepare import prepare
 from luthier.errors import Refused
+from luthier.models.across import check_heads
 from luthier.models.attention import check_kernel, why_torch
 from luthier.models.cuts import cuts_of
 from luthier.models.dropout import seed_dropout
@@ -56,7 +56,8 @@ from luthier.models.load import (
     resolve_device,
 )
 from luthier.models.partial import places_of
-from luthier.models.stage import Stage, check_stage, compile_layers, set_recompute
+from luthier.models.recompute import check_kept, compile_layers, set_recompute
+from luthier.models.stage import Stage, check_stage
 from luthier.parallel.degrees import check_stages
 from luthier.parallel.world import World
 from luthier.positions import num_positions
@@ -104,6 +105,9 @@ def check_training(config: RunConfig, text: Text, sizes: Mapping[str, int]) -> N
     if config.model.init == "pretrained":
         weight_files(find_folder(config.model.path, code=code))
     check_kernel(config.model.attention, resolve_device(config.model.device), train=True)
+    if config.parallel.context_method == "heads":
+        heads = text.model_config.get_text_config().num_attention_heads // tensor
+        check_heads(heads, sizes["context"])
     model: Any = None if code else blueprint(text.model_config, config.model.path)
     if config.adapter.path is not None:
         read_adapter_config(Path(config.adapter.path))
@@ -112,9 +116,8 @@ def check_training(config: RunConfig, text: Text, sizes: Mapping[str, int]) -> N
     ):
         return
     if stages > 1:
-        places_of(model)
-        layers = text.model_config.get_text_config().num_hidden_layers
-        check_stages(config.parallel, stages, min(layers, config.model.num_layers or layers))
+        layers = model.get_submodule(places_of(model).layers)
+        check_stages(config.parallel, stages, config.model.num_layers or len(layers))
     if (quantization := quantization_of(config.quantize, None, model=config.model)) is not None:
         quantization.convert(model)
     if tensor > 1:
@@ -160,7 +163,9 @@ def build(
         check_made_alike(Path(adapter), chosen.num_layers, chosen.rope_scaling)
     new = config.adapter if train else None
     quantization = quantization_of(config.quantize, adapter, new, config.train.seed, model=chosen)
-    model = build_model(chosen, seed=config.train.seed, train=train, quantization=quantization)
+    stages = plan_stages(config.parallel, world or World(), None if adapter else new)
+    how: dict[str, Any] = {"quantization": quantization, "leave_out": stages and stages.leave_out}
+    model = build_model(chosen, seed=config.train.seed, train=train, **how)
     built = Built(
         model, Stage(model), device, chosen.path, num_layers=chosen.num_layers, init=chosen.init
     )
@@ -196,17 +201,20 @@ def build(
     built.stage.autocast = None if chosen.autocast == "none" else getattr(torch, chosen.autocast)
     if built.world.sizes["tensor"] > 1:
         cut_tensor(built, config.parallel)
-    if built.world.sizes["pipeline"] > 1:
-        cut_stages(built, config.parallel)
+    if stages is not None:
+        cut_stages(built, stages)
     if train and built.world.sharded:
         cut(built, config.parallel)
+    if built.world.sizes["context"] > 1:
+        share_tokens(built, config.parallel.context_method)
     check_stage(built.stage)
     built.remarks += [*getattr(model, "misfits", []), *untested(model.config.model_type)]
     built.settle()
     if train:
         add_noise(model, config.adapter, seed=config.train.seed)
         seed_dropout(model, config.train.seed, built.tokens)
-        set_recompute(built.stage, config.train.recompute)
+        check_kept(config.train.keep_attention, built.kernel)
+        set_recompute(built.stage, config.train.recompute, config.train.keep_attention)
         built.remarks += why_torch(built.kernel, built.device, built.dtype)
         if config.train.compile:
             compile_layers(built.stage)
@@ -346,32 +354,22 @@ def make_updater(config: RunConfig, built: Built) -> Updater:
         ),
         world=built.world,
         pipeline=built.pipeline(config.parallel),
+        split=built.context and built.context.split,
     )
 
 
+def names(text: str) -> set[str]:
+    return set(text.split())
+
+
 IDENTITY = {
-    "model": {
-        "path",
-        "dtype",
-        "autocast",
-        "master_dtype",
-        "num_layers",
-        "init",
-        "rope_scaling",
-        "tokenizer",
-    },
-    "data": {"path", "format", "columns", "template", "length", "source_length", "overlong"}
-    | {
-        "packing",
-        "lazy",
-        "validation_share",
-        "pose",
-        "pose_window",
-        "split",
-        "borders",
-        "blanks",
-        "supervise",
-    },
+    "model": names("""
+        path dtype autocast master_dtype num_layers init rope_scaling tokenizer
+        """),
+    "data": names("""
+        path format columns template length source_length overlong packing lazy
+        validation_share pose pose_window split borders blanks supervise
+        """),
     "adapter": None,
     "quantize": None,
     "train": {"router_loss"},

@@ -62,11 +62,15 @@ def quantization_of(
 
 
 def storage_words(model: nn.Module) -> str:
-    """How the base is kept: `106,168,320 weights in nf4, 60 MB`; empty where none is quantised."""
+    """How the base is kept: `106,168,320 weights in nf4, 60 MB`; empty where none is quantised.
+
+    Where tensor-parallel ranks share the weights, the megabytes are a rank's.
+    """
     layers: list[Any] = [module for module in model.modules() if is_quantized(module)]
     if not layers:
         return ""
     schemes = sorted({layer.scheme for layer in layers})
-    weights = sum(layer.spec.numel for layer in layers)
+    weights = sum(layer.whole for layer in layers)
+    each = " per process" if any(layer.whole != layer.spec.numel for layer in layers) else ""
     size = sum(t.numel() * t.element_size() for layer in layers for t in layer.tensors().values())
-    return f"{weights:,} weights in {' and '.join(schemes)}, {size / 1e6:,.0f} MB"
+    return f"{weights:,} weights in {' and '.join(schemes)}, {size / 1e6:,.0f} MB{each}"

@@ -7,12 +7,12 @@ forward, so that no model has to pass it on. Who packs rows is `data/`; who atte
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -38,6 +38,7 @@ class Batch:
     position_ids: Tensor
     document_ids: Tensor
     rows: tuple[int, ...] = ()
+    share: Share | None = None  # where the tensors above are some columns of the rows only
 
     @property
     def num_supervised(self) -> int:
@@ -56,10 +57,68 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         move = {n: getattr(self, n).to(device, non_blocking=True) for n in TENSORS}
-        return replace(self, **move)
+        return replace(self, share=self.share and self.share.to(device), **move)
 
 
 TENSORS = ("input_ids", "labels", "position_ids", "document_ids")
+
+
+class Exchange(Protocol):
+    """How attention reaches the tokens of the other context-parallel ranks (`parallel/context.py`); n ranks.
+
+    `method` is `parallel.context_method`. All of them are differentiable, and every rank must call them.
+    """
+
+    method: str
+    rank: int
+    ranks: int
+
+    def gather(self, x: Tensor, share: Share, /) -> Tensor:
+        """[B, K, s, D] -> [B, K, S, D]: the tokens of all ranks, in the order of the row."""
+        ...
+
+    def to_heads(self, x: Tensor, share: Share, /) -> Tensor:
+        """[B, H, s, D] -> [B, H/n, S, D]: all tokens of this rank's heads."""
+        ...
+
+    def to_tokens(self, x: Tensor, share: Share, /) -> Tensor:
+        """[B, H/n, S, D] -> [B, H, s, D]: back again."""
+        ...
+
+
+@dataclass(frozen=True)
+class Share:
+    """The part of each row of a batch that one of n context-parallel ranks has: s of its S columns.
+
+    `whole` are the rows, padded so that S = n * s; `width` is S before that. `columns` [B, s] rise along the row.
+    `everyone` [B, S] are the columns of all ranks, one rank after the other; `order` [B, S] undoes it: column j
+    of the row is at order[j] there.
+    """
+
+    whole: Batch
+    columns: Tensor
+    everyone: Tensor
+    order: Tensor
+    width: int
+    exchange: Exchange
+
+    def of(self, whole: Tensor) -> Tensor:
+        """[B, S, ...] -> [B, s, ...]."""
+        rows = torch.arange(len(whole), device=whole.device)[:, None]
+        return whole[rows, self.columns.to(whole.device)]
+
+    def whole_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """[B, s, ...] -> [B, S, ...]."""
+        return (shape[0], self.everyone.shape[1], *shape[2:])
+
+    @cached_property
+    def places(self) -> list[dict[int, int]]:
+        """Of each row: column -> where this rank has it."""
+        return [{c: i for i, c in enumerate(row)} for row in self.columns.tolist()]
+
+    def to(self, device: torch.device | str) -> Share:
+        names = ("whole", "columns", "everyone", "order")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
 
 @dataclass(frozen=True)
@@ -87,17 +146,33 @@ class Segment:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the documents of one batch lie. Derived facts are computed on first use and kept."""
+    """Where the documents of one batch lie. Derived facts are computed on first use and kept.
+
+    Everything in it is about whole rows; with `share`, the model that runs has some of their columns only.
+    """
 
     document_ids: Tensor  # [B, S]
     position_ids: Tensor  # [B, S] or [B, 2, S]
     rows: tuple[int, ...] = ()
     cache: dict[str, Any] = field(default_factory=dict)  # a kernel's own per-batch artefacts
     labels: Tensor | None = None  # [B, S]
+    share: Share | None = None
 
     @classmethod
     def of(cls, batch: Batch) -> Layout:
-        return cls(batch.document_ids, batch.position_ids, batch.rows, labels=batch.labels)
+        share, whole = batch.share, batch if batch.share is None else batch.share.whole
+        ids, places = whole.document_ids, whole.position_ids
+        return cls(ids, places, batch.rows, labels=whole.labels, share=share)
+
+    def here(self, whole: Tensor) -> Tensor:
+        """Of a tensor [B, S, ...] the columns that the running model has, [B, s, ...]."""
+        return whole if self.share is None else self.share.of(whole)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(B, s): the rows of the running model."""
+        batch, width = (self.document_ids if self.share is None else self.share.columns).shape
+        return batch, width
 
     @cached_property
     def borders(self) -> Tensor:

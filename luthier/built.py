@@ -5,7 +5,7 @@ It is made by `assemble.build`. Sharded weights are gathered here for whoever ne
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,25 +19,27 @@ from transformers import PreTrainedModel
 from luthier.adapters import ADAPTERS, adapters_of, whole_parameters
 from luthier.adapters.base import Adapter
 from luthier.adapters.facts import plain
-from luthier.adapters.store import load_tensors, save_adapter
-from luthier.config import AdapterConfig, RopeScaling, RunConfig
+from luthier.adapters.store import copy_adapter
+from luthier.config import AdapterConfig, RopeScaling
 from luthier.config_parallel import ParallelConfig
 from luthier.errors import Refused
 from luthier.layers import count
 from luthier.models.absent import present
 from luthier.models.cuts import cuts_of
+from luthier.models.export import FullModel, full_model
 from luthier.models.folder import original_hash
-from luthier.models.load import build_model, save_model
 from luthier.models.partial import Chunk, Share, balanced, costs_of, places_of
+from luthier.models.reading import LeaveOut
 from luthier.models.rotary import config_changes
 from luthier.models.sequence import tokens_of
-from luthier.models.stage import Stage, decoder_layers, same_stage
+from luthier.models.stage import Stage, check_shared, decoder_layers, same_stage
 from luthier.parallel.branches import cut_branches
 from luthier.parallel.collectives import Axis
+from luthier.parallel.context import Context
 from luthier.parallel.degrees import check_stages
 from luthier.parallel.pipeline import OneStage, Pipeline, Relay
 from luthier.parallel.sequence import split_sequence
-from luthier.parallel.shard import Sharding, assign, collected, whole
+from luthier.parallel.shard import Sharding, collected, whole
 from luthier.parallel.tensor import by_heads, cut_layers
 from luthier.parallel.vocabulary import cut_vocabulary
 from luthier.parallel.world import World
@@ -67,7 +69,9 @@ class Built:
     remarks: list[str] = field(default_factory=list)
     world: World = field(default_factory=World)
     sharding: Sharding | None = None
+    context: Context | None = None
     tokens: tuple[int, int] = (0, 1)  # which stretch of a row's tokens is here between the layers
+    full: FullModel | None = None  # how it is written, once that was asked for
 
     def settle(self) -> None:
         """Free what a forward without backward left gathered."""
@@ -78,25 +82,11 @@ class Built:
         """Every rank has the whole model inside, and computes on its own."""
         return nullcontext() if self.sharding is None else self.sharding.gathered()
 
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """Rank 0 has the whole model inside, on the CPU, to write it; every rank enters."""
-        with ExitStack() as stack:
-            share, hands = self.stage.share, self.world.rank % self.world.stage_size == 0
-            if self.sharding is not None or self.world.sizes["tensor"] > 1:
-                keep = self.world.is_main or (share is not None and hands)
-                stack.enter_context(whole(self.model, world=self.world, keep=keep))
-            if share is not None:
-                given = share.tensors() if hands and self.world.rank else None
-                found = collected(given, self.world)
-                stack.enter_context(share.put_back(dict(found)))
-            yield
-
     def pipeline(self, parallel: ParallelConfig) -> Pipeline | OneStage:
         """What runs the micro-batches of a step through the model's stages."""
-        share = self.stage.share
+        share, split = self.stage.share, self.context and self.context.split
         if share is None:
-            return OneStage(self.sharding)
+            return OneStage(self.sharding, split)
         adapters = adapters_of(self.model).values()
         return Pipeline(
             share,
@@ -108,6 +98,7 @@ class Built:
             device=self.device,
             beside=max((adapter.tokens_aside for adapter in adapters), default=0),
             sharding=self.sharding,
+            split=split,
         )
 
     @property
@@ -180,6 +171,8 @@ def cut_tensor(built: Built, parallel: ParallelConfig) -> None:
     tokens = tokens_of(model, found) if parallel.sequence else None
     if tokens is not None and built.world.sizes["pipeline"] > 1:
         tokens = "stages of a pipeline hand whole rows over"
+    if tokens is not None and built.world.sizes["context"] > 1:
+        tokens = "parallel.context shares the tokens of the rows already"
     if isinstance(tokens, str):
         asked = f"parallel.sequence=true for the model family '{model.config.model_type}'"
         if "sequence" in parallel.model_fields_set:
@@ -210,18 +203,66 @@ def cut_tensor(built: Built, parallel: ParallelConfig) -> None:
         found.settle(model, axis.rank, axis.ranks)
 
 
-def cut_stages(built: Built, parallel: ParallelConfig) -> None:
+def share_tokens(built: Built, method: str) -> None:
+    """Let the context ranks share each row's tokens; refused where something beside attention looks at several."""
+    built.context = Context(built.world, method)
+    check_shared(built.stage, built.context.split)
+
+
+class StagePlan:
+    """Which layers the ranks of a pipeline have, decided on a model that is whole or on meta."""
+
+    def __init__(self, parallel: ParallelConfig, world: World, partly: bool = True) -> None:
+        """`partly`: whether a rank need not read the layers of others."""
+        self.parallel, self.ranks, self.partly = parallel, world.sizes["pipeline"], partly
+        self.here = world.mesh.get_local_rank("pipeline")
+        self.chunks: list[Chunk] = []
+
+    def absent(self, model: PreTrainedModel) -> set[int]:
+        """The layers of `model` that this rank has not."""
+        places = places_of(model)
+        check_stages(self.parallel, self.ranks, model.config.get_text_config().num_hidden_layers)
+        number = self.ranks * self.parallel.virtual_stages
+        parts = balanced(*costs_of(model, places), number)
+        self.chunks = [Chunk(i, part, i == 0, i == number - 1) for i, part in enumerate(parts)]
+        others = [chunk for chunk in self.chunks if chunk.number % self.ranks != self.here]
+        return {layer for chunk in others for layer in chunk.layers}
+
+    @property
+    def leave_out(self) -> LeaveOut | None:
+        return self.absent if self.partly else None
+
+    @property
+    def words(self) -> str:
+        """The layers of each stage."""
+        parts = (
+            f"{c.layers[0]} to {c.layers[-1]}" if len(c.layers) > 1 else str(c.layers[0])
+            for c in self.chunks
+        )
+        return f"stages of the pipeline: layers {'; '.join(parts)} and the head"
+
+
+def plan_stages(
+    parallel: ParallelConfig, world: World, new: AdapterConfig | None
+) -> StagePlan | None:
+    """The stages of `world`, if it has some; `new`: options of an adapter that will get its first values.
+
+    Tensor parallelism cuts a whole model, and first values of some methods are a function of it.
+    """
+    if world.sizes["pipeline"] == 1:
+        return None
+    alone = new is None or new.method == "none" or ADAPTERS[new.method].from_layer
+    return StagePlan(parallel, world, partly=alone and world.sizes["tensor"] == 1)
+
+
+def cut_stages(built: Built, plan: StagePlan) -> None:
     """Leave out what other stages of the pipeline have of the model."""
     model, world = built.model, built.world
-    ranks = world.sizes["pipeline"]
-    check_stages(parallel, ranks, model.config.get_text_config().num_hidden_layers)
-    places = places_of(model)
-    number = ranks * parallel.virtual_stages
-    parts = balanced(*costs_of(model, places), number)
-    chunks = [Chunk(i, part, i == 0, i == number - 1) for i, part in enumerate(parts)]
-    owners = [chunk.number % ranks for chunk in chunks for _ in chunk.layers]
-    here = world.mesh.get_local_rank("pipeline")
-    own = [chunk for chunk in chunks if chunk.number % ranks == here]
+    if not plan.chunks:
+        plan.absent(model)
+    places, here = places_of(model), plan.here
+    owners = [chunk.number % plan.ranks for chunk in plan.chunks for _ in chunk.layers]
+    own = [chunk for chunk in plan.chunks if chunk.number % plan.ranks == here]
     relay = Relay(owners, world)
     built.stage.share = share = Share(model, places, own, relay)
     if share.tied and share.has_first != share.has_last:
@@ -232,6 +273,7 @@ def cut_stages(built: Built, parallel: ParallelConfig) -> None:
             for parameter in adapter.parameters():
                 mark_copy(parameter, Copy(everywhere=True, counts=here == 0))
     model.register_forward_hook(partial(_tell_logits, relay))
+    built.remarks.append(plan.words)
 
 
 def _tell_logits(relay: Relay, model: Any, args: Any, output: Any) -> Any:
@@ -240,38 +282,61 @@ def _tell_logits(relay: Relay, model: Any, args: Any, output: Any) -> Any:
     return output
 
 
-def write_model(built: Built, text: Text, folder: Path) -> None:
-    """The trained thing as others read it: a PEFT folder, or a Hugging Face folder with its tokenizer."""
-    if built.adapter is not None:
-        made = {"num_layers": built.num_layers, "init": built.init}
-        if built.scaling is not None:
-            made |= {"rope_scaling": plain(built.scaling)}
-            made |= {"config_changes": config_changes(built.model.config)}
-        made |= {"quantize": built.quantize} if built.quantize else {}
-        if built.base_hash and (origin := original_hash(built.base)):
-            made |= {"original_hash": origin}
-        save_adapter(built.model, folder, built.adapter, built.base, built.base_hash, made)
-        return
-    keep_stops(built.model, text.renderer.stop_ids)
-    save_model(built.model, folder, text.tokenizer)
+@dataclass(frozen=True)
+class AdapterFolder:
+    """`train.saving.ModelCopy` of adapters: PEFT's folder has one file of weights, which rank 0 writes."""
+
+    save: Callable[[Path], None] | None
+
+    def write(self, folder: Path, weights: Any, rank: int, ranks: int) -> dict[str, Any]:
+        return {"files": {}}
+
+    def complete(self, folder: Path, parts: list[dict[str, Any]]) -> None:
+        if self.save is not None:
+            self.save(folder)
 
 
-def read_model(built: Built, config: RunConfig, folder: Path) -> None:
-    """Put the weights that `write_model` wrote back into the live model, bit for bit."""
-    if built.adapter is not None:
-        owners = [name.rpartition(".")[0] for name in whole_parameters(built.model)]
-        modules = [*adapters_of(built.model).values(), *map(built.model.get_submodule, owners)]
-        with whole(*modules, world=built.world, write=True):
-            load_tensors(built.model, folder)
-        return
-    again = config.model.model_copy(
-        update={"path": str(folder), "init": "pretrained", "dtype": name_of(built.dtype)}
-        | {"device": "cpu", "attention": "math", "num_layers": None, "rope_scaling": None}
-    )
-    saved = build_model(again, seed=config.train.seed).state_dict()
-    with torch.no_grad():
-        for name, tensor in built.model.state_dict(keep_vars=True).items():
-            assign(tensor, saved[name])
+def copy_model(built: Built, text: Text, world: World) -> AdapterFolder | FullModel:
+    """The trained thing as others read it, on its way to disk: a PEFT folder, or a Hugging Face folder with its
+    tokenizer. Every rank of `world` must ask: the run's, or one of its copies on its own."""
+    if built.adapter is None:
+        if built.full is None:
+            keep_stops(built.model, text.renderer.stop_ids)
+            built.full = full_model(built.model, built.dtype, text.tokenizer)
+        return built.full
+    made = {"num_layers": built.num_layers, "init": built.init}
+    if built.scaling is not None:
+        made |= {"rope_scaling": plain(built.scaling)}
+        made |= {"config_changes": config_changes(built.model.config)}
+    made |= {"quantize": built.quantize} if built.quantize else {}
+    if built.base_hash and (origin := original_hash(built.base)):
+        made |= {"original_hash": origin}
+    alone = world.size < built.world.size
+    with nullcontext() if alone else _adapters_whole(built):
+        if not world.is_main:
+            return AdapterFolder(None)
+        return AdapterFolder(
+            copy_adapter(built.model, built.adapter, built.base, built.base_hash, made)
+        )
+
+
+@contextmanager
+def _adapters_whole(built: Built) -> Iterator[None]:
+    """Rank 0 has whole adapters inside, on the CPU, and those of all stages; every rank enters."""
+    model, world, share = built.model, built.world, built.stage.share
+    kept = whole_parameters(model)
+    adapters = adapters_of(model).values()
+    modules = [*adapters, *(model.get_submodule(name.rpartition(".")[0]) for name in kept)]
+    hands = world.rank % world.stage_size == 0
+    with ExitStack() as stack:
+        keep = world.is_main or (share is not None and hands)
+        stack.enter_context(whole(*modules, world=world, keep=keep))
+        if share is not None:
+            own = tuple(f"{adapter.path}." for adapter in adapters)
+            here = {n: t for n, t in share.tensors().items() if n in kept or n.startswith(own)}
+            found = collected(here if hands and world.rank else None, world)
+            stack.enter_context(share.put_back(dict(found)))
+        yield
 
 
 def keep_stops(model: PreTrainedModel, stop_ids: Sequence[int]) -> None:

@@ -16,29 +16,7 @@ from typing import Any
 
 from luthier import __version__
 from luthier.errors import LuthierError, Refused, suggest
-
-USAGE = """\
-usage: luthier COMMAND ...
-
-  finetune FILE [FILE] [section.key=value ...]   train, evaluate, save; FILE: YAML, JSON, PaddleNLP arguments
-  evaluate FILE [...]                            loss, perplexity, accuracy (and BLEU/ROUGE) of the run's model
-  predict  FILE [...]                            answer rows: JSON lines in, JSON lines out
-  quantize FILE [...]                            the base in few bits: a folder that transformers opens
-  merge    BASE ADAPTER OUT                      fold an adapter into its base, checked before it is published
-  tokenize FILE [...] [--out NAME]               pretraining: tokenise ahead, or write NAME.bin and NAME.idx
-  show     FILE [...]                            the resolved config and where each value comes from
-  plan     FILE [...] [--devices N]              will it fit, which layout, how long a step; reads no weights
-  preview  FILE [...] [--rows N]                 rows as coloured tokens: what is trained and what is not
-  verify   CHECK FILE [...]                      prove on your model and data: data, packing, loss, layout
-  convert  SOURCE OUT                            GGUF, checkpoint, PaddleNLP adapter -> Hugging Face / PEFT folder
-  example  [NAME]                                list ready configs, or print one
-  schema                                         JSON schema of the config, for editors
-  env                                            versions and devices
-  --version
-
-  --nproc N [--max-restarts N] after finetune, evaluate, predict or verify layout runs it in N processes.
-  --debug after any command shows the traceback of an error.
-"""
+from luthier.usage import LAUNCHED, USAGE, help_of
 
 Command = Callable[[list[str]], Any]
 
@@ -70,8 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _tell(error: BaseException, text: str, debug: bool) -> None:
     """Show an error, once in a run of several processes."""
-    from luthier.parallel.world import tells
+    from luthier.parallel.world import note, tells
 
+    note(error)
     if tells(error):
         if debug:
             traceback.print_exception(error)
@@ -92,13 +71,22 @@ def _run(words: list[str]) -> int:
             f"known: {', '.join(COMMANDS)}",
             suggest(name, COMMANDS) or "see luthier --help",
         )
-    if rest and rest[0] in ("-h", "--help"):
-        print(USAGE, end="")
+    if {"-h", "--help"} & set(rest):
+        print(help_of(name), end="")
         return 0
     if name in LAUNCHED:
         restarts, rest = _take_option(rest, "--max-restarts", 0)
         processes, rest = _take_option(rest, "--nproc", 1)
-        if processes > 1:
+        if restarts and name != "finetune":
+            raise Refused(
+                f"luthier {name} --max-restarts {restarts}",
+                "only finetune leaves checkpoints to go on from",
+                "leave it out",
+            )
+        if processes > 1 or restarts:
+            if name == "verify" and rest[:1] == ["resume"]:  # it starts the runs itself
+                verify(rest, processes)
+                return 0
             if name == "verify" and rest[:1] != ["layout"]:
                 raise Refused(
                     f"luthier verify {' '.join(rest[:1])} --nproc {processes}",
@@ -110,16 +98,30 @@ def _run(words: list[str]) -> int:
     return 0
 
 
+def _no_words(name: str, words: list[str]) -> None:
+    if words:
+        raise Refused(f"luthier {name} {words[0]}", "it takes no argument", f"luthier {name}")
+
+
 def _launch(name: str, words: list[str], processes: int, restarts: int) -> int:
     """Run the command in several processes, after whatever the config alone tells is refused."""
-    from luthier.parallel.degrees import check_sharding, fit_batch, mesh_sizes
+    from luthier.parallel.degrees import check_processes, fewer
     from luthier.parallel.launch import launch
 
     config = _config(name, words[1:] if name == "verify" else words, processes=processes).config
-    sizes = mesh_sizes(config.parallel, processes)
-    fit_batch(config, sizes["replicate"] * sizes["shard"], sizes["pipeline"])
-    check_sharding(config, sizes)
-    return launch([name, *words], processes, restarts)
+    check_processes(config, processes)
+    if not restarts:
+        return launch([name, *words], processes)
+    from luthier.train.ending import check_restarts, newest_in
+
+    check_restarts(config.checkpoint.every, restarts)
+    return launch(
+        [name, *words],
+        processes,
+        restarts,
+        fewer=lambda number: fewer(config, number),
+        newest=lambda: newest_in(config.output),
+    )
 
 
 def _config(
@@ -225,7 +227,7 @@ def tokenize(words: list[str]) -> None:
     run(resolved, out=out)
 
 
-def verify(words: list[str]) -> None:
+def verify(words: list[str], processes: int | None = None) -> None:
     from luthier.verify import CHECKS
 
     if not words or words[0] not in CHECKS:
@@ -235,8 +237,8 @@ def verify(words: list[str]) -> None:
             f"checks: {', '.join(CHECKS)}",
             suggest(given, CHECKS) or "luthier verify data run.yaml",
         )
-    resolved = _config(f"verify {words[0]}", words[1:])
-    CHECKS[words[0]](resolved)
+    resolved = _config(f"verify {words[0]}", words[1:], processes=processes)
+    CHECKS[words[0]](resolved, **({} if processes is None else {"processes": processes}))
 
 
 MERGE_ALIASES = {
@@ -343,18 +345,19 @@ def example(words: list[str]) -> None:
 
 
 def schema(words: list[str]) -> None:
+    _no_words("schema", words)
     from luthier.configfile import json_schema
 
     print(json.dumps(json_schema(), indent=2))
 
 
 def env(words: list[str]) -> None:
+    _no_words("env", words)
     from luthier.exchange import env as run
 
     run()
 
 
-LAUNCHED = ("finetune", "evaluate", "predict", "verify")  # commands that several processes can run
 COMMANDS: dict[str, Command] = {
     "finetune": finetune,
     "evaluate": evaluate,

@@ -122,15 +122,47 @@ class TrainConfig(Section):
         description="Trade time for memory: keep only each layer's input (`layer`), or also the results of "
         "its matrix products (`selective`).",
     )
+    keep_attention: Annotated[int, Field(ge=-1)] = Field(
+        0,
+        description="With `recompute: layer`: the first n layers keep what attention gives, too; -1 = all of them.",
+    )
     compile: bool = Field(False, description="Compile the layers with torch.compile.")
     router_loss: Annotated[float, Field(ge=0)] | None = Field(
         None,
         description="Mixtures of experts: weight of the loss that balances the experts. Default: "
         "`router_aux_loss_coef` of config.json where its `output_router_logits` is true, else 0.",
     )
+    on_nan: Literal["stop", "skip"] = Field(
+        "stop",
+        description="A step whose loss or gradient is NaN or infinite ends the run (`stop`) or updates nothing "
+        "(`skip`). Its rows are written to `output`/not_finite either way.",
+    )
+    max_nan_steps: Positive = Field(
+        10,
+        description="With on_nan=skip: so many such steps in a row are passed over, one more ends the run.",
+    )
+    hang_timeout: Annotated[float, Field(gt=0)] | Literal["never"] = Field(
+        1800.0,
+        description="Seconds without a finished step after which the stack of every process is written to "
+        "`output`/stacks and the run ends. The first step, evaluations and saving have six times as long, and any step ten "
+        "times the slowest one so far.",
+    )
     seed: Annotated[int, Field(ge=0)] = Field(
         42, description="Order of rows, dropout, initial values."
     )
+
+    @model_validator(mode="after")
+    def _kept(self) -> TrainConfig:
+        if self.keep_attention and self.recompute != "layer":
+            raise ValueError(
+                f"train.keep_attention={self.keep_attention} says what train.recompute=layer keeps, and "
+                f"train.recompute is {self.recompute}; give train.recompute=layer, or leave it out"
+            )
+        if self.keep_attention and self.compile:
+            raise ValueError(
+                "train.keep_attention cannot see into the layers that train.compile compiles; leave one of them out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _batch(self) -> TrainConfig:
@@ -206,6 +238,16 @@ class CheckpointConfig(Section):
     resume: str = Field(
         "never",
         description="`never`, `auto` (newest whole checkpoint in `output`, or a fresh start), or a checkpoint folder.",
+    )
+    background: bool = Field(
+        True,
+        description="Write checkpoints while the training goes on, from a copy in memory; off saves that memory.",
+    )
+
+    on_failure: Literal["continue", "stop"] = Field(
+        "continue",
+        description="A checkpoint that cannot be written (disk full, read-only) is told and left out (`continue`), or "
+        "ends the run (`stop`). The last one of a run is tried again a few times, then the run fails.",
     )
 
 

@@ -39,9 +39,14 @@ class ParallelConfig(Section):
         description="With `tensor`: between the layers a process holds its own tokens of the hidden states, not all "
         "of them. The result does not depend on it.",
     )
-    context: Degree = Field(1, description="Context parallelism; only 1 works in this version.")
+    context: Degree = Field(
+        1, description="Processes that share the tokens of each row; they read the same rows."
+    )
     context_method: Literal["auto", "ring", "gather", "heads"] = Field(
-        "auto", description="How attention crosses context ranks; acts with `context`."
+        "auto",
+        description="How attention crosses `context`: `gather` (or `ring`, the same) brings the keys and "
+        "values of all tokens together, `heads` exchanges tokens for heads (Ulysses); `auto` takes `heads` where the "
+        "heads of keys and values divide.",
     )
     pipeline: Degree = Field(
         1,

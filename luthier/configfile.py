@@ -310,10 +310,15 @@ def _entries(config: RunConfig) -> list[tuple[str, str, Any]]:
     found: list[tuple[str, str, Any]] = []
     for name, value in config.model_dump(mode="json").items():
         if name in SECTIONS:
-            found += [(name, key, below) for key, below in value.items()]
+            found += [(name, key, _bare(below)) for key, below in value.items()]
         else:
             found.append(("", name, value))
     return found
+
+
+def _bare(value: Any) -> Any:
+    """A mapping (rope_scaling) without the keys that nobody gave."""
+    return {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else value
 
 
 def json_schema() -> dict[str, Any]:

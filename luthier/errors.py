@@ -19,6 +19,10 @@ class LuthierError(Exception):
         self.asked, self.found, self.do = asked, found, do
         super().__init__(" ".join(_sentence(part) for part in (asked, found, do) if part))
 
+    def add(self, do: str) -> None:
+        """Something more that the user should know or do."""
+        self.__init__(self.asked, self.found, f"{self.do}; {do}" if self.do else do)
+
 
 class Refused(LuthierError):
     """Bad input or an impossible combination; nothing was written."""
@@ -30,6 +34,18 @@ class Failed(LuthierError):
     """The run could not go on; what was saved before is intact."""
 
     exit_code = 1
+
+
+class NotFinite(Failed):
+    """NaN or infinity in a step: begun again from the same place, the run comes to the same."""
+
+
+class Unwritten(Failed):
+    """A file could not be written; what was there before is untouched."""
+
+
+class LostPeer(Failed):
+    """Another process of the run is gone: it has the reason, not this one."""
 
 
 class Stopped(LuthierError):

@@ -28,11 +28,13 @@ from luthier.errors import Failed, LuthierError, Refused
 from luthier.files import MANIFEST, check_writable, damage, publish, write_json
 from luthier.interop.gguf import convert_gguf, is_gguf
 from luthier.interop.paddlenlp_folder import convert_adapter, is_paddle_adapter
+from luthier.interop.paddlenlp_model import convert_model, is_paddle_model
 from luthier.models.folder import fingerprint
 from luthier.models.load import build_model, load_config, quiet, resolve_device, save_model
 from luthier.models.stage import plain_inputs
 from luthier.models.tokenizer import load_tokenizer
 from luthier.summary import device_name, versions
+from luthier.train.checkpoint import steps_in
 from luthier.train.report import write_report
 
 SAMPLE_ROWS, SAMPLE_TOKENS = 4, 48
@@ -192,7 +194,7 @@ def _note_in_report(run: Path, target: Path, check: MergeCheck) -> None:
 
 
 def convert(source: str, out: str, *, base: str | None = None, say: Any = print) -> dict[str, Any]:
-    """GGUF file, checkpoint of a run, or PaddleNLP's adapter -> a folder that transformers or PEFT loads.
+    """GGUF file, checkpoint of a run, PaddleNLP's model or adapter -> a folder that transformers or PEFT loads.
 
     `base` is the model that a PaddleNLP adapter was trained on, where it does not name it rightly.
     """
@@ -213,16 +215,25 @@ def convert(source: str, out: str, *, base: str | None = None, say: Any = print)
         facts = convert_adapter(path, target, base)
     elif is_gguf(path):
         facts = convert_gguf(path, target)
+    elif path.is_dir() and is_paddle_model(path):
+        facts = convert_model(path, target)
     elif (path / "training_state.json").is_file():
         facts = _convert_checkpoint(path, target)
     else:
         raise Refused(
             f"convert {source}",
-            "it is no GGUF file, no checkpoint of a run (with training_state.json) and no adapter of PaddleNLP",
-            "give model.gguf, RUN/checkpoints/step-N, or a folder with lora_config.json",
+            "it is no GGUF file, no checkpoint of a run (with training_state.json), and no model or adapter of PaddleNLP",
+            _nearest(path)
+            or "give model.gguf, RUN/checkpoints/step-N, or a folder with model_state*.pdparams or lora_config.json",
         )
     say(f"{target}: " + ", ".join(f"{key} {value}" for key, value in facts.items()))
     return facts
+
+
+def _nearest(path: Path) -> str:
+    """The newest checkpoint of a run, where its folder was named."""
+    inside = steps_in(path) if path.is_dir() else []
+    return f"luthier convert {inside[-1][1]} OUT" if inside else ""
 
 
 def _convert_checkpoint(path: Path, target: Path) -> dict[str, Any]:
@@ -234,7 +245,7 @@ def _convert_checkpoint(path: Path, target: Path) -> dict[str, Any]:
         )
     with publish(target, manifest=False) as partial:
         for file in path.iterdir():
-            if not file.name.startswith("training_state.") and file.name != MANIFEST:
+            if not file.name.startswith("training_state") and file.name != MANIFEST:
                 shutil.copy2(file, partial / file.name)
     kind = "PEFT adapter" if (target / "adapter_config.json").is_file() else "model"
     return {"kind": kind, "from": path.name}

@@ -12,14 +12,15 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from luthier.errors import Failed, Refused
+from luthier.errors import Refused, Unwritten
 
 MANIFEST = "manifest.json"
+Entry = dict[str, Any]  # what a manifest says of a file: size and sha256
 PARTIAL = ".partial-"  # prefix of a folder that is being written
 
 
@@ -37,6 +38,12 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def sync_handle(handle: IO[Any]) -> None:
+    """Flush an open file to disk."""
+    handle.flush()
+    os.fsync(handle.fileno())
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically (temporary file, fsync, rename)."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
@@ -48,13 +55,12 @@ def write_text(path: Path, text: str) -> None:
     try:
         with partial.open("w", encoding="utf-8") as handle:
             handle.write(text)
-            handle.flush()
-            os.fsync(handle.fileno())
+            sync_handle(handle)
         partial.replace(path)
         sync(path.parent)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        raise _failed(path, error) from error
+        raise failed(path, error) from error
 
 
 @contextmanager
@@ -63,41 +69,60 @@ def publish(folder: Path, *, manifest: bool = True) -> Iterator[Path]:
 
     On any error the temporary folder is removed and `folder` is as it was.
     """
-    partial = folder.with_name(f"{PARTIAL}{folder.name}")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = partial_of(folder)
     try:
-        partial.mkdir(parents=True)
+        begin(folder)
         yield partial
         files = sorted(p for p in partial.rglob("*") if p.is_file())
-        for path in files:
-            sync(path)
-        if manifest:
-            entries = {
-                str(p.relative_to(partial)): {"size": p.stat().st_size, "sha256": sha256(p)}
-                for p in files
-            }
-            write_json(partial / MANIFEST, {"format": 1, "files": entries})
-        for path in sorted(p for p in partial.rglob("*") if p.is_dir()):
-            sync(path)
-        sync(partial)
-        old = folder.with_name(f"{PARTIAL}old-{folder.name}")
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
-            folder.rename(old)
-        try:
-            partial.rename(folder)
-        except OSError:
-            if old.exists():
-                old.rename(folder)
-            raise
-        sync(folder.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        entries = {str(p.relative_to(partial)): flushed(p) for p in files}
+        finish(folder, entries if manifest else None)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise _failed(folder, error) from error
+        raise failed(folder, error) from error
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def partial_of(folder: Path) -> Path:
+    """The temporary name of `folder` while it is written."""
+    return folder.with_name(f"{PARTIAL}{folder.name}")
+
+
+def begin(folder: Path) -> Path:
+    """Make the empty temporary folder of `folder`. Raises OSError."""
+    partial = partial_of(folder)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    return partial
+
+
+def flushed(path: Path) -> Entry:
+    """Flush a file that was written; its size and hash."""
+    sync(path)
+    return {"size": path.stat().st_size, "sha256": sha256(path)}
+
+
+def finish(folder: Path, entries: Mapping[str, Entry] | None) -> None:
+    """Give the temporary folder, all of whose files are flushed, its manifest and its name. Raises OSError."""
+    partial = partial_of(folder)
+    if entries is not None:
+        write_json(partial / MANIFEST, {"format": 1, "files": dict(sorted(entries.items()))})
+    for path in sorted(p for p in partial.rglob("*") if p.is_dir()):
+        sync(path)
+    sync(partial)
+    old = folder.with_name(f"{PARTIAL}old-{folder.name}")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    try:
+        partial.rename(folder)
+    except OSError:
+        if old.exists():
+            old.rename(folder)
+        raise
+    sync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def check_writable(asked: str, folder: Path) -> None:
@@ -137,8 +162,9 @@ def damage(folder: Path, *, hashes: bool = True) -> str | None:
     return None
 
 
-def _failed(path: Path, error: OSError) -> Failed:
-    return Failed(
+def failed(path: Path, error: OSError) -> Unwritten:
+    """What a user is told when writing `path` failed."""
+    return Unwritten(
         f"writing {path}",
         f"{error.strerror or error} ({type(error).__name__}); what was saved before is untouched",
         "free space or give another output, then go on with checkpoint.resume=auto",

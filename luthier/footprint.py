@@ -33,7 +33,8 @@ from luthier.models import attention, rotary
 from luthier.models.dropout import seed_dropout
 from luthier.models.folder import first_line, quiet
 from luthier.models.load import load_config, resolve_device, resolve_dtype
-from luthier.models.stage import Stage, decoder_layers, set_recompute
+from luthier.models.recompute import set_recompute
+from luthier.models.stage import Stage, decoder_layers
 from luthier.prequantized import prequantized
 from luthier.quantize.linears import QuantizedLinear
 from luthier.quantize.loading import plan_quantization
@@ -257,7 +258,7 @@ def _build(
     else:
         attach(model, config.adapter, seed=0)
     seed_dropout(model, 0)
-    set_recompute(Stage(model), config.train.recompute)
+    set_recompute(Stage(model), config.train.recompute, config.train.keep_attention)
     return model.train()
 
 

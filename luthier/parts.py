@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -93,6 +93,32 @@ class Part:
         out = list(shape)
         out[self.dim] = sum(self.sizes)
         return tuple(out)
+
+
+class Piece(Protocol):
+    """A part of a larger tensor, by shapes and places alone."""
+
+    def of(self, whole: Tensor, /) -> Tensor: ...
+    def whole_shape(self, shape: Sequence[int], /) -> tuple[int, ...]: ...
+
+
+@dataclass(frozen=True)
+class Both:
+    """The piece `inner` of the piece `outer`."""
+
+    inner: Piece
+    outer: Piece
+
+    def of(self, whole: Tensor) -> Tensor:
+        return self.inner.of(self.outer.of(whole))
+
+    def whole_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        return self.outer.whole_shape(self.inner.whole_shape(shape))
+
+
+def both(inner: Piece | None, outer: Piece | None) -> Piece | None:
+    """`Both`, where there are two."""
+    return Both(inner, outer) if inner and outer else inner or outer
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from luthier.assemble import (
     Text,
     build,
     check_training,
+    copy_model,
     expected_steps,
     identity,
     joined,
@@ -28,30 +31,36 @@ from luthier.assemble import (
     name_of,
     open_data,
     open_text,
-    read_model,
-    write_model,
 )
 from luthier.bases import storage_words
 from luthier.batch import Layout
+from luthier.built import Built
 from luthier.config import RunConfig
 from luthier.config_adapter import USUAL_RATES
 from luthier.configfile import Resolved, from_mapping, to_yaml
 from luthier.data.dataset import LazyDataset
 from luthier.errors import Refused
-from luthier.files import PARTIAL, check_writable, publish, write_json, write_text
+from luthier.files import PARTIAL, check_writable, write_json, write_text
 from luthier.interop.read import read_config
 from luthier.models.load import resolve_device
 from luthier.parallel.degrees import check_sharding, fit_batch
-from luthier.parallel.world import World, speaks
+from luthier.parallel.world import World, note, restarted, speaks, tells
 from luthier.predicted import Prediction
 from luthier.summary import facts_of
+from luthier.train.bad_rows import keep_rows
 from luthier.train.checkpoint import Checkpoints, Found, check_identity, find, read
+from luthier.train.ending import newest_in
 from luthier.train.gates import check_batch, check_isolation
 from luthier.train.loop import Trainer
-from luthier.train.metrics import Metrics, memory
+from luthier.train.metrics import FILE as METRICS
+from luthier.train.metrics import Metrics, memory, read_metrics
 from luthier.train.report import Facts, pair_samples, write_report
+from luthier.train.saving import Saver
 from luthier.train.schedules import make_schedule, warmup_steps
 from luthier.train.sinks import check_sinks
+from luthier.train.state import model_tensors
+from luthier.train.watchdog import FOLDER as STACKS
+from luthier.train.watchdog import LONG, Watchdog
 
 Source = str | Path | Mapping[str, Any] | RunConfig | Resolved
 MARKERS = ("config.json", "adapter_config.json")  # what makes a folder a model
@@ -87,7 +96,7 @@ def finetune(source: Source, overrides: Sequence[str] = ()) -> dict[str, Any]:
         for remark in resolved.remarks:
             say(f"note: {remark}")
         if world.size > 1:
-            say(f"{world.words}, stage {resolved.config.parallel.stage}")
+            say(world.layout(resolved.config.parallel))
         return world.broadcast(run_on(resolved.config, world))
 
 
@@ -121,10 +130,30 @@ def run_on(config: RunConfig, world: World) -> dict[str, Any]:
         data.loader.close()
 
 
+def make_watchdog(config: RunConfig, world: World) -> Watchdog:
+    """Watches over the steps of this process."""
+    limit = config.train.hang_timeout
+
+    def tell(error: Exception) -> None:
+        note(error)
+        if tells(error):
+            print(f"luthier: {error}", file=sys.stderr, flush=True)
+
+    return Watchdog(
+        Path(config.output) / STACKS,
+        None if limit == "never" else limit,
+        rank=world.rank,
+        slack=LONG if config.train.compile else 1.0,
+        tell=tell,
+    )
+
+
 def _start(config: RunConfig, output: Path, world: World) -> dict[str, Any]:
     """Where the run starts, as JSON. A run that its launcher started again goes on by itself."""
     resume = config.checkpoint.resume
-    found = find(output, "auto" if world.attempt and resume == "never" else resume)
+    if world.attempt and (resume == "never" or newest_in(output)):
+        resume = "auto"
+    found = find(output, resume)
     check_writable(f"output={output}", output)
     return {"path": found.path and str(found.path), "remarks": list(found.remarks)}
 
@@ -190,7 +219,13 @@ def _finetune(
         remarks.append(
             f"optim.lr is {config.lr:g}, the default of adapters; {config.adapter.method} usually learns at about {usual:g}"
         )
-    checkpoints = Checkpoints(output, keep=config.checkpoint.keep, identity=identity(config))
+    checkpoints = Checkpoints(
+        output,
+        keep=config.checkpoint.keep,
+        identity=identity(config),
+        world=world,
+        background=config.checkpoint.background,
+    )
 
     world.lead(lambda: _begin(output, to_yaml(recorded), fresh=found.path is None))
     metrics = Metrics(
@@ -211,8 +246,7 @@ def _finetune(
         plan=plan,
         metrics=metrics,
         checkpoints=checkpoints,
-        write_model=lambda folder: write_model(built, text, folder),
-        read_model=lambda folder: read_model(built, config, folder),
+        copy_model=partial(copy_model, built, text),
         evaluate=evaluator if plan.evaluate_every != "never" else None,
         before=(lambda: _evaluate_before(output, evaluator, world))
         if evaluator and config.evaluate.before
@@ -221,17 +255,20 @@ def _finetune(
         remarks=remarks,
         evaluation_data="" if data.dev is None else data.dev.fingerprint,
         world=world,
-        held=built.held,
+        watchdog=make_watchdog(config, world),
+        restart=restarted(),
+        stop_unwritten=config.checkpoint.on_failure == "stop",
         compare=Prediction(config, world, built.device, before).compare,
     )
+    updater.on_nan, updater.max_nan_steps = config.train.on_nan, config.train.max_nan_steps
+    updater.keep_rows = partial(keep_rows, output, world, data.loader.origin, text.tokenizer.decode)
     result = trainer.fit(found.path)
     if updater.gated:
         checks.append(
             ("every trained tensor had a gradient at the first step, no frozen one", True, "")
         )
 
-    with built.held():
-        world.lead(lambda: _publish_final(output, lambda folder: write_model(built, text, folder)))
+    publish_final(checkpoints.saver, output, built, text, result.step)
     data.train.ledger.reconcile(data.train.ledger.num_rows)
     if (
         evaluator
@@ -264,6 +301,10 @@ def _report(
     if (output / BEFORE).is_file():
         before = json.loads((output / BEFORE).read_text("utf-8"))
     facts["before"] = before.get("values", {})
+    if restarts := [r for r in read_metrics(output / METRICS) if r["kind"] == "restart"]:
+        seconds = sum(r["recovery_seconds"] or 0 for r in restarts)
+        told = f"{len(restarts)}, with {seconds:.0f} s from the failures to the next finished step"
+        facts["more"] = {**facts.get("more", {}), "restarts": told}
     facts["samples"] = pair_samples(
         before.get("records", []), evaluator.records if evaluator else []
     )
@@ -282,22 +323,27 @@ def _evaluate_before(output: Path, evaluator: Evaluator, world: World) -> dict[s
     return values
 
 
-def _publish_final(output: Path, write: Any) -> None:
-    """Write the final model at the top of `output`, file by file.
+def publish_final(saver: Saver, output: Path, built: Built, text: Text, step: int) -> None:
+    """Write the final model at the top of `output`, file by file; every rank its share.
 
     The config comes last: without it nobody takes the folder for a model.
     """
-    staged = output / f"{PARTIAL}final"
-    with publish(staged / "model", manifest=False) as folder:
-        write(folder)
+    made = output / f"{PARTIAL}final" / "model"
+    live = {} if built.adapter else model_tensors(built.model)
+    tensors = {f"weights/{name}": tensor for name, tensor in live.items()}
+    saver.begin(made, step, partial(copy_model, built, text, built.world), tensors, None)
+    saver.wait()
+    built.world.lead(lambda: _move_final(made, output))
+
+
+def _move_final(made: Path, output: Path) -> None:
     for name in MARKERS:
         (output / name).unlink(missing_ok=True)
-    made = staged / "model"
     names = [path.relative_to(made) for path in made.rglob("*") if path.is_file()]
     for name in sorted(names, key=lambda name: (str(name) in MARKERS, name)):
         (output / name).parent.mkdir(parents=True, exist_ok=True)
         (made / name).replace(output / name)
-    shutil.rmtree(staged)
+    shutil.rmtree(made.parent)
 
 
 def _say_result(output: Path, facts: Mapping[str, Any], step: int, report: Path) -> None:

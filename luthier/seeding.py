@@ -11,7 +11,7 @@ import hashlib
 
 import torch
 
-from luthier.parts import Part
+from luthier.parts import Piece
 
 
 def derive(seed: int, *names: object) -> int:
@@ -34,13 +34,13 @@ def dropout(
     seed: int,
     name: str,
     rows: tuple[int, ...],
-    part: Part | None = None,
+    part: Piece | None = None,
 ) -> torch.Tensor:
     """Inverted dropout of x [B, ...] whose mask depends on (seed, name, serial number of the row).
 
     The same row drops the same units in any micro-batch, after a resume and when recomputed. `rows` are
     the B serial numbers of `Batch.rows`; they must match x's first axis. `part`: what of the mask is x's, where x
-    is cut among tensor-parallel ranks (`dim` from the end).
+    is cut among tensor-parallel ranks (`dim` from the end) or context-parallel ones.
     """
     if p == 0.0:
         return x

@@ -72,7 +72,7 @@ def facts_of(
     words = method_words(config, built)
     processes = {}
     if built.world.size > 1:
-        processes["Processes"] = f"{built.world.words}, stage {config.parallel.stage}"
+        processes["Processes"] = built.world.layout(config.parallel)
     facts = Facts(
         title=f"{words.split(',')[0][:1].upper()}{words.split(',')[0][1:]} of {Path(built.base).name}",
         status="finished",

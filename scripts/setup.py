@@ -29,6 +29,7 @@ def main(target: str) -> int:
         print(f"making {target}", flush=True)
         venv.create(folder, with_pip=True, symlinks=os.name != "nt", clear=folder.exists())
     pip = [str(folder / "bin" / "python"), "-m", "pip", "--disable-pip-version-check"]
+    os.environ["PIP_ROOT_USER_ACTION"] = "ignore"  # it is an environment of its own
     constraints = ["-c", str(ROOT / "constraints.txt")]
     if not has_gpu() and sys.platform == "linux" and not has_torch(folder):
         print("no GPU here: taking the CPU build of torch", flush=True)

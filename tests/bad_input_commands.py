@@ -74,6 +74,11 @@ def unknown_command(s: Scene) -> list[str]:
     return ["finetun", "run.yaml"]
 
 
+@case("luthier env foo", "takes no argument")
+def words_after_env(s: Scene) -> list[str]:
+    return ["env", "foo"]
+
+
 @case("'lorra'", "there are:", "did you mean 'lora'?")
 def unknown_example(s: Scene) -> list[str]:
     return ["example", "lorra"]

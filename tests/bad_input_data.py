@@ -11,6 +11,9 @@ import torch
 from bad_input_scene import GOOD, LONG, Scene, case, override
 from safetensors.torch import load_file, save_file
 
+from luthier.data.indexed import write_tokens
+from tests.conftest import VOCAB
+
 # ---- rows
 
 
@@ -180,6 +183,72 @@ def nan_in_weights(s: Scene) -> list[str]:
 @case("do not fit", "186 of its tokens", "embedding's 100 rows")
 def wrong_tokenizer(s: Scene) -> list[str]:
     return s.finetune(model__path=str(s.other_model(vocab_size=100)))
+
+
+def without_eos(s: Scene, *more: str) -> str:
+    model = s.spoiled_model()
+    for file, keys in (
+        ("tokenizer_config.json", ("eos_token", *more)),
+        ("config.json", ("eos_token_id", "pad_token_id")),
+    ):
+        fields = json.loads((model / file).read_text("utf-8"))
+        kept = {key: value for key, value in fields.items() if key not in keys}
+        (model / file).write_text(json.dumps(kept))
+    (model / "generation_config.json").unlink()
+    return str(model)
+
+
+@case("have to end in a token", "neither the tokenizer", "set eos_token")
+def tokenizer_without_eos(s: Scene) -> list[str]:
+    return s.finetune(model__path=without_eos(s))
+
+
+@case("data.template is none", "this tokenizer has none", "data.template")
+def tokenizer_without_eos_or_template(s: Scene) -> list[str]:
+    return s.finetune("data.template=none", model__path=without_eos(s, "pad_token"))
+
+
+PRETRAINING: dict[str, Any] = {
+    "train__mode": "pretrain",
+    "adapter__method": None,
+    "adapter__rank": None,
+}
+
+
+@case("have to end in a token", "set eos_token")
+def pretraining_without_eos(s: Scene) -> list[str]:
+    rows = s.rows({"text": "red and blue"})
+    return s.finetune(data__path=rows, model__path=without_eos(s), **PRETRAINING)
+
+
+@case("data.length=512", "256 positions", "model.rope_scaling.factor=2")
+def pretraining_beyond_positions(s: Scene) -> list[str]:
+    return s.finetune("data.length=512", data__path=s.rows({"text": "red and blue"}), **PRETRAINING)
+
+
+@case("token 1 is 300", "ends at 285", "another tokenizer made them")
+def shard_with_ids_that_the_tokenizer_lacks(s: Scene) -> list[str]:
+    write_tokens(s.here / "corpus", [[5, 300, 2]] * 9, VOCAB, {})
+    return s.finetune(data__path=str(s.here / "corpus"), **PRETRAINING)
+
+
+@case("another tokenizer made them (hash 0123abc,", "give the text itself")
+def shard_of_another_tokenizer(s: Scene) -> list[str]:
+    write_tokens(s.here / "corpus", [[5, 30, 2]] * 9, VOCAB, {"tokenizer": "0123abc"})
+    return s.finetune(data__path=str(s.here / "corpus"), **PRETRAINING)
+
+
+@case("2 of another shape: lm_head.weight, model.embed_tokens.weight", "model.misfits=accept")
+def vocabulary_of_another_size(s: Scene) -> list[str]:
+    model = s.spoiled_model()
+    fields = json.loads((model / "config.json").read_text("utf-8"))
+    (model / "config.json").write_text(json.dumps(fields | {"vocab_size": 400}))
+    return s.finetune(model__path=str(model))
+
+
+override(
+    "misfits_under_an_adapter", "model.misfits=accept", "model.misfits=accept", "full fine-tuning"
+)
 
 
 @case("no tokenizer files", "tokenizer.json")

@@ -133,7 +133,7 @@ def test_a_full_disk_leaves_the_older_checkpoints(scene: Scene, capsys: Capture)
 
 def test_a_torn_checkpoint_is_passed_over(scene: Scene, capsys: Capture) -> None:
     run = scene.copied_run()
-    torn = run / "checkpoints" / "step-2" / "training_state.safetensors"
+    torn = run / "checkpoints" / "step-2" / "training_state-00000.safetensors"
     torn.write_bytes(torn.read_bytes()[:-64])
     words = scene.finetune(
         "checkpoint.resume=auto",
@@ -144,7 +144,7 @@ def test_a_torn_checkpoint_is_passed_over(scene: Scene, capsys: Capture) -> None
     )
     assert main(words) == 0
     said = "".join(capsys.readouterr())
-    assert "step-2 is not whole (training_state.safetensors has" in said
+    assert "step-2 is not whole (training_state-00000.safetensors has" in said
     assert "going on from" in said and "step-1" in said
 
 

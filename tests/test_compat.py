@@ -74,9 +74,17 @@ def test_merging(calls: list[list[str]], kind: str) -> None:
     assert calls == [["merge", *words]]
 
 
+def test_merging_parts_of_ranks(calls: list[list[str]]) -> None:
+    words = ["--model_name_or_path", "m", "--tp", "2", "--pipeline_parallel_degree", "1"]
+    assert start("merge_tp_params.py", *words) == 0
+    assert start("merge_tp_params.py", *words, "--output_path", "o") == 0
+    assert calls == [["convert", "m", "m/merged"], ["convert", "m", "o"]]
+
+
 @pytest.mark.parametrize(
     ("script", "words"),
     [
+        ("merge_tp_params.py", ["--model_name_or_path", "missing"]),
         ("run_finetune.py", ["missing.json"]),
         ("finetune_generation.py", ["--lora_rang", "3", "--lora"]),
         ("merge_lora_params.py", ["--lora_path", "a"]),

@@ -17,20 +17,24 @@ from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from conftest import tiny_model_, tiny_tokenizer_
 from tiny_runs import resolved, rows_, tiny_config, write_data, write_rows
 
+import luthier.train.step
 from luthier.assemble import build, evaluation_rows, make_plan, open_data, open_text
 from luthier.config import RunConfig
 from luthier.configkeys import KEYS
 from luthier.data.corpus import Corpus
-from luthier.errors import LuthierError
+from luthier.errors import LuthierError, Unwritten
 from luthier.models.load import save_model
+from luthier.parallel import world as processes
 from luthier.parallel.degrees import mesh_sizes
-from luthier.recipes import finetune
+from luthier.recipes import finetune, make_watchdog
+from luthier.train.checkpoint import Checkpoints
 from luthier.train.metrics import read_metrics
 from luthier.train.schedules import make_schedule
 from luthier.use import predict
@@ -75,6 +79,35 @@ def going_on(tree: Tree) -> str:
     return outcome(lambda: finetune({**tree, "train": {**tree["train"], "steps": 5}}))
 
 
+def passed_over(tree: Tree) -> str:
+    """The first two steps have gradients that are not finite."""
+    clip, steps = luthier.train.step.clip_gradients, count()
+
+    def infinite(*args: Any) -> float:
+        norm = clip(*args)
+        return norm if next(steps) > 1 else float("inf")
+
+    with patch.object(luthier.train.step, "clip_gradients", infinite):
+        return outcome(lambda: finetune(tree))
+
+
+def watched(tree: Tree) -> float | None:
+    return make_watchdog(RunConfig.model_validate(tree), processes.World()).seconds
+
+
+def full_disk(tree: Tree) -> str:
+    """The first checkpoint cannot be written."""
+    save, calls = Checkpoints.save, count()
+
+    def full(*args: Any, **more: Any) -> Path:
+        if not next(calls):
+            raise Unwritten("writing step-1", "No space left")
+        return save(*args, **more)
+
+    with patch.object(Checkpoints, "save", full):
+        return outcome(lambda: finetune(tree))
+
+
 def shown(tree: Tree) -> bool:
     """Whether a run writes lines of progress."""
     told = io.StringIO()
@@ -95,6 +128,7 @@ def model(tree: Tree) -> Any:
             str(built.device),
             built.num_base,
             built.stage.recompute,
+            built.stage.keep_attention,
             layer._compiled_call_impl is not None,
         )
 
@@ -302,7 +336,13 @@ TABLE = [
     Row("train.micro_batch", 2, data),
     Row("train.accumulation", 3, data, {"train__batch": None, "train__micro_batch": 2}),
     Row("train.recompute", "layer", model),
+    Row(
+        "train.keep_attention", 1, model, {"train__recompute": "layer", "model__attention": "sdpa"}
+    ),
     Row("train.compile", True, model),
+    Row("train.on_nan", "skip", passed_over),
+    Row("train.max_nan_steps", 1, passed_over, {"train__on_nan": "skip"}),
+    Row("train.hang_timeout", 5.0, watched),
     Row("train.seed", 1, trained),
     Row("train.router_loss", 1.0, trained, {"model__path": "MIXTRAL"}),
     Row("evaluate.every", 1, records),
@@ -321,6 +361,7 @@ TABLE = [
     Row("checkpoint.keep", 1, files, {"checkpoint__every": 1, "checkpoint__best": "none"}),
     Row("checkpoint.best", "none", trained, EQUAL),
     Row("checkpoint.resume", "auto", going_on),
+    Row("checkpoint.on_failure", "stop", full_disk, {"checkpoint__every": 1}),
     Row("parallel.replicate", 2, cut),
     Row("parallel.shard", 3, cut),
     Row("parallel.stage", 3, cut),

@@ -34,7 +34,8 @@ from luthier.batch import IGNORE, PADDING, Batch  # noqa: E402
 from luthier.config import AdapterConfig, OptimConfig  # noqa: E402
 from luthier.data.packing import pack  # noqa: E402
 from luthier.models import attention  # noqa: E402
-from luthier.models.stage import Stage, compile_layers, decoder_layers, set_recompute  # noqa: E402
+from luthier.models.recompute import compile_layers, set_recompute  # noqa: E402
+from luthier.models.stage import Stage, decoder_layers  # noqa: E402
 from luthier.quantize.linears import QuantizedLinear  # noqa: E402
 from luthier.train.loss import token_loss  # noqa: E402
 from luthier.train.master import MasterWeights  # noqa: E402

@@ -27,7 +27,7 @@ from luthier.batch import current_layout
 from luthier.config import AdapterConfig
 from luthier.errors import Failed, Refused
 from luthier.layers import dense_weight, features, is_double, is_linear, is_transposed
-from luthier.parts import Part
+from luthier.parts import Part, both
 from luthier.registry import Registry
 from luthier.stacks import linear_of
 
@@ -89,6 +89,9 @@ class Adapter(nn.Module):
 
     shared_names: ClassVar[tuple[str, ...]] = ()
     """Names of tensors of the adapter's file that belong to no single layer."""
+
+    from_layer: ClassVar[bool] = True
+    """Whether an adapter's first values depend on its own layer alone: then a pipeline's rank reads no other."""
 
     zero_at_start: frozenset[str] = frozenset()
     """Parameters whose gradient is zero at the first step (LoRA's A while B is zero). A form or option may
@@ -259,7 +262,7 @@ class Adapter(nn.Module):
         p, layout = self.config.dropout, current_layout()
         if layout is None:
             return F.dropout(x, p)
-        batch, width = layout.document_ids.shape
+        batch, width = layout.shape
         flat = x.shape[0] != batch
         if flat and x.shape[0] != batch * width:
             raise Failed(
@@ -272,6 +275,7 @@ class Adapter(nn.Module):
         part = self.entering
         if part is not None and x.shape[-1] == sum(part.sizes):
             part = None  # gathered for an update that is whole
+        part = both(part, layout.share)
         name = f"{self.name}.adapter"
         x = seeding.dropout(x, p, seed=self.seed, name=name, rows=rows, part=part)
         return x.flatten(0, 1) if flat else x

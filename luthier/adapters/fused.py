@@ -34,7 +34,7 @@ def install_fused(layer: Any) -> Removable:
     return Placed(layer, "forward", MethodType(forward_of(layer, _forward), layer))
 
 
-def forward_of(layer: nn.Module, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def forward_of(layer: nn.Module, forward: Callable[..., Tensor]) -> Any:
     """`forward`, left out of compilation where the layer is quantised: nothing of it could be fused, and a graph
     would be made for every single layer."""
     return torch.compiler.disable(forward) if is_quantized(layer) else forward

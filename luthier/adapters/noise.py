@@ -58,15 +58,18 @@ class Noise:
         return output + noise.to(output.dtype)
 
     def draw(self, layout: Layout, output: Tensor) -> Tensor:
-        """Noise [B, S, D], float32, of a batch. One draw for each document: its values depend neither on the
+        """Noise like `output` [B, S, D], float32. One draw for each document: its values depend neither on the
         rows beside it nor on padding."""
-        noise = torch.zeros(output.shape, device=output.device)
+        shape = torch.Size((*layout.document_ids.shape, output.shape[-1]))
+        noise = torch.zeros(shape, device=output.device)
+        if layout.share is not None:  # what was padded for context parallelism counts in no bound
+            shape = torch.Size((len(output), layout.share.width, output.shape[-1]))
         rows = layout.rows or tuple(range(len(output)))
         for s in layout.segments:
             draw = generator(self.seed, "neftune", rows[s.row], s.start, device=output.device)
-            bound = self.bound(s.stop - s.start, output.shape)
+            bound = self.bound(s.stop - s.start, shape)
             noise[s.row, s.start : s.stop].uniform_(-bound, bound, generator=draw)
-        return noise
+        return layout.here(noise)
 
     def bound(self, length: int, shape: torch.Size) -> float:
         """The noise of a document of `length` tokens lies between plus and minus this."""

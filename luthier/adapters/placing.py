@@ -136,6 +136,8 @@ def initialise(model: nn.Module, *, seed: int) -> None:
     """First values of all adapters, as a function of (seed, layer path) alone."""
     with torch.no_grad():
         for name, adapter in adapters_of(model).items():
+            if any(parameter.is_meta for parameter in adapter.parameters()):
+                continue  # of a layer that is on another rank
             if adapter.stacked:
                 experts.initialise(model, adapter, seed)
                 continue

@@ -37,6 +37,7 @@ class Prefix(Virtual):
 
     uses = frozenset({"num_prefix_tokens", "prefix_projection", "projection_size"})
     peft_types = tuple(PEFT_TYPE.values())
+    from_layer = False
     shared_names = (TABLE, *NETWORK.values())
     by_heads = True
 

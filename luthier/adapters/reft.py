@@ -13,9 +13,8 @@ calls by `calls.py`.
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +25,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from luthier import seeding
 from luthier.adapters.base import ADAPTERS, Adapter, Removable
 from luthier.adapters.calls import Prompt, current_call, watch_calls
+from luthier.adapters.reft_places import Places, find_rows, numbers_of, on_rank
 from luthier.adapters.targets import decoders
 from luthier.batch import current_layout
 from luthier.config import AdapterConfig
@@ -123,13 +123,6 @@ class TinyEdit(Edit):
         self.up_scale.fill_(1)
 
 
-class Places(NamedTuple):
-    """The tokens to edit: `index` into the flattened [B*S], part after part, each part row after row."""
-
-    index: Tensor  # [N]
-    counts: tuple[tuple[int, ...], ...]  # [parts][B]: how many tokens
-
-
 @ADAPTERS.register("reft")
 class ReFT(Adapter):
     """The edits of one decoder layer's output."""
@@ -184,7 +177,7 @@ class ReFT(Adapter):
 
     @classmethod
     def check_length(cls, config: AdapterConfig, length: int, positions: int | None) -> None:
-        most = max(_numbers(config.positions))
+        most = max(numbers_of(config.positions))
         if most > length:
             raise Refused(
                 f"adapter.positions={config.positions}",
@@ -259,11 +252,15 @@ class ReFT(Adapter):
                 assert call is not None
                 num_rows, width, prompts = len(call.prompts), call.width, call.prompts
             rows = find_rows(self.parts, self.config.positions, prompts, num_rows, width)
+            chosen = ()
+            if layout is not None and layout.share is not None:
+                width, (rows, chosen) = layout.shape[1], on_rank(rows, layout.share.places)
             index = [
                 row * width + i for part in rows for row, found in enumerate(part) for i in found
             ]
             counts = tuple(tuple(map(len, part)) for part in rows)
-            scope.cache[key] = Places(torch.tensor(index, dtype=torch.long).to(device), counts)
+            at = torch.tensor(index, dtype=torch.long).to(device)
+            scope.cache[key] = Places(at, counts, chosen)
         return scope.cache[key]
 
     def _drop_rows(self, x: Tensor, places: Places) -> Tensor:
@@ -272,17 +269,19 @@ class ReFT(Adapter):
         if layout is None:
             return F.dropout(x, self.config.dropout)
         numbers = layout.rows or tuple(range(len(layout.document_ids)))
-        sizes = [(part, row, n) for part, counts in zip(self.parts, places.counts, strict=True)
-                 for row, n in zip(numbers, counts, strict=True)]  # fmt: skip
+        every = places.chosen or [[None] * len(numbers)] * len(self.parts)
+        pieces = iter(x.split([n for rows in places.counts for n in rows]))
         dropped = [
             seeding.dropout(
-                piece[None],  # [1, n, D]
+                next(pieces)[None],  # [1, n, D]
                 self.config.dropout,
                 seed=self.seed,
                 name=f"{self.name}.adapter.{part}",
                 rows=(row,),
+                part=chosen,
             )[0]
-            for (part, row, _), piece in zip(sizes, x.split([n for *_, n in sizes]), strict=True)
+            for part, some in zip(self.parts, every, strict=True)
+            for row, chosen in zip(numbers, some, strict=True)
         ]
         return torch.cat(dropped)
 
@@ -329,30 +328,10 @@ def parts_of(config: AdapterConfig) -> tuple[str, ...]:
     """The edits of a layer, by the tokens that they act on."""
     if config.positions == "all":
         return ("all",)
-    first, last = _numbers(config.positions)
+    first, last = numbers_of(config.positions)
     if first and last:
         return ("both",) if config.tied else ("first", "last")
     return ("first",) if first else ("last",)
-
-
-def find_positions(positions: str, length: int) -> tuple[range, range]:
-    """First and last positions (`f7+l7`) of a prompt of `length` tokens; they never overlap."""
-    first, last = (min(number, length // 2) for number in _numbers(positions))
-    return range(first), range(length - last, length)
-
-
-def find_rows(
-    parts: Iterable[str], positions: str, prompts: Iterable[Prompt], num_rows: int, width: int
-) -> list[list[list[int]]]:
-    """[parts][rows] -> the tokens to edit among the row's `width` ones, those of its prompts in turn."""
-    found: dict[str, list[list[int]]] = {part: [[] for _ in range(num_rows)] for part in parts}
-    for prompt in prompts:
-        first, last = find_positions(positions, prompt.length)
-        for part, rows in found.items():
-            ranges = {"first": (first,), "last": (last,), "both": (first, last)}[part]
-            tokens = (prompt.start + i for some in ranges for i in some)
-            rows[prompt.row] += [i for i in tokens if 0 <= i < width]  # not those that are cached
-    return list(found.values())
 
 
 def orthonormal(matrix: Tensor) -> Tensor:
@@ -360,12 +339,6 @@ def orthonormal(matrix: Tensor) -> Tensor:
     signs are such that a matrix with orthonormal columns stays what it is."""
     q, r = torch.linalg.qr(matrix)
     return q * torch.where(r.diagonal() < 0, -1, 1)
-
-
-def _numbers(positions: str) -> tuple[int, int]:
-    """`f7+l3` -> (7, 3); (0, 0) for `all`."""
-    found = {kind: int(number) for kind, number in re.findall(r"([fl])(\d+)", positions)}
-    return found.get("f", 0), found.get("l", 0)
 
 
 def _width(model: Any) -> int:

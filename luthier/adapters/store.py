@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import pickle
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from luthier.adapters import experts
@@ -37,6 +37,7 @@ from luthier.config import AdapterConfig
 from luthier.errors import Refused
 from luthier.layers import is_quantized
 from luthier.stacks import stacks_of
+from luthier.tensorfiles import write_tensors
 
 WEIGHTS = "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"
@@ -69,9 +70,20 @@ def save_adapter(
     base_hash: str | None,
     base_options: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write the model's adapters into `folder`, which exists or is made; PEFT loads it if it has the method.
+    """Write the model's adapters into `folder`, which exists or is made; see `copy_adapter`."""
+    copy_adapter(model, config, base_name, base_hash, base_options)(folder)
 
-    `config` holds the options of most layers; those of others become patterns. Call it inside
+
+def copy_adapter(
+    model: nn.Module,
+    config: AdapterConfig,
+    base_name: str,
+    base_hash: str | None,
+    base_options: Mapping[str, Any] | None = None,
+) -> Callable[[Path], None]:
+    """Copy the model's adapters; what is given writes the copy into a folder, and PEFT loads it if it has the method.
+
+    `config` holds the options of most layers; those of others become patterns. Let it write inside
     `files.publish`. Tensors are in the adapters' own type. `base_options`: how the base was made of its
     folder (`num_layers`, `init`), for whoever makes it again.
     """
@@ -92,10 +104,8 @@ def save_adapter(
         tensors |= method.shared_tensors(adapters)
     whole = [n for p in whole_parameters(model).values() for n in names_of(model, p)]
     tensors |= {f"{PREFIX}{name}": model.get_parameter(name) for name in whole}
-    folder.mkdir(parents=True, exist_ok=True)
     # a copy each: tied parameters are one tensor, and the format wants every name to hold its own
     copies = {name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}
-    save_file(copies, folder / WEIGHTS, metadata={"format": "pt"})
     modules = {name.rpartition(".")[0] for name in whole}
     layers = adapters.keys() - stacks.keys() if plain else adapters
     fields = {
@@ -107,8 +117,14 @@ def save_adapter(
         "modules_to_save": _ends(model, modules) or None,
         **options,
     }
-    config = _with_patterns(config, adapters)
-    write_facts(folder, fields, config, base_name, base_hash, base_options)
+    described = _with_patterns(config, adapters)
+
+    def write(folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_tensors(folder / WEIGHTS, copies)
+        write_facts(folder, fields, described, base_name, base_hash, base_options)
+
+    return write
 
 
 def _with_patterns(config: AdapterConfig, adapters: Mapping[str, Adapter]) -> AdapterConfig:
@@ -196,22 +212,6 @@ def load_adapter(
         targets = tuple(shortest_targets(model, adapters))
         config = config.model_copy(update={"targets": targets, "layers": "all"})
     return LoadedAdapter(config, tuple(remarks))
-
-
-def load_tensors(model: nn.Module, folder: Path) -> None:
-    """Copy the tensors that `save_adapter` wrote into the adapters that `model` has, bit for bit."""
-    saved = read_tensors(folder)
-    adapters = adapters_of(model)
-    with torch.no_grad():
-        for method in {type(adapter) for adapter in adapters.values()}:
-            shared = {name: saved[name] for name in method.shared_names if name in saved}
-            method.take_shared(adapters, shared)
-        saved = _by_stack(saved, model, read_adapter_config(folder))
-        for layer, adapter in adapters.items():
-            names = experts.tensors_of(adapter)
-            experts.take(adapter, {s: saved[f"{PREFIX}{layer}.{s}"] for s in names})
-        for name, parameter in whole_parameters(model).items():
-            parameter.copy_(saved[f"{PREFIX}{name}"])
 
 
 def method_of(fields: Mapping[str, Any]) -> type[Adapter]:
@@ -312,8 +312,10 @@ def _sort(
         elif parameter.shape != tensor.shape:
             shapes = f"its shape is {_shape(tensor)}, the base's is {_shape(parameter)}"
             found.misfits[name] = shapes
-        elif _inside(plain, modules_to_save) or not torch.equal(
-            parameter.cpu(), tensor.to(parameter.dtype)
+        elif (
+            _inside(plain, modules_to_save)
+            or parameter.is_meta  # of a layer that is on another rank
+            or not torch.equal(parameter.cpu(), tensor.to(parameter.dtype))
         ):
             found.whole[plain] = tensor
     return found

@@ -84,6 +84,7 @@ class VeRA(Additive):
     Whole under tensor parallelism (`follows` is empty), as the matrices are that the layers share.
     """
 
+    from_layer = False
     uses = frozenset({"rank", "dropout", "targets"}) | _OF_FORM["paper"] | _OF_FORM["paddlenlp"]
     peft_types = ("VERA", "LUTHIER_VERA_SVD")
     suffixes = ("vera_lambda_b", "vera_lambda_d", "vera_A", "vera_B", "vera_B0")

@@ -97,7 +97,7 @@ class Renderer:
         self.stop_ids = tuple(sorted(i for i in own if i is not None))
         if not self.stop_ids:
             raise Refused(
-                "a token that ends an answer",
+                "answers and texts have to end in a token that says so",
                 "neither the tokenizer, nor the chat template, nor generation_config.json has one",
                 "set eos_token in the model's tokenizer_config.json",
             )

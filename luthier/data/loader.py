@@ -166,6 +166,13 @@ class Loader:
             self._ledger_before = state["ledger"]
             self.dataset.ledger.restore(state["ledger"])
 
+    def origin(self, serial: int) -> list[str]:
+        """Where the documents of the row of this serial number come from; empty where it is not known."""
+        if not isinstance(self._feed, _Memory) or isinstance(self.dataset, Corpus):
+            return []
+        rows, source = self._feed.dataset.rows, self.dataset.source
+        return [source.row(int(rows[i]))[1] for i in self._feed.examples_at(serial)]
+
     def close(self) -> None:
         """End the reading ahead, and the processes that tokenise lazy data."""
         self._stop()
@@ -360,6 +367,14 @@ class _Memory:
                 }
                 yield Step([[self.dataset.example(i) for i in row] for row in chosen], first, after)
             epoch, step = epoch + 1, 0
+
+    def examples_at(self, serial: int) -> list[int]:
+        """The examples of the row that is handed out as number `serial`."""
+        epoch = 0
+        while serial >= len(self.rows(epoch)):
+            serial, epoch = serial - len(self.rows(epoch)), epoch + 1
+        rows = self.rows(epoch)
+        return rows[self._order(epoch, len(rows))[serial]]
 
     def padding(self, micro_batch: int) -> dict[str, int]:
         """Rows, tokens and slots (with padding) of the first epoch's batches."""

@@ -250,12 +250,38 @@ def _course(t: Translation, a: Arguments) -> None:
         parts = {"full": "layer", "full_attn": "selective", "core_attn": "selective"}
         how = _choice(t, "recompute_granularity", parts)
         t.put("train.recompute", how, "recompute_granularity", "recompute")
+        if how == "layer":
+            _refined(t, str(a["refined_recompute"]))
     if a["do_train"] is False:
         t.remarks.append(
             "do_train is false: luthier evaluate or predict does what the file asks for"
         )
     if a["do_predict"] and "input_dir" not in a:
         t.remarks.append("do_predict is true: run luthier predict with this file afterwards")
+
+
+# operations that PaddleNLP leaves out of refined_recompute, with a warning, without tensor parallelism
+_COLUMNS = ("attention_column_ln", "attention_row_ln", "mlp_column_ln", "mlp_row_ln")
+
+
+def _refined(t: Translation, text: str) -> None:
+    """`flash_attn:n` as `train.keep_attention`; products of cut layers are told, not kept."""
+    for word in filter(None, (part.strip() for part in text.split(","))):
+        op, _, number = word.partition(":")
+        number = number.strip()
+        if op not in (*_COLUMNS, "flash_attn") or not number.removeprefix("-").isdigit():
+            raise Refused(
+                f"refined_recompute={text}",
+                f"'{word}' is not of the form operation:layers with one of flash_attn, {', '.join(_COLUMNS)}",
+                'give "flash_attn:-1", or leave it out',
+            )
+        if op == "flash_attn":
+            t.put("train.keep_attention", max(-1, int(number)), "refined_recompute")
+        elif int(number):
+            t.remarks.append(
+                f"refined_recompute: {op} is recomputed with its layer; train.recompute=selective keeps "
+                "the products of all layers"
+            )
 
 
 def _every(t: Translation, a: Arguments, strategy: str, steps: int) -> int | str:

@@ -113,6 +113,7 @@ READ: dict[str, tuple[type, Any]] = {
     "seed": (int, 42),
     "recompute": (bool, False),
     "recompute_granularity": (str, "full"),
+    "refined_recompute": (str, ""),
     # evaluation
     "evaluation_strategy": (str, "no"),
     "eval_steps": (int, None),
@@ -157,7 +158,7 @@ LEGACY = ("intokens", "task_name_or_path")  # spelt so only by versions without 
 INERT = names("""
     use_fast_layer_norm fuse_attention_qkv fuse_attention_ffn use_quick_lora
     use_flash_attention use_fused_rms_norm use_fused_rope use_fused_linear use_fused_dropout_add
-    use_fused_linear_cross_entropy fuse_sequence_parallel_allreduce recompute_use_reentrant refined_recompute
+    use_fused_linear_cross_entropy fuse_sequence_parallel_allreduce recompute_use_reentrant
     no_recompute_layers pp_recompute_interval offload_recompute_inputs
     pad_to_multiple_of pad_to_max_length pad_token_id dataset_text_field dataset_num_proc
     dataset_batch_size eval_packing

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from luthier.interop.paddlenlp import Translation
 
 
+METHODS = {"sep_parallel_degree": "heads", "context_parallel_degree": "ring"}
 PIPELINE_WORDS = names("""
     disable_p2p_cache_shape disable_partial_send_recv enable_delay_scale_loss enable_dp_comm_overlap
     enable_sharding_comm_overlap enable_timer enable_release_grads enable_clear_every_step_cache
@@ -33,11 +34,17 @@ def layout(t: Translation, a: Arguments, processes: int) -> None:
         "sep_parallel_degree": "context",
         "context_parallel_degree": "context",
     }
-    for name, axis in cutting.items():
-        if name in a and _on(name, a):
-            t.put(f"parallel.{axis}", int(a.values[name]), name)
-            if name == "sep_parallel_degree":
-                t.put("parallel.context_method", "heads", name)
+    given = [name for name in cutting if name in a and _on(name, a)]
+    if len(set(METHODS) & set(given)) > 1:
+        raise Refused(
+            "sep_parallel_degree with context_parallel_degree",
+            "both share out the tokens of a row, in two ways",
+            "give one of them",
+        )
+    for name in given:
+        t.put(f"parallel.{cutting[name]}", int(a.values[name]), name)
+        if name in METHODS:
+            t.put("parallel.context_method", METHODS[name], name)
     # it acts with tensor parallelism alone
     if t.values.get("parallel.tensor", 1) > 1 and "sequence_parallel" in a:
         t.put("parallel.sequence", _on("sequence_parallel", a), "sequence_parallel")

@@ -21,7 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from luthier.batch import capture as capture
 from luthier.batch import current_capture, current_layout
 from luthier.errors import Refused
-from luthier.models import bloom, cpu_attention, falcon, kernels, rotary
+from luthier.models import across, bloom, cpu_attention, falcon, kernels, rotary
 from luthier.models.cpu_attention import why_torch as why_torch
 from luthier.models.families import TESTED
 from luthier.models.kernels import KERNELS, LACKS, Scores, features
@@ -169,7 +169,10 @@ def _attend(
     _refuse_lacking(chosen, sorted(asked & LACKS[chosen]), _family(module))
     if chosen == "native" and query.dtype != torch.bfloat16:
         chosen = "sdpa"  # a layer that is kept in a wider type
-    return KERNELS[_instead(chosen, asked)](query, key, value, layout, scores), None
+    chosen = _instead(chosen, asked)
+    if layout.share is not None:
+        return across.attend(chosen, query, key, value, layout, scores, layout.share), None
+    return KERNELS[chosen](query, key, value, layout, scores), None
 
 
 def _plain(

@@ -133,8 +133,8 @@ def _with_vocabulary(model: PreTrainedModel, found: Cuts) -> Cuts:
 
 
 def _layers(model: PreTrainedModel) -> list[tuple[str, Any]]:
-    """The decoder layers by path."""
-    every = {id(layer) for layer in decoder_layers(model)}
+    """The decoder layers by path, without those of other pipeline stages."""
+    every = {id(layer) for layer in decoder_layers(model) if layer._modules}
     return [(path, module) for path, module in model.named_modules() if id(module) in every]
 
 

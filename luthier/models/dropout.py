@@ -34,7 +34,7 @@ class RowDropout(nn.Dropout):
         layout = current_layout()
         if layout is None or not self.training:
             return super().forward(input)
-        batch, width = layout.document_ids.shape
+        batch, width = layout.shape
         flat = input.shape[0] != batch
         x = input.unflatten(0, (batch, -1)) if flat else input
         rows = layout.rows or tuple(range(batch))
@@ -47,7 +47,8 @@ class RowDropout(nn.Dropout):
             keep = nn.functional.pad(keep, (0, 0, 0, n * x.shape[1] - width))
             out = x * keep.chunk(n, 1)[i] / (1 - self.p)
         else:
-            out = seeding.dropout(x, self.p, seed=self.seed, name=self.name, rows=rows)
+            part = layout.share
+            out = seeding.dropout(x, self.p, seed=self.seed, name=self.name, rows=rows, part=part)
         return out.flatten(0, 1) if flat else out
 
 

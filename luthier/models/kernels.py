@@ -10,41 +10,29 @@ is `attention.py`.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import cache, partial
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from luthier import seeding
-from luthier.batch import PADDING, Layout, PrefixKeys
+from luthier.batch import Layout
 from luthier.models import cpu_attention, windows
+from luthier.models.flex import flex
+from luthier.models.scores import Scores, capped, features, reach, with_sinks
 
 
-@dataclass(frozen=True)
-class Scores:
-    """What a layer does besides plain causal attention."""
+class Spans(NamedTuple):
+    """Runs of queries and the runs of keys that they see, one after the other: where they begin and end in the flat
+    tokens, [n + 1] int32 each, and the longest of each."""
 
-    scale: float
-    window: int | None = None  # a query sees this many keys, itself included
-    softcap: float | None = None  # scores -> c * tanh(scores / c)
-    sinks: Tensor | None = None  # [H]: one more score per head that takes weight and gives no value
-    dropout: float = 0.0  # of the attention weights
-    dropout_key: tuple[int, str] = (0, "")  # (seed, name of the layer)
-    heads: Any = None  # the Part of all heads that is here (axis -3), under tensor parallelism
-    alibi: Tensor | None = None  # [H] slopes: score + slope * (j - i) (arXiv:2108.12409, section 3)
-    prefix: PrefixKeys | None = None  # P keys before each document's own, at j = -P, ..., -1
-
-
-def features(layout: Layout, scores: Scores) -> set[str]:
-    """Names, as in `LACKS`, of what a kernel must know to compute this."""
-    found = {n for n in ("softcap", "sinks", "alibi", "prefix") if getattr(scores, n) is not None}
-    found |= {"dropout"} if scores.dropout else set()
-    return found | ({"context"} if layout.in_context is not None else set())
+    queries: Tensor
+    keys: Tensor
+    longest_queries: int
+    longest_keys: int
 
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Layout, Scores], Tensor]
@@ -69,65 +57,50 @@ def native(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scores: Scores) -> T
     return cpu_attention.packed(q, k, v, scores.scale, scores.window, by_native=True)
 
 
-def flex(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scores: Scores) -> Tensor:
-    """FlexAttention with a block mask made from the document ids. No sinks or dropout.
-
-    Compiled on GPU. On CPU it runs unfused and without gradients: torch has no more there.
-    """
-    from torch.nn.attention.flex_attention import flex_attention
-
-    if scores.prefix is not None:
-        k, v = (
-            torch.cat([before.to(x.dtype).transpose(0, 1).expand(len(x), -1, -1, -1), x], dim=2)
-            for before, x in ((scores.prefix.keys, k), (scores.prefix.values, v))
-        )  # [B, K, P + S, D]
-    kwargs: dict[str, Any] = {
-        "score_mod": _score_mod(layout, scores, q),
-        "block_mask": _block_mask(layout, scores, q.device),
-        "scale": scores.scale,
-        "enable_gqa": q.shape[1] != k.shape[1],
-    }
-    if q.device.type == "cuda":
-        out = _compiled_flex()(q, k, v, **kwargs)
-    else:
-        with warnings.catch_warnings():  # it advises to compile
-            warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
-            out = flex_attention(q, k, v, **kwargs)
-    return out.transpose(1, 2)  # [B, S, H, D]
-
-
 def varlen(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scores: Scores) -> Tensor:
     """torch's varlen_attn (FlashAttention 2), GPU and half precision. No feature but windows."""
+    out = varlen_spans(*(tokens(x) for x in (q, k, v)), _spans(layout), scores)
+    return out.unflatten(0, (q.shape[0], q.shape[2]))
+
+
+def varlen_spans(q: Tensor, k: Tensor, v: Tensor, spans: Spans, scores: Scores) -> Tensor:
+    """q [N, H, D], k and v [T, K, D] -> [N, H, D]; the last query of a span sees its last key."""
     from torch.nn.attention.varlen import varlen_attn
 
-    bounds, longest = layout.cumulative_lengths
     left = -1 if scores.window is None else scores.window - 1
     out = varlen_attn(  # pyright: ignore[reportCallIssue]
-        *(_tokens(x) for x in (q, k, v)),
-        *(bounds, bounds, longest, longest),
+        *(q, k, v, *spans),
         scale=scores.scale,
         window_size=(left, 0),
         enable_gqa=q.shape[1] != k.shape[1],
     )
     assert isinstance(out, Tensor)
-    return out.unflatten(0, (q.shape[0], q.shape[2]))
+    return out
 
 
 def flash(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scores: Scores) -> Tensor:
     """flash_attn_varlen_func of the package flash-attn, GPU and half precision. Windows and softcap."""
+    out = flash_spans(*(tokens(x) for x in (q, k, v)), _spans(layout), scores)
+    return out.unflatten(0, (q.shape[0], q.shape[2]))
+
+
+def flash_spans(q: Tensor, k: Tensor, v: Tensor, spans: Spans, scores: Scores) -> Tensor:
+    """As `varlen_spans`."""
     from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
 
-    bounds, longest = layout.cumulative_lengths
     left = -1 if scores.window is None else scores.window - 1
-    out = flash_attn_varlen_func(
-        *(_tokens(x) for x in (q, k, v)),
-        *(bounds, bounds, longest, longest),
+    return flash_attn_varlen_func(
+        *(q, k, v, *spans),
         softmax_scale=scores.scale,
         causal=True,
         window_size=(left, 0),
         softcap=scores.softcap or 0.0,
     )
-    return out.unflatten(0, (q.shape[0], q.shape[2]))
+
+
+def _spans(layout: Layout) -> Spans:
+    bounds, longest = layout.cumulative_lengths
+    return Spans(bounds, bounds, longest, longest)
 
 
 KERNELS: dict[str, Kernel] = {
@@ -149,25 +122,6 @@ LACKS: dict[str, frozenset[str]] = {
 }
 
 
-def softmax(scores: Tensor, dtype: torch.dtype) -> Tensor:
-    """Softmax over the last axis, at least in float32, given back in `dtype`."""
-    wide = torch.promote_types(scores.dtype, torch.float32)
-    return torch.softmax(scores, dim=-1, dtype=wide).to(dtype)
-
-
-def capped(scores: Tensor, softcap: float | None) -> Tensor:
-    """Scores after the tanh softcap of Gemma 2 (arXiv:2408.00118, section 2)."""
-    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
-
-
-def with_sinks(scores: Tensor, sinks: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Weights [..., H, Q, J] of scores of that shape, where a sink per head [H] may take part of the mass."""
-    if sinks is None:
-        return softmax(scores, dtype)
-    column = sinks.to(scores.dtype).view(-1, 1, 1).expand(*scores.shape[:-1], 1)
-    return softmax(torch.cat([scores, column], dim=-1), dtype)[..., :-1]
-
-
 class _Document(NamedTuple):
     """A run of tokens of the flattened batch: `begin` in it, `start` in its row, `row` the serial number."""
 
@@ -183,15 +137,15 @@ def _math_document(
 ) -> Tensor:
     """One document: q [L, H, D], k and v [P + L, K, D], the prefix first -> [L, H, D]."""
     if len(q) > windows.whole(layout, scores):
-        block = partial(_math_products, document=document, scores=scores)
-        return windows.attend(block, q, k, v, scores.window or 1, *_reach(scores.prefix))
+        block = partial(math_products, document=document, scores=scores)
+        return windows.attend(block, q, k, v, scores.window or 1, *reach(scores.prefix))
     # in half precision, ALiBi of a far key would lose its distance
     dtype = q.dtype if scores.alibi is None else torch.promote_types(q.dtype, torch.float32)
     table = _mask(layout, document, scores, dtype, q.device)
-    return _math_products(q, k, v, table, document, scores)
+    return math_products(q, k, v, table, document, scores)
 
 
-def _math_products(
+def math_products(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor, document: _Document, scores: Scores
 ) -> Tensor:
     """q [l, H, D], k and v [t, K, D], what is added to the scores [l, t] or [H, l, t] -> [l, H, D]."""
@@ -221,22 +175,22 @@ def _sdpa_document(
     torch's causal triangle starts at the first key, so the prefix gets queries of its own, which nobody reads.
     """
     ahead = k.shape[0] - q.shape[0]
-    reach = k.shape[0] if scores.prefix and scores.prefix.virtual else q.shape[0]
-    windowed = scores.window is not None and scores.window < reach
+    span = k.shape[0] if scores.prefix and scores.prefix.virtual else q.shape[0]
+    windowed = scores.window is not None and scores.window < span
     if len(q) > windows.whole(layout, scores):
-        block = partial(_sdpa_products, scores.scale)
-        return windows.attend(block, q, k, v, scores.window or 1, *_reach(scores.prefix))
+        block = partial(sdpa_products, scores.scale)
+        return windows.attend(block, q, k, v, scores.window or 1, *reach(scores.prefix))
     plain = not windowed and scores.alibi is None and layout.in_context is None
     mask = None if plain else _mask(layout, document, scores, q.dtype, q.device)
     if plain and ahead:
         q = torch.cat([q.new_zeros(ahead, *q.shape[1:]), q])
     if plain and cpu_attention.helps(q, k, v):
         return cpu_attention.causal(q, k, v, scores.scale)[ahead:]
-    out = _sdpa_products(scores.scale, q, k, v, mask)
+    out = sdpa_products(scores.scale, q, k, v, mask)
     return out[ahead:] if plain else out
 
 
-def _sdpa_products(scale: float, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def sdpa_products(scale: float, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """q [l, H, D], k and v [t, K, D], what is added to the scores or None for causal -> [l, H, D]."""
     return F.scaled_dot_product_attention(
         q.transpose(0, 1)[None],
@@ -258,11 +212,11 @@ def _per_document(
     write a whole gradient for each of them.
     """
     batch, heads, width, _ = q.shape
-    documents = list(_documents(layout))
+    documents = list(documents_of(layout))
     lengths = [document.length for document in documents]
     before = scores.prefix and (scores.prefix.keys.to(k.dtype), scores.prefix.values.to(v.dtype))
     out = []
-    parts = (_tokens(x).split(lengths) for x in (q, k, v))
+    parts = (tokens(x).split(lengths) for x in (q, k, v))
     for document, a, b, c in zip(documents, *parts, strict=True):
         if not document.real:
             out.append(c.new_zeros(document.length, heads, c.shape[-1]))
@@ -273,12 +227,12 @@ def _per_document(
     return torch.cat(out).unflatten(0, (batch, width))  # [B, S, H, D]
 
 
-def _tokens(x: Tensor) -> Tensor:
+def tokens(x: Tensor) -> Tensor:
     """[B, H, S, D] -> [B*S, H, D]; no copy where the heads were split from one projection."""
     return x.transpose(1, 2).flatten(0, 1)
 
 
-def _documents(layout: Layout) -> Iterator[_Document]:
+def documents_of(layout: Layout) -> Iterator[_Document]:
     """The documents and the stretches of padding, in the order of the flat tokens."""
     width = layout.document_ids.shape[1]
     done = 0
@@ -302,7 +256,7 @@ def _mask(
     have a context, each has a table of its own.
     """
     slopes, context = scores.alibi, layout.in_context
-    ahead, virtual = _reach(scores.prefix)
+    ahead, virtual = reach(scores.prefix)
     place = "" if context is None else document.begin
     key = f"mask {scores.window} {ahead} {virtual} {dtype} {place}"
     if key not in layout.cache or layout.cache[key][0] is not slopes:
@@ -325,75 +279,3 @@ def _mask(
         table = (slope * distance.to(wide)).masked_fill_(~seen, -torch.inf).to(dtype)
         layout.cache[key] = slopes, table
     return layout.cache[key][1][..., : document.length, : ahead + document.length]
-
-
-def _reach(prefix: PrefixKeys | None) -> tuple[int, bool]:
-    """(P, virtual)."""
-    return (0, False) if prefix is None else (prefix.keys.shape[0], prefix.virtual)
-
-
-def _block_mask(layout: Layout, scores: Scores, device: torch.device) -> Any:
-    """FlexAttention's block-sparse mask of this batch, made once per window width and prefix."""
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    window = scores.window
-    ahead, virtual = _reach(scores.prefix)
-    key = f"flex {window} {ahead} {virtual}"
-    if key not in layout.cache:
-        ids, context, places = layout.document_ids, layout.in_context, _places(layout)
-
-        def visible(b: Tensor, h: Tensor, i: Tensor, key: Tensor) -> Tensor:
-            j = (key - ahead).clamp(min=0) if ahead else key
-            seen = j <= i if window is None else (j <= i) & (i - j < window)
-            if context is not None:
-                seen = seen | context[b, j]
-            seen = seen & (ids[b, i] == ids[b, j])
-            if ahead:
-                near = key >= 0
-                if virtual and window is not None:
-                    near = places[b, i] + ahead - key < window
-                seen = torch.where(key < ahead, near, seen)
-            return seen & (ids[b, i] != PADDING)
-
-        batch, width = ids.shape
-        layout.cache[key] = create_block_mask(
-            visible, batch, None, width, ahead + width, device, _compile=device.type == "cuda"
-        )
-    return layout.cache[key]
-
-
-def _score_mod(layout: Layout, scores: Scores, q: Tensor) -> Callable[..., Tensor] | None:
-    """Softcap and ALiBi for FlexAttention; one function per batch, so that all layers share it."""
-    softcap, alibi = scores.softcap, scores.alibi
-    if alibi is None:
-        return None if softcap is None else _softcap_mod(softcap)
-    ahead, _ = _reach(scores.prefix)
-    wide = torch.promote_types(q.dtype, torch.float32)
-    key = f"flex alibi {softcap} {ahead} {wide}"
-    if key not in layout.cache or layout.cache[key][0] is not alibi:
-        slopes, places = alibi.to(q.device, wide), _places(layout)
-
-        def bias(score: Tensor, b: Tensor, h: Tensor, i: Tensor, key: Tensor) -> Tensor:
-            here = torch.where(key < ahead, places[b, i], i) if ahead else i
-            return capped(score, softcap) + slopes[h] * (key - ahead - here)
-
-        layout.cache[key] = alibi, bias
-    return layout.cache[key][1]
-
-
-def _places(layout: Layout) -> Tensor:
-    """[B, S]: the place of each token in its document, whatever its position is called."""
-    index = torch.arange(layout.borders.shape[1], device=layout.borders.device)
-    return index - torch.where(layout.borders, index, 0).cummax(1).values
-
-
-@cache
-def _softcap_mod(softcap: float) -> Callable[..., Tensor]:
-    return lambda score, b, h, i, j: capped(score, softcap)
-
-
-@cache
-def _compiled_flex() -> Callable[..., Tensor]:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention)

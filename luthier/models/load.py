@@ -30,6 +30,7 @@ from luthier.files import write_json
 from luthier.models import attention, folder, misfits, rotary
 from luthier.models.folder import fingerprint as fingerprint
 from luthier.models.folder import quiet as quiet
+from luthier.models.reading import LeaveOut, Reading
 from luthier.seeding import derive
 
 ADAPTER = ".adapter."  # in the name of every tensor that an adapter adds
@@ -79,14 +80,20 @@ def resolve_dtype(name: str, config: PretrainedConfig, device: torch.device) -> 
 
 
 def build_model(
-    config: ModelConfig, *, seed: int, train: bool = False, quantization: Any = None
+    config: ModelConfig,
+    *,
+    seed: int,
+    train: bool = False,
+    quantization: Any = None,
+    leave_out: LeaveOut | None = None,
 ) -> PreTrainedModel:
     """The model of `config` in eval mode on its device, attention installed (`attention.install`).
 
     Everything that can be refused is refused before weights are read: device, folder, family, shards.
     Afterwards: tensors that were missing, left over, of another shape, or not finite. `seed` decides
     the values for `init=random`. `train`: gradients will be needed, which not every kernel offers.
-    `quantization` is a `quantize.loading.Quantization`: layers are quantised as their weights are read.
+    `quantization` is a `quantize.loading.Quantization`: layers are quantised as their weights are read. Layers
+    that `leave_out` names stay on meta, where nothing is quantised and values are read, not drawn.
     """
     device = resolve_device(config.device)
     path = folder.find_folder(config.path, code=config.trust_remote_code)
@@ -104,15 +111,20 @@ def build_model(
         _check_quantised(path, made, quantization)
         dtype = resolve_dtype(config.dtype, made, device)
         layers = _shorten(made, config.num_layers)
+        part = leave_out and Reading(leave_out)
+        if config.init == "random" or quantization is not None or type(made) not in classes:
+            part = None
         if config.init == "random":
             model = _random(made, seed, dtype, remote)
             if quantization is not None:
                 quantization.convert(model)
         else:
             accept = seed if config.misfits == "accept" else None
-            model = _pretrained(path, made, dtype, layers, remote, quantization, accept)
+            model = _pretrained(path, made, dtype, layers, remote, quantization, accept, part)
         model.to(device).eval()  # pyright: ignore[reportCallIssue, reportArgumentType]
         attention.install(model, config.attention, train=train)
+    if part is not None:
+        part.put_back()
     return model
 
 
@@ -192,11 +204,16 @@ def _pretrained(
     remote: dict,
     quantization: Any,
     accept: int | None = None,
+    part: Reading | None = None,
 ) -> PreTrainedModel:
     """Read the weights; `layers` is the checkpoint's number of layers where fewer are built. `accept`: the seed of
     tensors that the checkpoint has not, which are refused without it."""
+    maker: Any = AutoModelForCausalLM
+    kind: Any = None if part is None else cast(Any, maker._model_mapping)[type(config)]
+    if part is not None:
+        maker, remote = part.class_of(kind), {}
     try:
-        made: Any = AutoModelForCausalLM.from_pretrained(
+        made: Any = maker.from_pretrained(
             path,
             config=config,
             dtype=dtype,
@@ -219,6 +236,9 @@ def _pretrained(
     if layers is not None:
         built = config.get_text_config().num_hidden_layers
         unexpected = {name for name in unexpected if not _later_layer(name, built)}
+    if part is not None:
+        model.__class__ = kind
+        unexpected = {name for name in unexpected if not part.skipped(name)}
     faults = {
         "missing": sorted(info["missing_keys"]),
         "unexpected": sorted(unexpected),
@@ -257,7 +277,7 @@ def _check_quantised(path: Path, config: PretrainedConfig, quantization: Any) ->
         method = fields.get("quant_method", "unknown") if isinstance(fields, dict) else "?"
         raise Refused(
             f"model '{path}' was asked for",
-            f"its weights are quantised ({method}), which does not do here",
+            f"its weights are quantised ({method}), which this command does not take",
             "give the model's original, unquantised weights",
         )
     vars(config).pop("quantization_config")

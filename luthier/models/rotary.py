@@ -225,12 +225,17 @@ class PerDocument(nn.Module):
         """[B, S]: how long the document of each token is, by its last position; below the length at which
         frequencies begin to change all count alike."""
         layout = current_layout()
+        share = layout and layout.share
+        if layout is not None and share is not None and share.columns.shape == position_ids.shape:
+            # a document may end on another rank; virtual tokens shift all positions alike
+            whole = layout.position_ids
+            position_ids = whole + (position_ids - share.of(whole))[0, 0]
         if layout is None or layout.borders.shape != position_ids.shape:
             last = position_ids.amax(-1, keepdim=True).expand_as(position_ids)
         else:
             number = layout.borders.cumsum(1) - 1  # of the document in its row
             last = torch.zeros_like(position_ids).scatter_reduce(1, number, position_ids, "amax")
-            last = last.gather(1, number)
+            last = layout.here(last.gather(1, number))
         if kind == "dynamic":
             return (last + 1).clamp(min=self.original_max_seq_len)
         entry = rope_entries(self.config)[layer_type or ""]

@@ -10,39 +10,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cache, partial
-from typing import Any, Literal
+from functools import partial
+from typing import Any
 
 import torch
+import torch.nn.attention.varlen  # registers its operator
 from torch import Tensor, nn
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-)
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from luthier.batch import IGNORE, Batch, Layout, current_layout, layout_scope
+from luthier.batch import IGNORE, PADDING, Batch, Layout, layout_scope
 from luthier.errors import Failed, Refused
 from luthier.models import cpu_attention as cpu_attention  # registers the operator
-from luthier.models.absent import present
 from luthier.models.families import family_of
 from luthier.models.zoo.glm_generation import context_mask, infilling_positions
 from luthier.positions import position_axes
 
-# results that `selective` recomputation keeps: matrix products are dear to redo, the rest is cheap. Not those that are
-# written into a tensor that is there (`addmm_`): torch takes that for a change of what it kept
-_KEPT = {
-    torch.ops.aten.mm.default,
-    torch.ops.aten.addmm.default,
-    torch.ops.aten.bmm.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-    torch.ops.luthier.attention.default,
-}
 # the relative error that rounding may cause in `check_stage`: far above it, far below a wrong formula
 _ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
@@ -53,7 +36,7 @@ class Stage(nn.Module):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
-        self.recompute = "none"  # see `set_recompute`
+        self.recompute, self.keep_attention = "none", 0  # see `set_recompute`
         self.autocast: torch.dtype | None = None  # type of matrix products over wider weights
         self.vocabulary: Any = None  # `parallel.vocabulary.Vocabulary`, of a head cut by tokens
         self.share: Any = None  # `partial.Share` of a pipeline's rank
@@ -169,59 +152,6 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     )
 
 
-def set_recompute(stage: Stage, mode: Literal["none", "layer", "selective"]) -> None:
-    """What the layers keep for the backward: all; their input; or their input and matrix products.
-
-    The results are the same. It acts in training mode only.
-    """
-    stage.recompute = mode
-    if mode == "none":
-        for module in stage.model.modules():
-            if isinstance(module, GradientCheckpointingLayer):
-                module.gradient_checkpointing = False
-        return
-    contexts = partial(_contexts, mode == "selective")
-    run = partial(
-        checkpoint, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
-    )  # dropout is a function of the rows: there is no generator state to keep
-    for layer in present(decoder_layers(stage.model)):
-        # the switch that transformers documents on GradientCheckpointingLayer
-        layer.gradient_checkpointing = True  # pyright: ignore[reportArgumentType]
-        layer._gradient_checkpointing_func = run  # pyright: ignore[reportArgumentType]
-
-
-def compile_layers(stage: Stage) -> None:
-    """Compile each decoder layer; call it after `set_recompute`.
-
-    Attention is one operator there, or stays outside of the graphs: they know no documents, and rows of any
-    length share them. Recomputation goes around the
-    compiled layer. Refused together with `selective`, which has to see each product of a layer.
-    """
-    if stage.recompute == "selective":
-        raise Refused(
-            "train.compile=true was asked for",
-            "train.recompute=selective cannot see into compiled layers",
-            "use train.recompute=layer or none",
-        )
-    for layer in present(decoder_layers(stage.model)):
-        if stage.recompute == "layer":
-            plain: Any = layer._gradient_checkpointing_func
-            run = partial(_run_compiled, plain)
-            layer._gradient_checkpointing_func = run  # pyright: ignore[reportArgumentType]
-        else:
-            layer.compile(dynamic=True)  # rows have many lengths
-
-
-def _run_compiled(run: Callable[..., Any], layer: partial[Any], *args: Any) -> Any:
-    """`run` on the compiled form of the partial that transformers makes of a layer's forward."""
-    return run(partial(_compiled(layer.func), *layer.args, **layer.keywords), *args)
-
-
-@cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, dynamic=True)
-
-
 def check_stage(stage: Stage) -> None:
     """Refuse a model whose stage differs from its plain forward, on two short documents of its own ids.
 
@@ -267,6 +197,28 @@ def same_stage(stage: Stage) -> Iterator[None]:
     with torch.no_grad():
         _same(stage, f"hidden states {what}", stage(batch), before, do)
         _same(stage, f"logits {what}", stage.head(before[0]), _columns(stage, logits), do)
+    stage.model.train(training)
+
+
+def check_shared(stage: Stage, split: Callable[[Batch], Batch]) -> None:
+    """Refused unless this rank's tokens of a batch (`split`) have the hidden states that they have in whole rows.
+
+    It finds families in which more than attention looks at several tokens. All ranks must call it.
+    """
+    training = stage.model.training
+    batch, _ = _trial(stage)
+    mine = split(batch)
+    assert mine.share is not None
+    real = mine.document_ids != PADDING
+    stage.model.eval()
+    with torch.no_grad():
+        # padding's tokens are not in the batch: they take any place there
+        places = mine.share.columns.clamp(max=batch.input_ids.shape[1] - 1)
+        wanted = stage(batch)[0, places[0]][real[0]]
+        ours = stage(mine)[real]
+        if len(ours):
+            what = "hidden states shared out among context-parallel ranks"
+            _same(stage, what, ours, wanted, "use parallel.shard in place of parallel.context")
     stage.model.train(training)
 
 
@@ -336,25 +288,6 @@ def _same(stage: Stage, what: str, ours: Tensor, plain: Tensor, do: str = _DO) -
             f"its {what} differ from the plain ones by {error:.2g} (relative)",
             do,
         )
-
-
-def _contexts(selective: bool) -> tuple[AbstractContextManager, AbstractContextManager]:
-    """Contexts of a layer's first run and of its recomputation, which re-enters the layout of the first."""
-    again = layout_scope(current_layout())
-    if not selective:
-        return nullcontext(), again
-    first, replay = create_selective_checkpoint_contexts(_policy)
-    return first, _both(again, replay)
-
-
-def _policy(context: Any, op: Callable[..., Any], *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-@contextmanager
-def _both(outer: AbstractContextManager, inner: AbstractContextManager) -> Iterator[None]:
-    with outer, inner:
-        yield
 
 
 def _generator_state(device: torch.device) -> Tensor:

@@ -5,16 +5,13 @@ Pure arithmetic, done before any work; the mesh itself is made by `world.py`.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping
 
 from luthier.config import RunConfig
 from luthier.config_parallel import ParallelConfig
 from luthier.errors import Refused
-
-ABSENT = {
-    "context": "context parallelism",
-}
 
 WHOLE = ("adamw_mini", "adafactor")  # optimisers that need all rows of a tensor in one place
 
@@ -28,23 +25,12 @@ def mesh_sizes(parallel: ParallelConfig, processes: int) -> dict[str, int]:
         "context": parallel.context,
         "tensor": parallel.tensor,
     }
-    for axis, words in ABSENT.items():
-        if sizes[axis] != 1:
-            raise Refused(
-                f"parallel.{axis}={sizes[axis]}",
-                f"{words} is not there in this version of Luthier",
-                "use parallel.shard (with parallel.stage=3 for models that do not fit) or parallel.replicate",
-            )
-    beside = {  # says how an absent axis works
-        "context_method": (parallel.context_method, "context"),
-    }
-    for key, (value, axis) in beside.items():
-        if value != type(parallel).model_fields[key].default:
-            raise Refused(
-                f"parallel.{key}={value}",
-                f"it says how {ABSENT[axis]} works, which is not there in this version of Luthier",
-                "leave it out",
-            )
+    if sizes["context"] == 1 and parallel.context_method != "auto":
+        raise Refused(
+            f"parallel.context_method={parallel.context_method}",
+            "it says how attention crosses context ranks, and parallel.context is 1",
+            "give parallel.context=2 or more, or leave it out",
+        )
     fixed = math.prod(size for size in sizes.values() if size != -1)
     rest = [axis for axis, size in sizes.items() if size == -1]
     given = ", ".join(f"parallel.{a}={s}" for a, s in sizes.items() if s not in (-1, 1))
@@ -127,6 +113,28 @@ def check_sharding(config: RunConfig, sizes: Mapping[str, int]) -> None:
             "layers of a pipeline's stages are not compiled in this version",
             "leave train.compile out",
         )
+    if sizes["context"] > 1 and config.train.compile:
+        raise Refused(
+            f"train.compile=true with parallel.context={sizes['context']}",
+            "attention that exchanges tokens with other ranks is not compiled in this version",
+            "leave train.compile out",
+        )
+
+
+def check_processes(config: RunConfig, processes: int) -> None:
+    """Refuse a number of processes that the config alone tells cannot be."""
+    sizes = mesh_sizes(config.parallel, processes)
+    fit_batch(config, sizes["replicate"] * sizes["shard"], sizes["pipeline"])
+    check_sharding(config, sizes)
+
+
+def fewer(config: RunConfig, processes: int) -> int | None:
+    """The largest number of processes below `processes` that the config allows."""
+    for number in range(processes - 1, 0, -1):
+        with contextlib.suppress(Refused):
+            check_processes(config, number)
+            return number
+    return None
 
 
 def fit_batch(config: RunConfig, data_ranks: int, stages: int = 1) -> RunConfig:

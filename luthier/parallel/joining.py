@@ -19,6 +19,7 @@ from typing import Any
 
 import luthier
 from luthier.errors import Failed, Refused
+from luthier.parallel.restarts import Restart
 
 JOIN_SECONDS = 300.0  # to wait for the other processes
 
@@ -32,6 +33,7 @@ class Place:
     local_rank: int = 0
     local_size: int = 1
     attempt: int = 0  # restarts so far
+    restart: Restart | None = None  # what `--nproc` tells of them
     address: str = "127.0.0.1"
     port: int = 0
     served: bool = False  # the launcher itself runs the store

@@ -33,6 +33,9 @@ LOOPED = {"interleaved": ScheduleInterleaved1F1B, "zero_bubble": ScheduleInterle
 AHEAD = 4  # messages of a relay that may wait to be received
 
 
+Split = Callable[[Batch], Batch]  # a context rank's tokens of a batch
+
+
 class Passes(Protocol):
     """What one step computes of each micro-batch."""
 
@@ -52,11 +55,13 @@ class OneStage:
     """A pipeline of one stage: forward and backward of one micro-batch after the other."""
 
     sharding: Rhythm | None = None
+    split: Split | None = None
 
     def run(self, micro_batches: Sequence[Batch], passes: Passes) -> None:
         for i, batch in enumerate(micro_batches):
             if self.sharding is not None:
                 self.sharding.micro_batch(last=i == len(micro_batches) - 1)
+            batch = self.split(batch) if self.split else batch
             passes.loss(passes.forward(batch), batch).backward()
             passes.done()
 
@@ -76,13 +81,14 @@ class Pipeline:
         device: torch.device,
         beside: int = 0,
         sharding: Rhythm | None = None,
+        split: Split | None = None,
     ) -> None:
         """`share`: `models.partial.Share`. Hidden states are [B, S, width] of `dtype`; `beside`: tokens that cross
-        with them (`crossing.Border.aside`)."""
+        with them (`crossing.Border.aside`). `split` as of `OneStage`: a context rank's tokens of a batch."""
         self.share, self.num_stages, self.name = share, num_stages, schedule
         self.group, self.ranks = world.mesh.get_group("pipeline"), world.sizes["pipeline"]
         self.width, self.dtype, self.device, self.beside = width, dtype, device, beside
-        self.sharding = sharding
+        self.sharding, self.split = sharding, split
         self.batches: list[Batch] = []
         self.passes: Passes | None = None
         self._made: tuple[Any, Any] = (None, None)  # shape, schedule
@@ -91,6 +97,8 @@ class Pipeline:
         """The gradients of all micro-batches, added up; those of other data ranks are not."""
         number = enough(len(micro_batches), self.ranks, self.name)
         self.batches = alike(micro_batches, number)
+        if self.split is not None:
+            self.batches = list(map(self.split, self.batches))
         self.passes = passes
         index = torch.arange(number)
         schedule = self._schedule(number, tuple(self.batches[0].input_ids.shape))
@@ -299,7 +307,8 @@ def sum_copies(parameters: Sequence[Parameter], world: World) -> None:
         if how.everywhere:
             dist.all_reduce(mine, group=group)
             continue
-        mine, theirs = mine.contiguous(), torch.empty_like(mine, memory_format=torch.contiguous_format)  # fmt: skip
+        mine = mine.contiguous()
+        theirs = torch.empty_like(mine)
         other = last if here == 0 else 0
         work = dist.isend(mine, group=group, group_dst=other)
         dist.recv(theirs, group=group, group_src=other)

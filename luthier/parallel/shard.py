@@ -54,14 +54,11 @@ class Sharding:
         self.stage = stage
         kept = {id(p) for p in whole}
         ignored = {
-            p
-            for p in root.parameters()
-            if id(p) in kept or (stage < 3 and not p.requires_grad) or not p.is_floating_point()
+            p for p in root.parameters() if id(p) in kept or (stage < 3 and not p.requires_grad)
         }
         half = any(p.requires_grad and p.dtype.itemsize == 2 for p in root.parameters())
-        axes = ("replicate", "shard") if world.sizes["replicate"] > 1 else "shard"
         options: dict[str, Any] = {
-            "mesh": world.mesh[axes],
+            "mesh": _mesh(world),
             "ignored_params": ignored,
             # half-precision gradients of many ranks are added in float32
             "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32 if half else None),
@@ -108,6 +105,15 @@ class Sharding:
                 freed = self.stage == 3 and part is not self.root
                 part.set_reshard_after_forward(freed, recurse=False)
             self.settle()
+
+
+def _mesh(world: World) -> Any:
+    """What `fully_shard` cuts over: the shard axis, and the context axis with it, whose gradients are summed too."""
+    axes, inner = ["replicate"] if world.sizes["replicate"] > 1 else [], "shard"
+    if world.sizes["context"] > 1:
+        inner = "shard_context"
+        world.mesh["shard", "context"]._flatten(inner)
+    return world.mesh[(*axes, inner)] if axes else world.mesh[inner]
 
 
 def _check_types(trained: Sequence[Parameter]) -> None:
@@ -207,17 +213,20 @@ def whole(
 
 
 def reduce(parameters: Sequence[Parameter], world: World) -> None:
-    """Sum the gradients of tensors that are not sharded over the data ranks, and shares over the tensor ranks.
+    """Sum the gradients of tensors that are not sharded over the ranks with other rows or other tokens of them, and
+    shares over the tensor ranks.
 
     A rank whose rows did not reach a tensor has none for it: zero, if another rank has one. The gradients of
     sharded tensors were summed in their backward.
     """
     own = [p for p in parameters if not isinstance(p, DTensor)]
-    if world.data_size > 1 and own:
+    if world.data_size * world.sizes["context"] > 1 and own:
         _fill(own, world)
         groups = [None]
-        if world.size > world.data_size:  # those that see other rows, not those that cut the layers
-            axes = [axis for axis in ("replicate", "shard") if world.sizes[axis] > 1]
+        if (
+            world.size > world.data_size
+        ):  # those that see other tokens, not those that cut the layers
+            axes = [a for a in ("replicate", "shard", "context") if world.sizes[a] > 1]
             groups = [world.mesh.get_group(axis) for axis in axes]
         for group in groups:
             _sum_buckets([p.grad for p in own if p.grad is not None], group)
@@ -352,7 +361,7 @@ def total_norm(gradients: Sequence[Tensor], world: World) -> float:
     both = [square(kinds.get(kind, [])) for kind in ((True, True), (True, False), (False, True))]
     # each replica of a part has the same gradient: count the parts of one replica
     tensor = world.sizes["tensor"]
-    size = world.sizes["shard"] * tensor
+    size = world.sizes["shard"] * world.sizes["context"] * tensor
     rows = world.vectors(both)[world.rank // size * size :][:size]
     parts = sum(row[0] for row in rows) + sum(row[1] for row in rows[::tensor])
     parts += sum(row[2] for row in rows[:tensor])

@@ -8,21 +8,23 @@ are `shard.py`'s. torch is imported where it is needed, so that reading a config
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
 from luthier import errors
 from luthier.config_parallel import AXES, ParallelConfig
-from luthier.errors import Failed, LuthierError, Refused
-from luthier.parallel import joining
+from luthier.errors import Failed, LostPeer, LuthierError, NotFinite, Refused
+from luthier.parallel import joining, restarts
 from luthier.parallel.degrees import mesh_sizes
 from luthier.parallel.joining import Place
+from luthier.parallel.restarts import Note, Restart, leave_note
 
 T = TypeVar("T")
 
@@ -46,6 +48,7 @@ _joined: list[
 def place() -> Place:
     """This process's place by torchrun's variables. Refused for a launcher that sets others."""
     env = os.environ
+    restart = Restart.from_text(env.get(restarts.VARIABLE))
     if "RANK" not in env or "MASTER_ADDR" not in env:
         for name in OTHERS:
             if env.get(name, "1").strip() != "1":
@@ -62,7 +65,9 @@ def place() -> Place:
             size=int(env.get("WORLD_SIZE", "1")),
             local_rank=int(env.get("LOCAL_RANK", env["RANK"])),
             local_size=int(env.get("LOCAL_WORLD_SIZE", env.get("WORLD_SIZE", "1"))),
-            attempt=int(env.get("TORCHELASTIC_RESTART_COUNT", "0")),
+            attempt=int(env.get("TORCHELASTIC_RESTART_COUNT", "0"))
+            + (restart.attempt if restart else 0),
+            restart=restart,
             address=env["MASTER_ADDR"],
             port=int(env.get("MASTER_PORT", "29500")),
             served=env.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
@@ -84,6 +89,30 @@ def tells(error: BaseException) -> bool:
     """Whether this process shows `error`: of all processes of a run, the first that has one."""
     here, store = _joined[-1] if _joined else (_place_or_alone(), None)
     return here.size == 1 or joining.first_to_tell(here, store)
+
+
+def note(error: BaseException) -> None:
+    """Tell the launcher what this process ends with."""
+    here = _place_or_alone()
+    if here.restart is None or not isinstance(error, Exception):
+        return
+    leave_note(
+        here.restart,
+        here.rank,
+        Note(
+            str(error) if isinstance(error, LuthierError) else f"{type(error).__name__}: {error}",
+            lost=isinstance(error, LostPeer) or lost_peer(error),
+            final=isinstance(error, NotFinite),
+        ),
+    )
+
+
+def restarted() -> Restart | None:
+    """What the launcher tells of a restart of this run; None for a run that was started once."""
+    here = _place_or_alone()
+    if here.restart is not None:
+        return here.restart if here.restart.attempt else None
+    return Restart(here.attempt, "torchrun started the processes again") if here.attempt else None
 
 
 def processes() -> int:
@@ -126,6 +155,7 @@ class World:
     sizes: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(AXES, 1))
     mesh: Any = None  # DeviceMesh over AXES; None in a run of one process
     attempt: int = 0  # how often the launcher restarted the run
+    group: Any = None  # what values are exchanged over, beside the ranks' first group (`aside`)
 
     @classmethod
     def start(
@@ -145,7 +175,7 @@ class World:
         """As `start`, at a given place."""
         sizes = mesh_sizes(parallel, here.size)
         if here.size == 1:
-            return cls()
+            return cls(attempt=here.attempt)
         import torch
         import torch.distributed as dist
         from torch.distributed.device_mesh import init_device_mesh
@@ -205,9 +235,22 @@ class World:
         axes = ", ".join(f"{axis} {size}" for axis, size in self.sizes.items() if size > 1)
         return f"{self.size} processes ({axes})" if self.size > 1 else "one process"
 
+    def layout(self, parallel: ParallelConfig) -> str:
+        """`4 processes (pipeline 2, shard 2), stage 2, schedule interleaved with 2 stages a process`."""
+        found = f"{self.words}, stage {parallel.stage}" if self.sharded else self.words
+        if self.sizes["pipeline"] > 1:
+            found += f", schedule {parallel.schedule}"
+            if parallel.virtual_stages > 1:
+                found += f" with {parallel.virtual_stages} stages a process"
+        return found
+
     def sum(self, value: float) -> float:
         """The sum of `value` over the data ranks; the same bits on each."""
         return math.fsum(self.of_data(self.values(value)))
+
+    def sum_of_tokens(self, value: float) -> float:
+        """As `sum`, of what each rank knows of its own tokens: over the data and context ranks."""
+        return math.fsum(self.of_tokens(self.values(value)))
 
     def of_data(self, values: list[T]) -> list[T]:
         """Of one value per rank, one per data rank: the ranks that cut a model's layers see the same rows.
@@ -228,8 +271,8 @@ class World:
         return self.size // self.sizes["pipeline"]
 
     def sums(self, values: list[float]) -> list[float]:
-        """Sums over data ranks and pipeline stages, of lists that are empty where a stage has none."""
-        same = self.stage_size // self.data_size  # ranks that cut a layer see the same
+        """Sums over data and context ranks and pipeline stages, of lists that are empty where a stage has none."""
+        same = self.sizes["tensor"]  # ranks that cut a layer see the same
         rows = [row for row in self.gather(values)[::same] if row]
         return [math.fsum(column) for column in zip(*rows, strict=True)]
 
@@ -238,6 +281,10 @@ class World:
         if self.sizes["pipeline"] == 1:
             return value
         return math.fsum(self.values(value)[:: self.stage_size])
+
+    def of_tokens(self, values: list[T]) -> list[T]:
+        """As `of_data`, one value per part of the tokens: the tensor ranks see the same ones."""
+        return values[-self.stage_size :][:: self.sizes["tensor"]]
 
     def max(self, value: float) -> float:
         return max(self.values(value))
@@ -255,7 +302,7 @@ class World:
 
         ours = torch.tensor(values, dtype=torch.float64)
         theirs = [torch.empty_like(ours) for _ in range(self.size)]
-        dist.all_gather(theirs, ours)
+        dist.all_gather(theirs, ours, group=self.group)
         return [t.tolist() for t in theirs]
 
     def gather(self, value: Any) -> list[Any]:
@@ -270,13 +317,21 @@ class World:
         padded = torch.zeros(max(sizes), dtype=torch.uint8)
         padded[: len(ours)] = ours
         theirs = [torch.empty_like(padded) for _ in sizes]
-        dist.all_gather(theirs, padded)
+        dist.all_gather(theirs, padded, group=self.group)
         texts = (bytes(t[:n].tolist()) for t, n in zip(theirs, sizes, strict=True))
         return [json.loads(text) for text in texts]
 
     def broadcast(self, value: Any = None) -> Any:
         """Rank 0's `value` (JSON) on every rank."""
         return self.gather(value if self.is_main else None)[0]
+
+    def first(self, what: str) -> bool:
+        """Whether this process is the first of the run to claim `what`; asked of the store, which outlives ranks."""
+        if self.size == 1:
+            return True
+        with contextlib.suppress(Exception):
+            return _joined[-1][1].add(f"first/{what}", 1) == 1
+        return False
 
     def barrier(self) -> None:
         """Wait for all ranks."""
@@ -297,12 +352,40 @@ class World:
             return result
         told = self.broadcast()
         if "error" in told:
-            kind, *texts = told["error"]
-            raise getattr(errors, kind)(*texts)
+            raise _unpacked(told["error"])
         return told["result"]
+
+    def together(self, work: Callable[[], T]) -> list[T]:
+        """Do `work` on every rank; the results (JSON) by rank, or the first error, everybody's."""
+        told: dict[str, Any] = {}
+        ours = None
+        try:
+            told["result"] = work()
+        except Exception as error:
+            ours, told = error, {"error": _packed(error)}
+        every = self.gather(told)
+        if ours is not None:
+            raise ours
+        for found in every:
+            if "error" in found:
+                raise _unpacked(found["error"])
+        return [found["result"] for found in every]
+
+    def aside(self) -> World:
+        """The same ranks with a group of their own, for what a thread exchanges beside the training. All must ask."""
+        if self.size == 1:
+            return self
+        import torch.distributed as dist
+
+        return replace(self, group=dist.new_group(backend="gloo", timeout=WAIT))
 
 
 def _packed(error: Exception) -> list[str]:
-    if isinstance(error, LuthierError) and type(error) in (Refused, Failed):
+    if isinstance(error, (Refused, Failed)):
         return [type(error).__name__, error.asked, error.found, error.do]
-    return ["Failed", "the work of rank 0", f"{type(error).__name__}: {error}", ""]
+    return ["Failed", "the work of another rank", f"{type(error).__name__}: {error}", ""]
+
+
+def _unpacked(told: list[str]) -> LuthierError:
+    kind, *texts = told
+    return getattr(errors, kind)(*texts)

@@ -1,9 +1,8 @@
 """Checkpoints of a run: `output/checkpoints/step-N/`, each whole or not there at all.
 
-A checkpoint holds the model as others read it (written by a function that is handed in), the tensors
-that continue training (`training_state.safetensors`) and all the rest (`training_state.json`). It is
-written by `files.publish`; a reader believes only a manifest whose sizes and hashes hold. What the state
-means is the trainer's affair; where a run may go on, and with which config, is decided here.
+A checkpoint holds the model as others read it, the tensors that continue training (`state.py`) and all the rest
+(`training_state.json`). It is written by `saving.py`; a reader believes only a manifest whose sizes and hashes
+hold. What the state means is the trainer's affair; where a run may go on, and with which config, is decided here.
 """
 
 from __future__ import annotations
@@ -11,24 +10,24 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 import luthier
 from luthier.errors import Refused
-from luthier.files import MANIFEST, PARTIAL, damage, publish, write_json
+from luthier.files import MANIFEST, PARTIAL, damage
+from luthier.parallel.world import World
+from luthier.train.saving import ModelCopy, Saver
+from luthier.train.state import PREFIX, Stored
 
 FOLDER = "checkpoints"
-TENSORS = "training_state.safetensors"
-STATE = "training_state.json"
-FORMAT = 1
+STATE = f"{PREFIX}.json"
+FORMAT = 2
 # any of these means that a folder is somebody's run or model, not a place for a new run
 RUN_TRACES = ("config.yaml", "metrics.jsonl", FOLDER)
 TRACES = (*RUN_TRACES, "config.json", "adapter_config.json", "model.safetensors")
@@ -51,26 +50,9 @@ class Saved:
     state: dict[str, Any]
     identity: dict[str, Any]
 
-    def tensors(self) -> Mapping[str, Tensor]:
-        """The tensors that were handed to `save`, on the CPU, each read when it is asked for."""
-        return _Stored(self.path / TENSORS)
-
-
-class _Stored(Mapping[str, Tensor]):
-    """The tensors of a safetensors file."""
-
-    def __init__(self, path: Path) -> None:
-        self._file: Any = safe_open(path, "pt")
-        self._names = list(self._file.keys())
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._file.get_tensor(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
+    def tensors(self) -> Stored:
+        """The tensors that were handed to `save`, each read when it is asked for."""
+        return Stored(self.path)
 
 
 def step_of(path: Path) -> int | None:
@@ -154,11 +136,19 @@ def _named(output: Path, path: Path) -> Found:
 def read(path: Path) -> Saved:
     """Read a whole checkpoint, but not its tensors yet. Raises Refused for one of another format."""
     record = json.loads((path / STATE).read_text("utf-8"))
-    if record.get("format") != FORMAT:
+    made = record.get("format")
+    if made != FORMAT:
+        newer = isinstance(made, int) and made > FORMAT
         raise Refused(
             f"going on from {path}",
-            f"its format is {record.get('format')}, written by Luthier {record.get('luthier')}",
-            "use that version of Luthier",
+            f"its format is {made}, written by Luthier {record.get('luthier')}; "
+            f"this is Luthier {luthier.__version__}, which reads format {FORMAT}",
+            (
+                "use that version of Luthier, or a newer one"
+                if newer
+                else "use that version of Luthier"
+            )
+            + f"; its model alone can be taken out: luthier convert {path} FOLDER",
         )
     return Saved(path, record["step"], record["state"], record["identity"])
 
@@ -191,10 +181,20 @@ def _show(values: Mapping[str, Any], key: str) -> str:
 class Checkpoints:
     """The checkpoints of one run in `output`: writes them and keeps the newest `keep` and the best."""
 
-    def __init__(self, output: Path, *, keep: int, identity: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        output: Path,
+        *,
+        keep: int,
+        identity: Mapping[str, Any],
+        world: World | None = None,
+        background: bool = True,
+    ) -> None:
         """`identity`: what may not differ on resume (see `check_identity`). Writes nothing yet."""
         self.output, self.keep, self.identity = output, keep, dict(identity)
+        self.saver = Saver(world, background=background)
         self._written: set[int] = set()
+        self._told: dict[int, dict[str, Any]] = {}  # of steps that are being saved
 
     def start(self, path: Path | None) -> Saved | None:
         """Begin at checkpoint `path` (None: afresh): compare identities, remove leftovers of a crash.
@@ -218,17 +218,16 @@ class Checkpoints:
     def save(
         self,
         step: int,
-        write_model: Callable[[Path], object],
+        copy_model: Callable[[], ModelCopy],
         tensors: Mapping[str, Tensor],
         state: Mapping[str, Any],
-        *,
         best: int | None = None,
+        told: Mapping[str, Any] | None = None,
     ) -> Path:
-        """Write `step-N`; when it is whole, remove what is no longer kept. `best`: step never removed.
+        """Begin to write `step-N`; when it is whole, what is no longer kept is removed. `best`: step never removed.
 
-        `write_model(folder)` writes the model into the temporary folder. `state` must be JSON without
-        NaN; `tensors` are checked by the caller (`non_finite`). Raises Failed when writing fails (disk
-        full, read-only): then the older checkpoints are as they were.
+        `told` comes back from `finished`. `state` must be JSON without NaN; the live `tensors` are checked by the caller (`non_finite`). Writing that
+        fails (disk full, read-only) is told by `saver`, and the older checkpoints are as they were.
         """
         record = {
             "format": FORMAT,
@@ -239,19 +238,30 @@ class Checkpoints:
             "state": dict(state),
         }
         folder = self.path(step)
-        with publish(folder) as partial:
-            try:
-                write_model(partial)
-                save_file(
-                    {n: t.detach().cpu().contiguous() for n, t in tensors.items()},
-                    partial / TENSORS,
-                )
-            except SafetensorError as error:  # how safetensors reports a full disk
-                raise OSError(str(error)) from error
-            write_json(partial / STATE, record)
-        self._written.add(step)
-        self._retain(step, best)
+
+        def settle() -> None:
+            self._written.add(step)
+            self._retain(step, best)
+
+        self._told[step] = dict(told or {})
+        self.saver.begin(folder, step, copy_model, tensors, {STATE: record}, settle)
         return folder
+
+    def finished(self) -> list[tuple[int, dict[str, Any]]]:
+        """Steps whose checkpoints became whole since this was asked, with what is recorded of them."""
+        return [
+            (
+                written.step,
+                {
+                    "path": str(written.path),
+                    **self._told.pop(written.step, {}),
+                    "blocked_seconds": written.blocked,
+                    "seconds": written.seconds,
+                    "bytes": written.num_bytes,
+                },
+            )
+            for written in self.saver.finished()
+        ]
 
     def _retain(self, step: int, best: int | None) -> None:
         """Remove all but the newest `keep` and the best.

@@ -61,13 +61,14 @@ def evaluate_loss(
     device: torch.device | str,
     progress: Progress | None = None,
     world: World | None = None,
+    split: Callable[[Batch], Batch] | None = None,
 ) -> dict[str, float]:
     """`loss`, `perplexity`, `accuracy` and `tokens` of all supervised tokens of `batches`.
 
     `loss` is the mean over tokens, not over rows or batches, in nats, so it does not depend on packing or
     on the batch size; `accuracy` is the share of tokens that are the likeliest one given the true tokens
-    before them; `tokens` is their number. The ranks of `world` share the batches, and all give the same
-    values. Raises Failed without supervised tokens and for a loss that is no finite number.
+    before them; `tokens` is their number. The ranks of `world` share the batches (and, by `split`, the tokens of
+    each), and all give the same values. Raises Failed without supervised tokens and for a loss that is no finite number.
     """
     world = world or World()
     losses, correct, tokens = [], 0, 0
@@ -76,7 +77,8 @@ def evaluate_loss(
         while group := list(islice(coming, world.data_size)):
             # a rank for which none is left runs one again: forwards gather weights, and all must take part
             own = world.data_rank < len(group)
-            batch = group[world.data_rank if own else 0].to(device)
+            batch = group[world.data_rank if own else 0]
+            batch = (split(batch) if split else batch).to(device)
             hidden = stage(batch)  # [B, S, D]
             if own and stage.has_head:
                 loss, hits, count = token_stats(
@@ -87,7 +89,8 @@ def evaluate_loss(
                 tokens += count
             if progress:
                 progress(len(group))
-    parts = world.of_data(world.gather([losses, correct, tokens]))
+    one = world.of_tokens if split else world.of_data
+    parts = one(world.gather([losses, correct, tokens]))
     losses = [loss for part in parts for loss in part[0]]
     correct, tokens = (sum(part[i] for part in parts) for i in (1, 2))
     if not tokens:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from luthier.batch import IGNORE, PADDING, Batch, Layout, Segment
-from luthier.errors import Failed
+from luthier.errors import Failed, NotFinite
 from luthier.train.evaluate import evaluating
 
 CUT = 64  # tokens of a document that the isolation check looks at
@@ -187,15 +187,16 @@ def check_finite(
 ) -> None:
     """Loss and gradient norm of a step are finite. Call before the optimiser's step.
 
-    Raises Failed naming the step, its rows, and the first of `weights`, else of `gradients`, that is not
+    Raises NotFinite naming the step, its rows, and the first of `weights`, else of `gradients`, that is not
     finite.
     """
     if math.isfinite(loss) and math.isfinite(norm):
         return
-    raise Failed(
+    raise NotFinite(
         f"step {step} over rows {_listed([str(r) for r in rows])}",
         f"loss {loss}, gradient norm {norm}; {_culprit(weights, gradients)}",
-        "nothing was updated or saved; try a smaller optim.lr, model.dtype=float32, or look at these rows",
+        "nothing was updated; look at these rows, try a smaller optim.lr or model.dtype=float32, or pass such "
+        "steps over with train.on_nan=skip",
     )
 
 

@@ -10,53 +10,44 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
-
-import torch
+from typing import Any
 
 from luthier.batch import Batch
 from luthier.errors import Failed, LuthierError, Stopped
 from luthier.files import damage
-from luthier.parallel.shard import gathered, local
-from luthier.parallel.world import World, lost_peer
+from luthier.parallel.restarts import Restart
+from luthier.parallel.shard import local
+from luthier.parallel.world import World
 from luthier.train.checkpoint import Checkpoints, Saved, non_finite, read
+from luthier.train.ending import failure, keep_last_step, recovery, standing, try_save
 from luthier.train.metrics import Metrics, StepReport, Window, memory, plain
-from luthier.train.plan import Every, FitResult, Pace, Plan
+from luthier.train.plan import Data, Every, FitResult, Pace, Plan
+from luthier.train.saving import ModelCopy, Saver
 from luthier.train.signals import Interrupted, Signals
+from luthier.train.state import Stored
 from luthier.train.step import Updater
+from luthier.train.watchdog import Watchdog
 
 COMPARED = 20  # steps of this process after which the plan is set beside them
-
-
-class Data(Protocol):
-    """`data.loader.Loader`: endless optimiser steps; `state()` is the position after the last one handed out."""
-
-    @property
-    def steps_per_epoch(self) -> int | None: ...
-    @property
-    def epoch(self) -> int: ...  # how many were handed out completely
-    def step_batches(self) -> Iterator[list[Batch]]: ...
-    def state(self) -> dict[str, Any]: ...
-    def load_state(self, state: dict[str, Any], /) -> None: ...
 
 
 @dataclass(kw_only=True)
 class Trainer:
     """Runs `plan`: steps of `updater` on the batches of `data`.
 
-    `schedule(t)` is the learning rate of step t = 0, 1, ... `write_model(folder)` writes the model as others
-    read it; `read_model(folder)` puts such a folder's weights back into the live model, bit for bit.
-    `evaluate()` measures the model; `before()` does so once, before the first step. `facts` are recorded
+    `schedule(t)` is the learning rate of step t = 0, 1, ... `copy_model(world)` gives the model as others read it, on
+    its way to disk. `evaluate()` measures the model; `before()` does so once, before the first step. `facts` are recorded
     with the start of the run; `remarks` are told. `evaluation_data` is a fingerprint of what `evaluate`
     measures on: values on other data are not compared.
 
     In a run of several processes all of them fit, in step; `world` is where they exchange what they decide
-    on, and only its rank 0 writes. `held` makes the model whole for `write_model`; every rank enters it.
-    `compare(seconds per step)` sets what was predicted beside what the first steps took; rank 0 calls it once.
+    on. `restart`: what its launcher started it again for. `stop_unwritten`: a checkpoint that cannot be written
+    ends the run. `compare(seconds per step)` sets what was predicted beside what the first steps took; rank 0 calls it once.
     """
 
     updater: Updater
@@ -65,15 +56,16 @@ class Trainer:
     plan: Plan
     metrics: Metrics
     checkpoints: Checkpoints
-    write_model: Callable[[Path], object]
-    read_model: Callable[[Path], object]
+    copy_model: Callable[[World], ModelCopy]
     evaluate: Callable[[], Mapping[str, float]] | None = None
     before: Callable[[], Mapping[str, float]] | None = None
     evaluation_data: str = ""
     facts: Mapping[str, Any] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
     world: World = field(default_factory=World)
-    held: Callable[[], AbstractContextManager[None]] = nullcontext
+    watchdog: Watchdog = field(default_factory=Watchdog)
+    restart: Restart | None = None
+    stop_unwritten: bool = False
     compare: Callable[[float], Mapping[str, Any]] | None = None
 
     def __post_init__(self) -> None:
@@ -87,7 +79,10 @@ class Trainer:
         self._pace = Pace()
         self._epoch_ended = False  # with the latest step
         self._saved_at = 0  # the step of our latest checkpoint
+        self._previous: dict[str, Any] | None = None  # the best before the latest save
         self._unsupervised = False  # a step without supervised tokens was seen
+        # states of data and updater after the last step
+        self._finished: tuple[Any, Any] | None = None
 
     def step(self, micro_batches: Sequence[Batch]) -> StepReport:
         """The next optimiser step; see `Updater.update`."""
@@ -106,22 +101,26 @@ class Trainer:
         """
         self.world.lead(lambda: self.checkpoints.start(path) is None)
         saved = None if path is None else read(path)
-        with Signals(tell=self.world.is_main) as signals:
+        with Signals(tell=self.world.is_main) as signals, self.watchdog, self.metrics:
             try:
-                with self.metrics:
-                    self._begin(saved)
-                    self._run(signals)
-                    result = self._finish()
-                    self._stop_if_asked(signals)
-                    return result
-            except LuthierError:
+                self._begin(saved)
+                self._run(signals)
+                result = self._finish()
+                self._stop_if_asked(signals)
+                return result
+            except LuthierError as error:
+                self._last_words(error)
                 raise
             except Exception as error:
-                raise self._failure(error) from error
+                text = failure(error, self.done, self.checkpoints.newest())
+                self._last_words(text)
+                raise text from error
 
     def _begin(self, saved: Saved | None) -> None:
         if saved is not None:
             self._restore(saved)
+        self._finished = self.data.state(), self.updater.state()
+        self.metrics.alive = self.watchdog.beat
         self.metrics.start(self.done, evaluated=self._evaluated())
         self.metrics.log("start", self.done, {**self.facts, "resumed": saved is not None})
         for text in self.remarks:
@@ -142,8 +141,14 @@ class Trainer:
                 wait = time.perf_counter() - begin
                 report = self.step(micro_batches)
                 self._epoch_ended = self.data.epoch > epoch
+                self._finished = self.data.state(), self.updater.state()
+                self.watchdog.stepped(self.done)
                 seconds = time.perf_counter() - begin
                 self._record(replace(report, seconds=seconds, wait=wait))
+                if self.restart is not None:
+                    told = recovery(self.restart, self.done, self.metrics.reached, self.world.size)
+                    self.metrics.log("restart", self.done, told)
+                    self.restart = None
                 if len(self._pace.recent) == COMPARED and self.compare and self.world.is_main:
                     self.metrics.log("plan", self.done, self.compare(self._pace.seconds()))
                     self.compare = None
@@ -155,10 +160,18 @@ class Trainer:
     def _after_step(self, signals: Signals) -> None:
         """Evaluate and save, if due and not done yet. A new best is saved whenever anything is."""
         due = self._due(self.plan.evaluate_every) and not self._evaluated()
+        if due:
+            self._settle()  # what is best so far must be on disk
+        best = self.best
         improved = due and self._evaluate(signals)
         save = self._due(self.plan.save_every) or (improved and self.plan.save_every != "never")
         if save and self._saved_at != self.done:
-            self._save()
+            self._settle()
+            last, self._previous = self._over(), best
+            save = partial(self._save, wait=last)
+            if not try_save(save, self._remark, last=last, stop=self.stop_unwritten):
+                self.best = best  # nothing holds these weights
+        self._tell_saved()
 
     def _over(self) -> bool:
         return self.plan.over(self.done, self.num_tokens)
@@ -178,6 +191,8 @@ class Trainer:
         self._pace.add(report.seconds, report.num_tokens)
         self.seconds += report.seconds
         self._loss = report.loss
+        if report.told:
+            self.metrics.remark(report.told, report.step)
         if not report.num_supervised and not self._unsupervised:
             self._unsupervised = True
             self._remark(
@@ -215,8 +230,9 @@ class Trainer:
         """What an evaluation gives. A signal ends it at once, but for several processes, which it would not
         reach at the same place: the resumed run does it again."""
         self.metrics.activity("evaluating")
+        interruptible = signals.interruptible if self.world.size == 1 else nullcontext
         try:
-            with signals.interruptible() if self.world.size == 1 else nullcontext():
+            with self.watchdog.phase("evaluating"), interruptible():
                 return dict(how())
         except Interrupted:
             self._stop_if_asked(signals)
@@ -239,21 +255,23 @@ class Trainer:
 
     # ---- saving, going on, stopping
 
-    def _save(self) -> Path:
+    def _save(self, *, wait: bool = False) -> Path:
+        """Begin to save the last finished step; with `wait`, until it is on disk."""
         live = self.updater.tensors()
-        every = {**live, **self.updater.weights()}
-        found = self.world.gather(non_finite({name: local(t) for name, t in every.items()}))
+        found = self.world.gather(non_finite({name: local(t) for name, t in live.items()}))
         if bad := list(dict.fromkeys(name for names in found for name in names)):
             raise Failed(
                 f"saving step {self.done}",
                 f"NaN or infinity in {', '.join(bad)}",
                 f"nothing was written; go on from {self.checkpoints.newest()} with a lower optim.lr",
             )
+        # of the last finished step: another one may have begun
+        finished = self._finished or (self.data.state(), self.updater.state())
         state = {
             "tokens": self.num_tokens,
             "seconds": self.seconds,
-            "data": self.data.state(),
-            "updater": self.updater.state(),
+            "data": finished[0],
+            "updater": finished[1],
             "epoch_ended": self._epoch_ended,
             "window": asdict(self._window),
             "evaluation": self.evaluation,
@@ -263,26 +281,34 @@ class Trainer:
         best = self.best["step"] if self.best else None
         self.metrics.activity("saving")
         self.metrics.flush()  # metrics.jsonl must not be behind the checkpoint
-        with self.held():
-            tensors = gathered(live, self.world, keep=self.world.is_main)
-            path = self.checkpoints.path(self.done)
-            self.world.lead(
-                lambda: (
-                    self.checkpoints.save(
-                        self.done, self.write_model, tensors, plain(state), best=best
-                    ).name
-                )
-            )
+        told = {"best": best == self.done, "epoch": self._epoch()}
+        with self.watchdog.phase("saving"):
+            make = partial(self.copy_model, self.world)
+            path = self.checkpoints.save(self.done, make, live, plain(state), best, told)
+            if wait:
+                self.checkpoints.saver.wait()
         self.metrics.activity("")
         self._saved_at = self.done
-        values = {"path": str(path), "best": best == self.done, "epoch": self._epoch()}
-        self.metrics.log("checkpoint", self.done, values)
         return path
+
+    def _settle(self) -> None:
+        """Wait for the save under way. One that could not be written is told, and the run goes on without it."""
+        saver = self.checkpoints.saver
+        with self.watchdog.phase("saving"):
+            there = try_save(saver.wait, self._remark, last=False, stop=self.stop_unwritten)
+        if not there:
+            if self.best and self.best["step"] == self._saved_at:
+                self.best = self._previous  # nothing holds these weights
+            self._saved_at = 0
+
+    def _tell_saved(self) -> None:
+        """Record the checkpoints that became whole since the last time."""
+        for step, values in self.checkpoints.finished():
+            self.metrics.log("checkpoint", step, values)
 
     def _restore(self, saved: Saved) -> None:
         """Become what the run was when it saved this checkpoint."""
         state = saved.state
-        self.read_model(saved.path)
         self.updater.load(saved.tensors(), state["updater"])
         self.data.load_state(state["data"])
         self.done, self.num_tokens, self.seconds = saved.step, state["tokens"], state["seconds"]
@@ -290,35 +316,33 @@ class Trainer:
         self.evaluation, self.best = state["evaluation"], state["best"]
         ours = self.checkpoints.path(saved.step)
         self._saved_at = saved.step if saved.path.resolve() == ours.resolve() else 0
-        if state.get("evaluation_data", "") != self.evaluation_data:
-            if self.best:
-                self.remarks.append(
-                    f"the best so far, step-{self.best['step']}, was measured on other evaluation data: "
-                    "the best is sought from here on"
-                )
-            self.evaluation = self.best = None
-        if self.best and self.best["metric"] != self.plan.best:
-            self.best = None  # another metric was asked for: the best is sought from here on
-        if self.best and self._damage(self.best["step"]) is not None:
-            self.remarks.append(
-                f"the best checkpoint so far, step-{self.best['step']}, is not there any more: "
-                "the best is sought from here on"
-            )
-            self.best = None
+        same = state.get("evaluation_data", "") == self.evaluation_data
+        self.evaluation = self.evaluation if same else None
+        self.best, told = standing(self.best, self.plan.best, same=same, damage=self._damage)
+        self.remarks += told
 
     def _stop_if_asked(self, signals: Signals) -> None:
         """After a signal: save, if that was not done, and raise Stopped."""
-        received = int(self.world.max(signals.received or 0))  # it reaches the ranks at other times
+        # a signal, and the end of a save, reach the ranks at other times
+        ours = [float(signals.received or 0), float(self.checkpoints.saver.failed)]
+        received, failed = map(int, map(max, zip(*self.world.vectors(ours), strict=True)))
+        if failed:
+            self._settle()
         if not received:
             return
         asked = f"stopped by {signal.Signals(received).name} after step {self.done}"
         if not self.done:
             raise Stopped(received, asked, "nothing was trained yet", "start again")
-        path = self.checkpoints.path(self.done) if self._saved_at == self.done else self._save()
+        self._settle()
+        ours, there = self.checkpoints.path(self.done), self._saved_at == self.done
+        path = ours if there else self._save(wait=True)
+        self._tell_saved()
         raise Stopped(received, asked, f"saved as {path}", "go on with checkpoint.resume=auto")
 
     def _finish(self) -> FitResult:
         """Put the best weights in place and say what the run came to."""
+        self._settle()
+        self._tell_saved()
         final, evaluation = self.done, self.evaluation if self._evaluated() else None
         if self.best and self.best["step"] != self.done:
             if self.plan.save_every == "never":
@@ -355,16 +379,22 @@ class Trainer:
                 reason,
                 "give checkpoint.best=none with checkpoint.resume=auto to take the last one",
             )
-        self.read_model(path)
+        self.updater.load_weights(Stored(path))
         self._remark(f"the final model is that of {path.name}, the best by {self.plan.best}")
 
-    def _failure(self, error: Exception) -> Failed:
-        """An unexpected error as a message; the error itself is its cause."""
-        text = f"{type(error).__name__}: {error}"
-        if lost_peer(error):
-            text = f"another process of the run is gone ({str(error).splitlines()[0][:160]})"
-        do = f"what was saved is untouched: go on from {self.checkpoints.newest()}"
-        full = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-        if full or "can't allocate memory" in text:
-            do += ", with a smaller train.micro_batch or train.recompute=layer"
-        return Failed(f"training, after step {self.done}", text, do)
+    def _last_words(self, error: LuthierError) -> None:
+        """Save the last finished step, where that can be, and say in `error` what is kept of the run."""
+
+        def save(world: World) -> Path:
+            if world is not self.world:  # alone: the others may be gone
+                self.world, self.checkpoints.saver = world, Saver(world, background=False)
+            path = self._save(wait=True)
+            self._tell_saved()
+            return path
+
+        with suppress(LuthierError):  # what was begun is finished first
+            self.checkpoints.saver.wait()
+            self._tell_saved()
+        whole, unsaved = not self.updater.half_updated, self.done > self._saved_at
+        if isinstance(error, Failed) and unsaved and self._finished is not None:
+            keep_last_step(error, save, self.world, step=self.done, whole=whole)

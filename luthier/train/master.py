@@ -85,23 +85,8 @@ class MasterWeights:
             p.copy_(master)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The masters by parameter name, to be saved; empty if there are none."""
+        """The masters by parameter name, live, to be saved and read again; empty if there are none."""
         return {name: marked(master.detach(), master) for name, _, master in self._pairs}
-
-    @torch.no_grad()
-    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Put back what `tensors` gave, and the model's weights with it. Refused if names or shapes differ."""
-        ours = self.tensors()
-        if tensors.keys() != ours.keys() or any(tensors[n].shape != ours[n].shape for n in ours):
-            odd = sorted(tensors.keys() ^ ours.keys()) or ["(a shape)"]
-            raise Refused(
-                "reading master weights",
-                f"the checkpoint's do not fit this run, first at {odd[0]}",
-                "resume with the model settings of the checkpoint",
-            )
-        for name, _, master in self._pairs:
-            master.copy_(tensors[name])
-        self.write_back()
 
 
 class LossScaler:

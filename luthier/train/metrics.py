@@ -1,7 +1,7 @@
 """What is measured in each step, and where it goes: metrics.jsonl, the sinks, the terminal.
 
 `metrics.jsonl` is the source of truth: one JSON object a line, `kind` (start, train, evaluate,
-checkpoint, remark, plan, end), `step`, and the values; no NaN (null instead). On a resume it is cut back to the
+checkpoint, remark, restart, plan, end), `step`, and the values; no NaN (null instead). On a resume it is cut back to the
 checkpoint's step, so that no step stands in it twice. Sinks live in `sinks.py`, the terminal's side in
 `progress.py`; when something is logged is the trainer's affair.
 """
@@ -9,18 +9,19 @@ checkpoint's step, so that no step stands in it twice. Sinks live in `sinks.py`,
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
-from luthier.errors import Failed
 from luthier.files import write_text
 from luthier.train.progress import Nothing, Progress, open_progress
 from luthier.train.sinks import Sink, open_sinks
@@ -43,6 +44,7 @@ class StepReport:
     seconds: float = 0.0
     wait: float = 0.0
     skipped: str | None = None  # why nothing was updated
+    told: str = ""  # what the user should know of it
 
 
 @dataclass
@@ -62,7 +64,7 @@ class Window:
     def add(self, report: StepReport) -> None:
         self.steps += 1
         self.loss_sum += (report.loss or 0.0) * report.num_supervised
-        self.num_supervised += report.num_supervised
+        self.num_supervised += report.num_supervised if report.loss is not None else 0
         self.num_tokens += report.num_tokens
         self.num_slots += report.num_slots
         self.seconds += report.seconds
@@ -129,9 +131,13 @@ class Metrics:
     silent: bool = False
 
     def __post_init__(self) -> None:
-        self._file: IO[str] | None = None
+        self._file: FileIO | None = None
+        self._size = 0  # of the file
         self._sinks: list[Sink] = []
         self._progress: Progress = Nothing()
+        self._unwritten: list[str] = []  # lines that metrics.jsonl could not take yet
+        self.alive: Callable[[], object] = lambda: None  # called when anything goes on
+        self.reached = 0  # the last step of an earlier part of the run
 
     @property
     def path(self) -> Path:
@@ -147,8 +153,11 @@ class Metrics:
             return
         self.output.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
+            found = (r["step"] for r in read_metrics(self.path) if r["kind"] == "train")
+            self.reached = max(found, default=0)
             cut_back(self.path, step, evaluated)
-        self._file = self.path.open("a", encoding="utf-8")
+        self._file = self.path.open("ab", buffering=0)
+        self._size = self._file.seek(0, os.SEEK_END)
         self._sinks = open_sinks(self.sinks, self.output, step, self.config)
         self._progress = open_progress(self.progress)
 
@@ -159,15 +168,7 @@ class Metrics:
         if self._file is None:
             raise ValueError("metrics were logged before start()")
         clean = plain({"kind": kind, "step": step, **values})
-        try:
-            self._file.write(json.dumps(clean, ensure_ascii=False, allow_nan=False) + "\n")
-            self._file.flush()
-        except OSError as error:
-            raise Failed(
-                f"writing {self.path}",
-                f"{error.strerror or error}; the checkpoints are untouched",
-                "free space, then go on with checkpoint.resume=auto",
-            ) from error
+        self._write(json.dumps(clean, ensure_ascii=False, allow_nan=False) + "\n", step)
         if kind in ("train", "evaluate"):
             numbers = {f"{kind}/{k}": v for k, v in clean.items() if k != "step" and _is_number(v)}
             for sink in list(self._sinks):
@@ -182,23 +183,48 @@ class Metrics:
                     )
         self._progress.show(kind, step, clean)
 
+    def _write(self, line: str, step: int) -> None:
+        """Append a line; what cannot be written is told once and kept until it can."""
+        assert self._file is not None
+        again = bool(self._unwritten)
+        self._unwritten.append(line)
+        data = "".join(self._unwritten).encode()
+        try:
+            if again:  # the file system may have gone and come back
+                self._file.close()
+                self._file = self.path.open("ab", buffering=0)
+            self._file.truncate(self._size)  # what a full disk took of a line
+            if (self._file.write(data) or 0) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._size, self._unwritten = self._size + len(data), []
+        except OSError as error:
+            if not again:
+                text = f"{FILE} gets no more lines ({error.strerror or error}): they are kept until it does"
+                self._progress.show("remark", step, {"text": text})
+
     def remark(self, text: str, step: int) -> None:
         """Something the user should know."""
         self.log("remark", step, {"text": text})
 
     def activity(self, text: str, done: int | None = None, total: int | None = None) -> None:
         """What is going on besides training steps (`evaluating`), for the live display; empty: nothing."""
+        self.alive()
         self._progress.activity(text, done, total)
 
     def flush(self) -> None:
         """Bring metrics.jsonl to disk; called before each checkpoint, which must not be ahead of it."""
         if self._file is not None:
-            os.fsync(self._file.fileno())
+            with contextlib.suppress(OSError, ValueError):  # told when a line is written
+                os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        self._progress.close()
         for sink in self._sinks:
-            sink.close()
+            try:
+                sink.close()
+            except Exception as error:  # whatever a service throws, the run is worth more
+                text = f"closing {type(sink).__name__}: {type(error).__name__}: {error}"
+                self._progress.show("remark", 0, {"text": text})
+        self._progress.close()
         if self._file is not None:
             self._file.close()
 
@@ -249,6 +275,11 @@ def cut_back(path: Path, step: int, evaluated: bool = True) -> None:
     kept = [
         r
         for r in read_metrics(path)
-        if step and r["step"] <= step and (evaluated or r["step"] < step or r["kind"] != "evaluate")
+        if r["kind"] == "restart"  # of the job, whose count goes on
+        or (
+            step
+            and r["step"] <= step
+            and (evaluated or r["step"] < step or r["kind"] != "evaluate")
+        )
     ]
     write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept))

@@ -4,12 +4,27 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Literal
+from typing import Any, Literal, Protocol
+
+from luthier.batch import Batch
 
 Every = int | Literal["epoch", "end", "never"]
 RECENT = 32  # steps that the time left is estimated from
+
+
+class Data(Protocol):
+    """`data.loader.Loader`: endless optimiser steps; `state()` is the position after the last one handed out."""
+
+    @property
+    def steps_per_epoch(self) -> int | None: ...
+    @property
+    def epoch(self) -> int: ...  # how many were handed out completely
+    def step_batches(self) -> Iterator[list[Batch]]: ...
+    def state(self) -> dict[str, Any]: ...
+    def load_state(self, state: dict[str, Any], /) -> None: ...
 
 
 @dataclass(frozen=True)

@@ -115,6 +115,10 @@ def line(kind: str, step: int, values: Mapping[str, Any]) -> str:
             return f"evaluated at step {step}: {', '.join(numbers)}"
         case "checkpoint":
             return f"saved {values['path']}{' (best so far)' if values.get('best') else ''}"
+        case "restart":
+            again, seconds = values["repeated_steps"], values["recovery_seconds"]
+            after = "" if seconds is None else f" {seconds:.0f} s after the failure"
+            return f"went on{after}{f'; {again} steps are done again' if again else ''}"
         case "train":
             return _train_line(step, values)
     return ""

@@ -3,7 +3,7 @@
 `data`: every row trains exactly its answers, after the prompts that prediction gives. `packing`: documents
 of a row do not see each other and compute what each computes alone. `loss`: the trainer's loss and
 gradients are those of plain transformers, however rows are packed and cut into micro-batches. `layout`: a
-step in several processes is that step in one. Each check
+step in several processes is that step in one. `resume`: a run that is killed goes on as if it had not been. Each check
 prints figures, writes nothing, and raises Failed when it does not hold. Imported without torch.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 
 from luthier.configfile import Resolved
 
-Check = Callable[[Resolved], dict[str, Any]]
+Check = Callable[..., dict[str, Any]]  # of a config and, for `resume`, a number of processes
 
 
 def _data(resolved: Resolved) -> dict[str, Any]:
@@ -41,9 +41,16 @@ def _layout(resolved: Resolved) -> dict[str, Any]:
     return verify_layout(resolved)
 
 
+def _resume(resolved: Resolved, processes: int = 1) -> dict[str, Any]:
+    from luthier.verify.resume import verify_resume
+
+    return verify_resume(resolved, processes=processes)
+
+
 CHECKS: dict[str, Check] = {
     "data": _data,
     "packing": _packing,
     "loss": _loss,
     "layout": _layout,
+    "resume": _resume,
 }

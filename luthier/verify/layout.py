@@ -58,7 +58,7 @@ def compare_layout(config: RunConfig, world: World, say: Callable[[str], object]
     check_sharding(config, world.sizes)
     ours, norm, built = _first_step(config, world)
     say(
-        f"{world.words}, stage {config.parallel.stage}; {config.batch} rows in micro-batches of "
+        f"{world.layout(config.parallel)}; {config.batch} rows in micro-batches of "
         f"{config.micro_batch}; {name_of(built.dtype)} on {built.device}, "
         f"{built.num_trained:,} trained parameters in {len(ours.gradients)} tensors"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -11,8 +12,10 @@ from torch import Tensor, nn
 from luthier.adapters import adapter_parameters, retract
 from luthier.batch import Batch, Layout, layout_scope
 from luthier.config import AdapterConfig
+from luthier.parallel.pieces import pieces_of
 from luthier.positions import TWO_AXES
 from luthier.seeding import generator
+from luthier.train.state import Stored, model_tensors, write_index, write_pieces
 
 
 @dataclass(frozen=True)
@@ -145,3 +148,16 @@ def error(ours: Tensor, reference: Tensor) -> float:
     """||ours - reference|| / ||reference||."""
     ours, reference = ours.detach().double(), reference.detach().double()
     return float((ours - reference).norm() / reference.norm())
+
+
+def keep_state(model: nn.Module, folder: Path) -> None:
+    """What a checkpoint keeps of the model itself."""
+    state = {name: pieces_of(tensor) for name, tensor in model_tensors(model).items()}
+    write_index(folder, [write_pieces(folder, 0, state)[1]])
+
+
+def take_state(model: nn.Module, folder: Path) -> None:
+    """What a resumed run does with it."""
+    stored = Stored(folder)
+    for name, tensor in model_tensors(model).items():
+        stored.load(name, tensor)

@@ -16,8 +16,10 @@ from adapter_table import (
     error,
     fill,
     fitting,
+    keep_state,
     options,
     run,
+    take_state,
 )
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -31,10 +33,10 @@ from luthier.adapters import (
     load_adapter,
     save_adapter,
 )
-from luthier.adapters.store import load_tensors
 from luthier.batch import Batch
 from luthier.layers import count
-from luthier.models.stage import Stage, decoder_layers, set_recompute
+from luthier.models.recompute import set_recompute
+from luthier.models.stage import Stage, decoder_layers
 
 
 def _rows(**wanted: Any) -> Any:
@@ -205,9 +207,9 @@ def test_tensors_are_read_back_bit_for_bit(tiny_model: Any, tmp_path: Path, row:
         attach(model, options(row), seed=1)
         fill(model)
         wanted = {n: p.detach().clone() for n, p in adapter_parameters(model).items()}
-        save_adapter(model, tmp_path, options(row), "base", None)
+        keep_state(model, tmp_path)
         fill(model, seed=5)
-        load_tensors(model, tmp_path)
+        take_state(model, tmp_path)
         assert all(torch.equal(p, wanted[n]) for n, p in adapter_parameters(model).items())
 
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from luthier.adapters import add_noise, attach, remove_noise
 from luthier.batch import PADDING, Batch, Layout, layout_scope
 from luthier.config import AdapterConfig
-from luthier.models.stage import Stage, set_recompute
+from luthier.models.recompute import set_recompute
+from luthier.models.stage import Stage
 
 LENGTHS = [[5, 3, 7], [8], [1, 4]]
 CONFIG = AdapterConfig.model_validate({"neftune_alpha": 5.0})

@@ -9,7 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from adapter_table import error, fill, options, run
+from adapter_table import error, fill, keep_state, options, run, take_state
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from luthier.adapters import adapter_parameters, adapters_of, attach, load_adapter, save_adapter
 from luthier.adapters.facts import CONFIG, FACTS
 from luthier.adapters.lora import MAGNITUDE
-from luthier.adapters.store import WEIGHTS, load_tensors
+from luthier.adapters.store import WEIGHTS
 from luthier.seeding import generator
 
 pytestmark = [  # PEFT's own
@@ -136,13 +136,13 @@ def test_resuming_takes_the_first_factors_along(
     attach(model, options("pissa"), seed=1)
     fill(model)
     wanted = run(model, batch)
-    save_adapter(model, tmp_path, options("pissa"), "base", None)
+    keep_state(model, tmp_path)
     other = tiny_model("llama")
     with torch.no_grad():
         for adapter in attach(other, options("pissa"), seed=1).values():
             for buffer in adapter.buffers():
                 buffer.zero_()
-    load_tensors(other, tmp_path)
+    take_state(other, tmp_path)
     assert torch.equal(run(other, batch), wanted)
 
 

@@ -29,7 +29,8 @@ from luthier.batch import IGNORE, Layout
 from luthier.config import AdapterConfig
 from luthier.errors import Refused
 from luthier.models.generate import GenerateOptions, generate
-from luthier.models.stage import Stage, set_recompute
+from luthier.models.recompute import set_recompute
+from luthier.models.stage import Stage
 from luthier.seeding import generator
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT's

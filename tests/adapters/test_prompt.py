@@ -19,7 +19,8 @@ from luthier.adapters.virtual import COMMON
 from luthier.batch import Batch, Layout, layout_scope
 from luthier.config import AdapterConfig
 from luthier.models.dropout import seed_dropout
-from luthier.models.stage import Stage, set_recompute
+from luthier.models.recompute import set_recompute
+from luthier.models.stage import Stage
 from luthier.seeding import generator
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT's

@@ -22,7 +22,8 @@ from luthier.adapters import (
     retract,
     save_adapter,
 )
-from luthier.adapters.reft import find_positions, orthonormal
+from luthier.adapters.reft import orthonormal
+from luthier.adapters.reft_places import find_positions
 from luthier.batch import IGNORE, Batch, Layout, layout_scope
 from luthier.errors import Failed, Refused
 from luthier.models.generate import GenerateOptions, generate

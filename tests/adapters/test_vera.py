@@ -10,7 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from adapter_table import error, fill, run
+from adapter_table import error, fill, keep_state, run, take_state
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -26,7 +26,7 @@ from luthier.adapters import (
 )
 from luthier.adapters.facts import CONFIG, FACTS
 from luthier.adapters.placing import build, install
-from luthier.adapters.store import WEIGHTS, load_tensors
+from luthier.adapters.store import WEIGHTS
 from luthier.adapters.svd import principal
 from luthier.adapters.vera import SHARED, Projections
 from luthier.config import AdapterConfig
@@ -176,11 +176,11 @@ def test_a_resumed_run_has_its_projections(tiny_model: Any, tmp_path: Path, save
     attach(model, config, seed=11)
     fill(model)
     wanted = logits(model)
-    save_adapter(model, tmp_path, config, "base", None)
+    keep_state(model, tmp_path)
     again = tiny_model("llama")
     adapters: Any = attach(again, config, seed=11)
     next(iter(adapters.values())).projections.A.zero_()
-    load_tensors(again, tmp_path)
+    take_state(again, tmp_path)
     assert torch.equal(logits(again), wanted)
 
 

@@ -32,7 +32,8 @@ from luthier.batch import Layout
 from luthier.config import AdapterConfig, ModelConfig
 from luthier.models.generate import GenerateOptions, generate
 from luthier.models.load import build_model, save_model
-from luthier.models.stage import Stage, check_stage, set_recompute
+from luthier.models.recompute import set_recompute
+from luthier.models.stage import Stage, check_stage
 from luthier.seeding import generator
 
 PROMPTS = [[7, 9, 4, 11, 30, 31, 8], [5], [200, 3, 17, 99]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partialmethod
 from typing import Any
 
 import pytest
@@ -13,7 +14,8 @@ from luthier.assemble import Built, make_updater
 from luthier.batch import TENSORS, Batch
 from luthier.config import RunConfig
 from luthier.errors import Refused
-from luthier.models.stage import Stage, set_recompute
+from luthier.models.recompute import compile_layers, set_recompute
+from luthier.models.stage import Stage
 
 # rows of one document each and of two; the last has padding
 DOCUMENTS = [[9], [8], [5, 3], [6]]
@@ -26,6 +28,8 @@ def steps(family: str, tiny_model: Any, parts: list[Batch], **keys: Any) -> tupl
     model = tiny_model(family, **keys).train().requires_grad_(True)
     stage = Stage(model)
     set_recompute(stage, train.get("recompute", "none"))
+    if train.get("compile"):
+        compile_layers(stage)
     config = RunConfig.model_validate(
         {
             "model": {"path": "x", "dtype": "float32"},
@@ -85,6 +89,22 @@ def test_the_cut_into_micro_batches_changes_nothing(tiny_model: Any, random_batc
     for mode in ("layer", "selective"):
         found, _ = steps("mixtral", tiny_model, [batch], train={"recompute": mode}, **ON)
         assert_same(found, whole, GRADIENTS)
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_in_compiled_layers(
+    tiny_model: Any, random_batch: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The logits leave the graphs with their gradient."""
+    plainly = partialmethod(torch.nn.Module.compile, backend="aot_eager")  # graphs, no C++
+    monkeypatch.setattr(torch.nn.Module, "compile", plainly)
+    torch._dynamo.reset()
+    batch = random_batch(lengths_per_row=DOCUMENTS)
+    wanted, report = steps("mixtral", tiny_model, [batch], **ON)
+    found, compiled = steps("mixtral", tiny_model, [batch], train={"compile": True}, **ON)
+    assert_same(found, wanted, GRADIENTS)
+    assert compiled.router_loss == pytest.approx(report.router_loss, rel=1e-6)
 
 
 def test_the_key_overrides_the_checkpoint(tiny_model: Any, random_batch: Any) -> None:

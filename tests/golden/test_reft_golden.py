@@ -16,7 +16,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from luthier.adapters import adapters_of, attach
-from luthier.adapters.reft import Edit, SubspaceEdit, TinyEdit, find_positions
+from luthier.adapters.reft import Edit, SubspaceEdit, TinyEdit
+from luthier.adapters.reft_places import find_positions
 from luthier.batch import IGNORE, Layout, layout_scope
 from luthier.config import AdapterConfig
 

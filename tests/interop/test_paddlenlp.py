@@ -144,6 +144,12 @@ CASES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"max_grad_norm": -1}, {"optim.clip": 0}),
     ({"seed": 7}, {"train.seed": 7}),
     ({"recompute": True, "recompute_granularity": "core_attn"}, {"train.recompute": "selective"}),
+    (
+        {"recompute": True, "refined_recompute": "flash_attn:-1,mlp_row_ln:0"},
+        {"train.recompute": "layer", "train.keep_attention": -1},
+    ),
+    ({"recompute": True, "refined_recompute": "flash_attn:2"}, {"train.keep_attention": 2}),
+    ({"recompute": False, "refined_recompute": "flash_attn:2"}, {"train.keep_attention": None}),
     ({"recompute": False, "recompute_granularity": "full"}, {"train.recompute": None}),
     ({"do_eval": True}, {"evaluate.every": 500}),  # steps, by logging_steps
     ({"do_eval": True, "logging_steps": 20}, {"evaluate.every": 20}),

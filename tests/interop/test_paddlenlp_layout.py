@@ -77,7 +77,8 @@ def test_tensor_parallel_keys(
         ({"data_parallel_degree": 2}, "2 processes, and 4 were started"),
         ({"sharding": "stage2", "sharding_parallel_degree": 3}, "3 processes"),
         ({"tensor_parallel_degree": 3}, "3 processes or a multiple, and 4 were started"),
-        ({"sep_parallel_degree": 2}, "parallel.context=2"),
+        ({"sep_parallel_degree": 3}, "parallel.context=3"),
+        ({"sep_parallel_degree": 2, "context_parallel_degree": 2}, "two ways.*give one of them"),
         ({"pipeline_parallel_degree": 3}, "3 processes or a multiple, and 4 were started"),
         ({"pipeline_parallel_config": "enable_magic"}, "'enable_magic' is none of its words"),
         ({"sharding_parallel_degree": 2}, r"sharding is not given"),
@@ -88,6 +89,15 @@ def test_tensor_parallel_keys(
 def test_a_mismatch_is_refused(tmp_path: Path, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(Refused, match=message):
         mesh_sizes(config(tmp_path, 4, **arguments).config.parallel, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "method"), [("sep_parallel_degree", "heads"), ("context_parallel_degree", "ring")]
+)
+def test_tokens_are_shared(tmp_path: Path, name: str, method: str) -> None:
+    parallel = config(tmp_path, 4, **{name: 2}).config.parallel
+    assert mesh_sizes(parallel, 4)["context"] == 2
+    assert parallel.context_method == method
 
 
 @pytest.mark.parametrize(

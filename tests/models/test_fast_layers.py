@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from luthier import native
 from luthier.models import fast
-from luthier.models.stage import Stage, set_recompute
+from luthier.models.recompute import set_recompute
+from luthier.models.stage import Stage
 from luthier.native import ops
 from luthier.train.loss import token_loss
 

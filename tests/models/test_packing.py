@@ -15,7 +15,8 @@ from luthier.errors import Failed, Refused
 from luthier.models.attention import install
 from luthier.models.dropout import seed_dropout
 from luthier.models.families import Family
-from luthier.models.stage import Stage, check_stage, compile_layers, set_recompute
+from luthier.models.recompute import _ATTENTION, compile_layers, set_recompute
+from luthier.models.stage import Stage, check_stage
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gpt2", "opt", "bloom")
 DOCUMENTS = [[5, 3, 7], [8, 4], [1, 14]]  # rows of 15, so the second one has padding
@@ -162,6 +163,32 @@ def test_recomputation_changes_no_bit(family, tiny_model, random_batch):
     for mode in ("layer", "selective"):
         for name, tensor in found["none"].items():
             assert torch.equal(tensor, found[mode][name]), (mode, name)
+
+
+@pytest.mark.parametrize(("number", "redone"), [(0, 2), (1, 1), (-1, 0)])
+def test_layers_that_keep_attention_do_not_redo_it(number, redone, tiny_model, random_batch):
+    """Of two layers; the gradients are those of no recomputation, bit for bit."""
+    batch, found = random_batch(lengths_per_row=DOCUMENTS), {}
+    for mode in ("none", "layer"):
+        model = tiny_model("llama")
+        install(model, "sdpa", train=True)
+        stage = Stage(model).train()
+        set_recompute(stage, mode, number if mode == "layer" else 0)
+        _, loss = _loss(stage, batch)
+        calls = []
+
+        class Count(TorchDispatchMode):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                if func in _ATTENTION:
+                    calls.append(func)  # noqa: B023
+                return func(*args, **(kwargs or {}))
+
+        with Count():
+            loss.backward()
+        found[mode] = _gradients(model)
+    assert len(calls) == redone * sum(map(len, DOCUMENTS))  # one call per document and layer
+    for name, tensor in found["none"].items():
+        assert torch.equal(tensor, found["layer"][name]), name
 
 
 @pytest.mark.parametrize(("mode", "kept"), [("layer", False), ("selective", True)])

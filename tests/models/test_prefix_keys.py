@@ -15,7 +15,8 @@ from luthier.models import attention, kernels
 from luthier.models.attention import attend, capture, install
 from luthier.models.dropout import seed_dropout
 from luthier.models.kernels import Scores
-from luthier.models.stage import Stage, set_recompute
+from luthier.models.recompute import set_recompute
+from luthier.models.stage import Stage
 from luthier.seeding import generator
 
 DOCUMENTS = [[5, 3, 7], [8, 4], [1, 14]]

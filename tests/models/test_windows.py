@@ -53,7 +53,7 @@ def test_a_window_costs_its_width(kernel, random_batch, monkeypatch):
     """Scores that are computed for one document: twice the length, twice as many, not four times. No table
     is larger than its short neighbour's."""
     seen = []
-    for name in ("_math_products", "_sdpa_products"):
+    for name in ("math_products", "sdpa_products"):
         products = getattr(kernels, name)
 
         def count(*args, products=products, **kwargs):

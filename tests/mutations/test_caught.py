@@ -414,7 +414,7 @@ def test_a_merge_with_another_scale(
     merge(config["model"]["path"], config["output"], str(tmp_path / "merged"))
 
 
-@pytest.mark.parametrize("name", ["training_state.safetensors", "adapter_model.safetensors"])
+@pytest.mark.parametrize("name", ["training_state-00000.safetensors", "adapter_model.safetensors"])
 def test_an_altered_checkpoint(name: str, run: Any, tmp_path: Path) -> None:
     config = run(checkpoint__every=1)
     finetune(config)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from luthier.config_parallel import ParallelConfig
+from luthier.config_parallel import AXES, ParallelConfig
 from luthier.parallel.joining import Place
 from luthier.parallel.world import World
 
@@ -30,7 +30,7 @@ _ranks: list[tuple[Any, Connection]] = []  # process, our end of its pipe
 
 def run_ranks(degrees: dict[str, Any], function: Callable[..., Any], *args: Any) -> list[Any]:
     """`function(world, *args)` on every rank of a world of these degrees; what each gave, by rank."""
-    size = math.prod(degrees.get(axis, 1) for axis in ("pipeline", "replicate", "shard", "tensor"))
+    size = math.prod(degrees.get(axis, 1) for axis in AXES)
     while len(_ranks) < size:
         ours, theirs = _context.Pipe()
         process = _context.Process(target=_serve, args=(theirs,), daemon=True)

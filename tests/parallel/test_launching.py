@@ -17,6 +17,7 @@ from tiny_runs import tiny_config, write_data
 
 from luthier.cli import main
 from luthier.train.checkpoint import steps_in
+from luthier.train.metrics import read_metrics
 
 ENDLESS = {"train__steps": 10**6, "log__every": 10**6, "log__progress": "plain"}
 ENDLESS |= {"evaluate__every": "never", "checkpoint__every": "never"}
@@ -45,15 +46,21 @@ class Running:
         return self.log.read_text("utf-8", "replace")
 
     def wait_for(self, words: str) -> None:
-        for _ in range(600):
-            if words in self.text() or self.process.poll() is not None:
-                break
-            time.sleep(0.1)
+        self.until(lambda: words in self.text())
         assert words in self.text(), self.text()
+
+    def until(self, happened: Callable[[], bool]) -> None:
+        """Wait for something or for the end; a busy machine takes minutes to start two processes."""
+        for _ in range(6000):
+            if happened() or self.process.poll() is not None:
+                return
+            time.sleep(0.05)
+        self.process.terminate()
+        raise AssertionError(self.text())
 
     def end(self) -> int:
         try:
-            return self.process.wait(60)
+            return self.process.wait(240)
         finally:
             self.process.kill()
 
@@ -62,7 +69,7 @@ class Running:
             ["ps", "-o", "pid=,args=", "--ppid", str(self.process.pid)],
             capture_output=True,
             text=True,
-            check=True,
+            check=False,
         ).stdout.splitlines()
         return [int(line.split()[0]) for line in found if "-m luthier" in line]
 
@@ -130,3 +137,35 @@ def test_what_the_config_tells_is_refused_before_processes_are_started(
     assert "context parallelism is not there" in told and "2 data ranks" in told
     assert "optim.name=adafactor with parallel.shard=2" in told and "--nproc none" in told
     assert "only `verify layout` compares several" in told
+
+
+@pytest.mark.long
+def test_a_killed_process_is_started_again_and_nothing_is_lost(
+    run_file: Callable[..., Path],
+) -> None:
+    """Two kills of the same rank with no checkpoint in between: it goes on in one process."""
+    path = run_file(
+        train__steps=150, checkpoint__every=60, log__progress="plain", evaluate__every="never"
+    )
+    output = path.parent / "out"
+    run = Running([*LUTHIER, str(path), "--nproc", "2", "--max-restarts", "3"], path.parent)
+    for kill in (1, 2):
+        if kill == 1:
+            run.until(lambda: "step-60" in run.text())
+        while len(ranks := run.ranks()) < 2:
+            assert run.process.poll() is None, run.text()
+            time.sleep(0.05)
+        os.kill(ranks[1], signal.SIGKILL)
+        run.wait_for(f"Restart {kill} of 3")
+    run.until(lambda: False)
+    assert run.process.returncode == 0, run.text()
+    text = run.text()
+    assert text.count("rank 1 was ended by SIGKILL") == 2
+    assert "Restart 1 of 3 in 2 processes, from" in text and "checkpoints/step-60" in text
+    assert "Restart 2 of 3 in one process (rank 1 failed twice" in text
+    records = read_metrics(output / "metrics.jsonl")
+    assert [r["step"] for r in records if r["kind"] == "train"] == list(range(1, 151))
+    restarts = [r for r in records if r["kind"] == "restart"]
+    assert restarts[-1]["processes"] == 1 and restarts[-1]["processes_before"] == 2
+    assert restarts[-1]["step"] == 61 and restarts[-1]["recovery_seconds"] > 0
+    assert "restarts" in (output / "report.html").read_text("utf-8")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import pytest
+import torch
 from layouts import config_of
 from ranks import run_ranks
 from tiny_runs import resolved, tiny_config, write_data
@@ -19,6 +21,7 @@ import luthier.parallel.shard
 import luthier.parallel.tensor
 import luthier.train.step
 from luthier.errors import Failed, Refused
+from luthier.parallel.context import Context
 from luthier.parallel.world import World
 from luthier.verify.layout import compare_layout, verify_layout
 
@@ -61,6 +64,14 @@ def bias_on_each_rank() -> Iterator[None]:
         yield
 
 
+def border_lost(self: Any, batch: Any) -> Any:
+    """In rows longer than those that are looked at when the run starts, the first two documents are one."""
+    if batch.input_ids.shape[1] > 32:
+        ids = batch.document_ids
+        batch = replace(batch, document_ids=torch.where(ids > 0, ids - 1, ids))
+    return Context.REAL(self, batch)  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def scaled(self: Any, number: int, hidden: Any) -> Any:
     """A stage that scales what it is given, as granite's model scales embeddings."""
     out = BORDER(self, number, hidden)
@@ -76,6 +87,7 @@ def check(world: World, folders: Any, keys: dict[str, Any], fault: str | None) -
     said: list[str] = []
     luthier.parallel.shard.REAL = luthier.parallel.shard.fully_shard  # pyright: ignore
     Loader.REAL = Loader._batches  # pyright: ignore[reportAttributeAccessIssue]
+    Context.REAL = Context.split  # pyright: ignore[reportAttributeAccessIssue]
     faults: dict[str | None, Any] = {
         None: patch.object(world.__class__, "attempt", 0),
         "sum": patch.object(luthier.train.step, "reduce", nothing_is_summed),
@@ -84,6 +96,7 @@ def check(world: World, folders: Any, keys: dict[str, Any], fault: str | None) -
         "row": patch.object(Loader, "_batches", one_row_lost),
         "norms of heads": patch.object(luthier.parallel.shard, "is_share", lambda p: False),
         "bias": bias_on_each_rank(),
+        "border": patch.object(Context, "split", border_lost),
         "scale": patch.object(luthier.crossing.Border, "at", scaled),
         "copies": patch.object(luthier.train.step, "sum_copies", nothing_is_summed),
     }
@@ -172,6 +185,30 @@ def test_faults_of_tensor_ranks_are_found(
     for found, _ in run_ranks({"tensor": 2}, check, here, given, fault):
         assert isinstance(found, str) and "more than rounding" in found
         assert name in found.split("the gradient of")[1].split(" by ")[0]
+
+
+CONTEXT = {"context": 2}
+
+
+@pytest.mark.parametrize(
+    ("family", "keys"), [("qwen3", FULL), ("bloom", {"parallel__context_method": "gather"})]
+)
+def test_context_ranks_agree(
+    family: str, keys: dict[str, Any], folders: Any, model_folder: Callable[[str], Path]
+) -> None:
+    given, here = BATCH | keys | {"parallel__context": 2}, (model_folder(family), *folders[1:])
+    for found, said in run_ranks(CONTEXT, check, here, given, None):
+        assert found["2 processes = one process"]["worst"] < 1e-5
+        assert said[-1] == "verify layout: ok"
+
+
+@pytest.mark.parametrize("method", ["gather", "heads"])
+@pytest.mark.parametrize("fault", ["border", "sum"])
+def test_faults_of_context_ranks_are_found(fault: str, method: str, folders: Any) -> None:
+    given = BATCH | {"parallel__context": 2, "parallel__context_method": method}
+    for found, _ in run_ranks(CONTEXT, check, folders, given, fault):
+        assert isinstance(found, str) and "more than rounding" in found
+        assert "the gradient of" in found
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,8 @@ def test_degrees_fill_the_mesh(
         ({"replicate": 2, "shard": 2}, 8, "4 processes, and 8 were started"),
         ({"tensor": 2, "sequence": True}, 2, "parallel.sequence=true.*is not there"),
         ({"tensor": 2}, 3, "parallel.tensor=2 was asked for.*2 processes or a multiple, and 3"),
-        ({"context": 2}, 2, "parallel.context=2"),
+        ({"context": 2}, 3, "parallel.context=2 was asked for.*2 processes or a multiple, and 3"),
+        ({"context_method": "heads"}, 2, "context_method=heads.*parallel.context is 1"),
         ({"pipeline": 2}, 3, "parallel.pipeline=2 was asked for.*2 processes or a multiple, and 3"),
         ({"schedule": "zero_bubble"}, 2, "parallel.schedule=zero_bubble.*parallel.pipeline is 1"),
         ({"virtual_stages": 2}, 2, "parallel.virtual_stages=2.*parallel.pipeline is 1"),
@@ -177,8 +178,8 @@ def test_a_batch_that_cannot_be_shared_out_is_refused(
 @pytest.mark.parametrize("name", ["adamw_mini", "adafactor"])
 def test_optimisers_that_need_whole_tensors(name: str) -> None:
     chosen = config(optim={"name": name})
-    check_sharding(chosen, {"shard": 1, "tensor": 1})
+    check_sharding(chosen, {"shard": 1, "context": 1, "tensor": 1})
     with pytest.raises(Refused, match=rf"optim.name={name} with parallel.shard=2"):
-        check_sharding(chosen, {"shard": 2, "tensor": 1})
+        check_sharding(chosen, {"shard": 2, "context": 1, "tensor": 1})
     with pytest.raises(Refused, match=rf"optim.name={name} with parallel.tensor=2"):
-        check_sharding(chosen, {"shard": 1, "tensor": 2})
+        check_sharding(chosen, {"shard": 1, "context": 1, "tensor": 2})

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from luthier.bases import storage_words
 from luthier.errors import Refused
+from luthier.layers import count
 from luthier.parts import Part
 from luthier.quantize.codes import make_spec
 from luthier.quantize.linears import QuantizedLinear, QuantizedTensor
@@ -80,6 +82,8 @@ def test_a_copied_part() -> None:
         layer.keep(how)
         assert layer.out_features == 16
         assert torch.equal(layer.dequantize(), whole[rank // 2 * 16 :][:16])
+        assert storage_words(layer) == "4,096 weights in nf4, 0 MB per process"
+        assert count(layer) == (0, 4096)
 
 
 def test_blocks_that_are_cut_to_pieces_are_refused() -> None:

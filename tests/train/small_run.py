@@ -15,17 +15,17 @@ from typing import Any
 
 import torch
 from conftest import VOCAB, random_batch_, tiny_model_, tiny_tokenizer_
-from safetensors.torch import load_file
 
 from luthier.adapters import attach
-from luthier.adapters.store import save_adapter
+from luthier.adapters.store import copy_adapter
 from luthier.batch import TENSORS, Batch
+from luthier.built import AdapterFolder
 from luthier.config import AdapterConfig, OptimConfig, RunConfig
 from luthier.data.dataset import prepare
 from luthier.data.encode import Renderer
 from luthier.data.loader import Loader
 from luthier.errors import LuthierError
-from luthier.models.load import save_model
+from luthier.models.export import full_model
 from luthier.models.stage import Stage
 from luthier.seeding import generator
 from luthier.train.checkpoint import Checkpoints, find
@@ -97,16 +97,19 @@ class Changed(Rows):
             yield [self.change(self.at - 1, b) for b in batches]
 
 
-def read_weights(model: torch.nn.Module, folder: Path) -> None:
-    """Put the weights of a checkpoint's model or adapter folder back into the live model."""
-    live = dict(model.state_dict())
-    stored = {}
-    for file in folder.glob("*model*.safetensors"):
-        stored |= load_file(file)
-    for name, tensor in stored.items():
-        name = name.removeprefix("base_model.model.").replace(".lora_", ".adapter.lora_")
-        live[name if name in live else name.removesuffix(".weight")].copy_(tensor)
-    assert stored
+class Copy:
+    """The model on its way to disk."""
+
+    def __init__(self, made: Any, pause: float) -> None:
+        self.made, self.pause = made, pause
+
+    def write(self, folder: Path, weights: Any, rank: int, ranks: int) -> dict[str, Any]:
+        time.sleep(self.pause)  # so that a kill meets half-written checkpoints too
+        return self.made.write(folder, weights, rank, ranks)
+
+    def complete(self, folder: Path, parts: list[dict[str, Any]]) -> None:
+        time.sleep(self.pause)
+        self.made.complete(folder, parts)
 
 
 def small_run(
@@ -128,6 +131,7 @@ def small_run(
     scale: float = 2.0**15,
     data: Any = None,
     pause: float = 0.0,
+    background: bool = True,
     evaluate: Callable[[], dict[str, float]] | None = None,
     **plan: Any,
 ) -> Trainer:
@@ -151,16 +155,11 @@ def small_run(
         model.train()
         return {"loss": float(total) / held_out.num_supervised}
 
-    def write(folder: Path) -> None:
-        time.sleep(pause)  # so that a kill meets half-written checkpoints too
-        if method == "lora":
-            save_adapter(model, folder, LORA, "tiny", None)
-        else:
-            save_model(model, folder)
+    full = full_model(model, dtype, None) if method == "none" else None
 
-    def read(folder: Path) -> None:
-        with torch.no_grad():
-            read_weights(model, folder)
+    def copy(world: Any) -> Copy:
+        made = full or AdapterFolder(copy_adapter(model, LORA, "tiny", None))
+        return Copy(made, pause)
 
     found = find(output, resume)
     trainer = Trainer(
@@ -174,9 +173,10 @@ def small_run(
         data=data or Rows(micro_batch),
         plan=Plan(steps, plan.pop("tokens", None), evaluate_every, every, log_every, best, **plan),
         metrics=Metrics(output, progress="none"),
-        checkpoints=Checkpoints(output, keep=keep, identity=identity or {"train.seed": 1}),
-        write_model=write,
-        read_model=read,
+        checkpoints=Checkpoints(
+            output, keep=keep, identity=identity or {"train.seed": 1}, background=background
+        ),
+        copy_model=copy,
         evaluate=evaluate or loss,
         remarks=list(found.remarks),
     )

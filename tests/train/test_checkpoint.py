@@ -1,45 +1,46 @@
-"""Checkpoints: whole or not there, found, compared, retained; writing that fails at every point."""
+"""Checkpoints: whole or not there, found, compared, retained; writing that fails or is torn at every point."""
 
 import errno
 import json
 import os
 import shutil
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors import SafetensorError
 
 from luthier import files
 from luthier.errors import Failed, Refused
 from luthier.files import MANIFEST, damage
-from luthier.train import checkpoint
-from luthier.train.checkpoint import (
-    STATE,
-    TENSORS,
-    Checkpoints,
-    check_identity,
-    find,
-    non_finite,
-    read,
-)
+from luthier.train import saving
+from luthier.train.checkpoint import STATE, Checkpoints, check_identity, find, non_finite, read
+from luthier.train.state import INDEX
 
 IDENTITY = {"model.path": "m", "train.batch": 8, "optim.betas": (0.9, 0.999), "train.seed": 1}
+TENSORS = "training_state-00000.safetensors"
 
 
-def made(output: Path, keep: int = 2, **identity) -> Checkpoints:
-    return Checkpoints(output, keep=keep, identity=IDENTITY | identity)
+def made(output: Path, keep: int = 2, background: bool = False, **identity) -> Checkpoints:
+    return Checkpoints(output, keep=keep, identity=IDENTITY | identity, background=background)
 
 
-def write_model(folder: Path) -> None:
-    (folder / "config.json").write_text("{}")
-    (folder / "deep").mkdir()
-    (folder / "deep" / "model.safetensors").write_bytes(bytes(range(256)))
+class Model:
+    """Two files, of which one comes from what was saved."""
+
+    def write(self, folder: Path, weights: Any, rank: int, ranks: int) -> dict[str, Any]:
+        (folder / "deep").mkdir()
+        (folder / "deep" / "model.safetensors").write_bytes(bytes(range(256)))
+        return {"files": {}}
+
+    def complete(self, folder: Path, parts: list[dict[str, Any]]) -> None:
+        (folder / "config.json").write_text("{}")
 
 
 def save(checkpoints: Checkpoints, step: int, best: int | None = None) -> Path:
     tensors = {"optimizer/exp_avg/w": torch.full((3, 2), float(step)).T, "master/w": torch.ones(2)}
-    return checkpoints.save(step, write_model, tensors, {"data": {"at": step}}, best=best)
+    return checkpoints.save(step, Model, tensors, {"data": {"at": step}}, best=best)
 
 
 def names(output: Path) -> list[str]:
@@ -52,11 +53,11 @@ def test_what_is_saved_is_read_again(tmp_path):
     saved = read(path)
     assert saved.step == 5 and saved.state == {"data": {"at": 5}}
     tensors = saved.tensors()
-    assert tensors.keys() == {"optimizer/exp_avg/w", "master/w"}
+    assert set(tensors) == {"optimizer/exp_avg/w", "master/w"}
     assert torch.equal(tensors["optimizer/exp_avg/w"], torch.full((2, 3), 5.0))
     assert (path / "deep/model.safetensors").read_bytes() == bytes(range(256))
     listed = json.loads((path / MANIFEST).read_text())["files"]
-    assert listed.keys() == {"config.json", "deep/model.safetensors", TENSORS, STATE}
+    assert listed.keys() == {"config.json", "deep/model.safetensors", TENSORS, STATE, INDEX}
     record = json.loads((path / STATE).read_text())
     assert {"format", "luthier", "torch", "step", "identity", "state"} == record.keys()
 
@@ -201,9 +202,10 @@ def test_a_named_checkpoint_must_be_whole_and_one(tmp_path):
 def test_a_checkpoint_of_another_format_is_refused(tmp_path):
     path = save(made(tmp_path), 3)
     record = json.loads((path / STATE).read_text())
-    (path / STATE).write_text(json.dumps(record | {"format": 99, "luthier": "9.9"}))
-    with pytest.raises(Refused, match=r"99.*9\.9"):
-        read(path)
+    for other, told in ((99, "or a newer one"), (1, "use that version")):
+        (path / STATE).write_text(json.dumps(record | {"format": other, "luthier": "9.9"}))
+        with pytest.raises(Refused, match=rf"{other}.*9\.9.*{told}.*luthier convert"):
+            read(path)
 
 
 def test_leftovers_of_a_crash_are_removed_at_the_start_only(tmp_path):
@@ -246,86 +248,199 @@ def test_a_key_that_came_or_went_is_a_difference():
 # ---- writing that fails
 
 
-class Fails:
-    """The n-th of all calls that write fails as a full disk does."""
+class Lost(BaseException):
+    """The machine lost its power."""
 
-    def __init__(self, monkeypatch, at: int) -> None:
-        self.left, self.calls = at, 0
+
+class Faults:
+    """The n-th of all operations that write fails as a full disk does, after half of its bytes; or the power goes.
+
+    Without power nothing can be written any more, and files that were not flushed lose their ends.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, at: int, *, power: bool) -> None:
+        self.left, self.power, self.dead, self.calls = at, power, False, 0
+        self.loose: set[Path] = set()  # written and not flushed
         for owner, name in [
-            (os, "fsync"),
-            (Path, "rename"),
-            (Path, "replace"),
-            (Path, "mkdir"),
-            (Path, "write_text"),
-            (Path, "write_bytes"),
+            *((Path, name) for name in ("rename", "replace", "mkdir", "unlink", "rmdir")),
+            *((os, name) for name in ("fsync", "unlink", "rmdir")),
         ]:
-            self.wrap(monkeypatch, owner, name, OSError(errno.ENOSPC, "No space left on device"))
-        self.wrap(monkeypatch, checkpoint, "save_file", SafetensorError("I/O error: No space left"))
+            monkeypatch.setattr(owner, name, self.counted(getattr(owner, name), name))
+        opened = Path.open
 
-    def wrap(self, monkeypatch, owner, name, error: Exception) -> None:
-        real = getattr(owner, name)
+        def opens(path: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+            handle = opened(path, mode, *args, **kwargs)
+            if "w" in mode:
+                self.loose.add(path)
+                handle = Half(handle, self)
+            return handle
 
-        def call(*args, **kwargs):
-            self.left -= 1
-            self.calls += 1
-            if self.left == 0:
-                raise error
+        monkeypatch.setattr(Path, "open", opens)
+
+    def counted(self, real: Any, name: str) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.count()
+            if name == "fsync":
+                self.loose -= {p for p in self.loose if p.exists() and same_file(p, args[0])}
             return real(*args, **kwargs)
 
-        monkeypatch.setattr(owner, name, call)
+        return call
+
+    def count(self) -> None:
+        if self.dead:
+            raise Lost
+        self.left -= 1
+        self.calls += 1
+        if self.left == 0:
+            self.fall()
+
+    def fall(self) -> None:
+        if not self.power:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        self.dead = True
+        for path in self.loose:
+            if path.exists():
+                os.truncate(path, path.stat().st_size // 2)
+        raise Lost
 
 
-def test_a_full_disk_at_any_write_leaves_the_previous_checkpoint(tmp_path):
-    checkpoints = made(tmp_path, keep=1)
-    first = save(checkpoints, 1)
-    at = 0
-    while True:
+def same_file(path: Path, handle: int) -> bool:
+    ours, theirs = path.stat(), os.fstat(handle)
+    return (ours.st_dev, ours.st_ino) == (theirs.st_dev, theirs.st_ino)
+
+
+class Half:
+    """A file of which the fatal write leaves half."""
+
+    def __init__(self, handle: Any, faults: Faults) -> None:
+        self.handle, self.faults = handle, faults
+
+    def write(self, data: Any) -> Any:
+        if self.faults.left == 1:
+            self.handle.write(data[: len(data) // 2])
+            self.handle.flush()
+        self.faults.count()
+        return self.handle.write(data)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.handle, name)
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.handle.close()
+
+
+@pytest.mark.parametrize("power", [False, True], ids=["full disk", "power loss"])
+@pytest.mark.parametrize("keep", [1, 2])
+def test_whatever_happens_at_any_write_the_newest_whole_checkpoint_is_found(
+    tmp_path: Path, power: bool, keep: int
+) -> None:
+    at, saved = 0, False
+    while not saved:
         at += 1
+        output = tmp_path / str(at)
+        first = save(made(output, keep), 1)
+        checkpoints = made(output, keep)
         with pytest.MonkeyPatch.context() as monkeypatch:
-            failing = Fails(monkeypatch, at)
-            if failing.left > 0:
-                try:
-                    save(checkpoints, 2)
-                    break
-                except Failed as error:
-                    assert "No space left" in str(error) and "resume=auto" in str(error)
-        found = find(tmp_path, "auto")
-        # the folder's own entry is flushed after the rename: then the new one is there already
-        assert found.path in (first, tmp_path / "checkpoints/step-2"), at
-        assert found.path == first or at == failing.calls
-        if found.path != first:
-            shutil.rmtree(found.path)
-        assert [n for n in names(tmp_path) if n != ".partial-step-2"] == ["step-1"], at
-    assert at > 12  # each file and folder was a point of failure
-    assert names(tmp_path) == ["step-2"]
+            faults = Faults(monkeypatch, at, power=power)
+            try:
+                save(checkpoints, 2)
+                saved = True
+            except Failed as error:
+                assert not power
+                assert "No space left" in str(error) and "resume=auto" in str(error)
+            except Lost:
+                assert power
+        found = find(output, "auto").path
+        second = output / "checkpoints/step-2"
+        assert found is not None and damage(found) is None, at
+        # after its name was given only the entry of the folder and what is no longer kept are left to do
+        assert found == second if saved else found in (first, second), at
+        state = read(found)
+        assert torch.equal(
+            state.tensors()["optimizer/exp_avg/w"], torch.full((2, 3), float(state.step))
+        )
+        again = made(output, keep)
+        again.start(found)
+        assert damage(save(again, 3)) is None
+        shutil.rmtree(output)
+    assert at == faults.calls + 1 > 25  # each write, flush, name and removal was a point of failure
 
 
-def test_a_failing_model_writer_leaves_the_previous_checkpoint(tmp_path):
+def test_a_failing_model_writer_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
     checkpoints = made(tmp_path)
     save(checkpoints, 1)
 
-    def breaks(folder: Path) -> None:
+    def breaks(model: Model, folder: Path, parts: Any) -> None:
         (folder / "half").write_text("x")
-        raise SafetensorError("Error while serializing: I/O error: File too large (os error 27)")
+        raise OSError(errno.EFBIG, "File too large")
 
+    monkeypatch.setattr(Model, "complete", breaks)
     with pytest.raises(Failed, match="File too large"):
-        checkpoints.save(2, breaks, {}, {})
+        save(checkpoints, 2)
     assert names(tmp_path) == ["step-1"]
 
 
-def test_a_file_size_limit_is_met_as_a_full_disk_is(tmp_path):
-    """The operating system's own refusal, inside safetensors."""
+@pytest.mark.parametrize("background", [False, True])
+def test_a_file_size_limit_is_met_as_a_full_disk_is(tmp_path, background):
+    """The operating system's own refusal."""
     resource = pytest.importorskip("resource")
-    checkpoints = made(tmp_path)
+    checkpoints = made(tmp_path, background=background)
     save(checkpoints, 1)
+    checkpoints.saver.wait()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
         with pytest.raises(Failed, match="what was saved before is untouched"):
-            checkpoints.save(2, write_model, {"master/w": torch.zeros(100_000)}, {})
+            checkpoints.save(2, Model, {"master/w": torch.zeros(100_000)}, {})
+            checkpoints.saver.wait()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert names(tmp_path) == ["step-1"]
+
+
+# ---- behind the training's back
+
+
+def test_what_is_written_is_what_was_there_when_saving_began(tmp_path, monkeypatch):
+    going_on = threading.Event()
+    write = saving.write_pieces
+
+    def slow(*args: Any) -> Any:
+        assert going_on.wait(20)
+        return write(*args)
+
+    monkeypatch.setattr(saving, "write_pieces", slow)
+    checkpoints, weight = made(tmp_path, background=True), torch.ones(4)
+    path = checkpoints.save(1, Model, {"weights/w": weight}, {})
+    weight.zero_()  # the next step
+    assert not checkpoints.saver.finished() and not path.exists()
+    going_on.set()
+    checkpoints.saver.wait()
+    (written,) = checkpoints.saver.finished()
+    assert written.path == path and written.step == 1 and written.num_bytes > 256
+    assert 0 < written.blocked < written.seconds
+    assert torch.equal(read(path).tensors()["weights/w"], torch.ones(4))
+
+
+def test_one_save_waits_for_the_other_and_tells_its_error(tmp_path, monkeypatch):
+    checkpoints = made(tmp_path, background=True)
+    for step in (1, 2, 3):
+        save(checkpoints, step)
+    checkpoints.saver.wait()
+    assert [w.step for w in checkpoints.saver.finished()] == [1, 2, 3]
+    assert names(tmp_path) == ["step-2", "step-3"]
+
+    def breaks(*_: Any) -> Any:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(saving, "write_pieces", breaks)
+    save(checkpoints, 4)
+    with pytest.raises(Failed, match="Read-only file system"):
+        save(checkpoints, 5)
+    assert names(tmp_path) == ["step-2", "step-3"] and not checkpoints.saver.failed
 
 
 def test_nan_is_found_by_name():

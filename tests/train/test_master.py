@@ -62,19 +62,6 @@ def test_gradients_are_gathered_in_float32_and_leave_the_model() -> None:
     assert masters.gradients()["half.weight"] is None
 
 
-def test_masters_are_restored_with_the_weights() -> None:
-    masters = MasterWeights(named(torch.bfloat16), "float32")
-    kept = {"half.weight": torch.full((3, 2), 1.503)}
-    model = named(torch.bfloat16)
-    other = MasterWeights(model, "float32")
-    other.load_tensors(kept)
-    assert torch.equal(other.tensors()["half.weight"], kept["half.weight"])
-    assert torch.equal(model[0][1].detach(), kept["half.weight"].bfloat16())
-    for wrong in ({}, {"half.weight": torch.zeros(1)}, {**kept, "more": torch.zeros(1)}):
-        with pytest.raises(Refused, match="master weights"):
-            masters.load_tensors(wrong)
-
-
 def test_float16_needs_masters() -> None:
     with pytest.raises(Refused, match=r"half\.weight is float16"):
         MasterWeights(named(torch.float16), "none")

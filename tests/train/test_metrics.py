@@ -77,20 +77,6 @@ def test_nothing_is_written_before_the_start(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_full_disk_is_a_clear_error(tmp_path, monkeypatch):
-    metrics = Metrics(tmp_path, progress="none")
-    metrics.start()
-
-    class Full(io.StringIO):
-        def write(self, text: str) -> int:
-            raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as full, pytest.raises(Failed, match=r"No space left.*resume=auto"):
-        full.setattr(metrics, "_file", Full())
-        metrics.log("train", 1, {})
-    metrics.close()
-
-
 def test_closing_does_not_hide_the_first_error(tmp_path, monkeypatch):
     def close() -> None:
         raise OSError("second")

@@ -16,8 +16,11 @@ from small_run import STDERR, Rows, child, everything, fit, real_loader, same, s
 
 from luthier.errors import Refused, Stopped
 from luthier.files import damage
-from luthier.train.checkpoint import TENSORS, find
+from luthier.train.checkpoint import find
 from luthier.train.metrics import read_metrics
+from luthier.train.state import Stored
+
+TENSORS = "training_state-00000.safetensors"
 
 STEPS = 7  # the stand-in data has three steps an epoch
 TIMES = {"tokens_per_second", "step_seconds", "wait_seconds", "memory", "eta_seconds"}
@@ -149,13 +152,13 @@ def test_resuming_from_a_checkpoint_of_another_folder(tmp_path, reference):
 def test_a_signal_right_after_resuming_from_another_folder_saves_in_this_one(tmp_path):
     fit(tmp_path / "a", steps=2)
     trainer = small_run(tmp_path / "b", resume=str(tmp_path / "a/checkpoints/step-2"))
-    read = trainer.read_model
+    load = trainer.updater.load_weights
 
-    def interrupted(folder: Path) -> None:
+    def interrupted(stored: Stored) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
-        read(folder)
+        load(stored)
 
-    trainer.read_model = interrupted
+    trainer.updater.load_weights = interrupted
     with pytest.raises(Stopped, match="after step 2"):
         trainer.fit(trainer.start_from)  # pyright: ignore[reportAttributeAccessIssue]
     assert damage(tmp_path / "b/checkpoints/step-2") is None

@@ -17,7 +17,8 @@ from luthier.models.attention import install
 from luthier.models.dropout import seed_dropout
 from luthier.models.generate import GenerateOptions, generate
 from luthier.models.load import quiet, save_model
-from luthier.models.stage import Stage, set_recompute
+from luthier.models.recompute import set_recompute
+from luthier.models.stage import Stage
 from luthier.models.zoo.glm import GLMConfig, GLMForConditionalGeneration
 from luthier.models.zoo.glm_generation import context_mask, infilling_positions, set_special_ids
 from luthier.seeding import generator

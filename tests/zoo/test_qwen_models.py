@@ -16,7 +16,8 @@ from luthier.models.attention import install
 from luthier.models.dropout import seed_dropout
 from luthier.models.generate import GenerateOptions, generate
 from luthier.models.load import load_config, quiet, save_model
-from luthier.models.stage import Stage, check_stage, set_recompute
+from luthier.models.recompute import set_recompute
+from luthier.models.stage import Stage, check_stage
 from luthier.models.zoo.configuration_qwen import QWenConfig
 from luthier.models.zoo.qwen import QWenLMHeadModel, RMSNorm, ntk_alpha
 from luthier.seeding import generator

@@ -216,7 +216,7 @@ class QWenModel(QWenPreTrainedModel):
                 past_key_values=past_key_values,
             )
         else:
-            places = layout.position_ids if position_ids is None else position_ids
+            places = layout.here(layout.position_ids) if position_ids is None else position_ids
             alpha, mask = self._packed_alpha(layout), None
         config = self.config
         dim = int(config.kv_channels * config.rotary_pct)
@@ -270,7 +270,7 @@ class QWenModel(QWenPreTrainedModel):
             return torch.ones(1, 1, dtype=torch.float64, device=layout.document_ids.device)
         number = layout.borders.flatten().cumsum(0) - 1
         lengths = number.bincount()[number].view_as(layout.document_ids)
-        return ntk_alpha(lengths, self.config.seq_length)
+        return layout.here(ntk_alpha(lengths, self.config.seq_length))
 
 
 class QWenLMHeadModel(QWenPreTrainedModel, GenerationMixin):
