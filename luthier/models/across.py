@@ -264,7 +264,10 @@ def _spans(layout: Layout, window: int | None, device: torch.device) -> tuple[Te
         seen = torch.cat([torch.arange(begin + low, begin + high) for begin, low, high in ranges])
         sizes = [p.last - p.first for p in found], [high - low for _, low, high in ranges]
         bounds = [torch.tensor([0, *n]).cumsum(0).to(device, torch.int32) for n in sizes]
-        layout.cache[key] = seen.to(device), Spans(*bounds, max(sizes[0]), max(sizes[1]))
+        layout.cache[key] = (
+            seen.to(device),
+            Spans(bounds[0], bounds[1], max(sizes[0]), max(sizes[1])),
+        )
     return layout.cache[key]
 
 

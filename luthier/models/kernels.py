@@ -59,7 +59,7 @@ def native(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scores: Scores) -> T
 
 def varlen(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scores: Scores) -> Tensor:
     """torch's varlen_attn (FlashAttention 2), GPU and half precision. No feature but windows."""
-    out = varlen_spans(*(tokens(x) for x in (q, k, v)), _spans(layout), scores)
+    out = varlen_spans(tokens(q), tokens(k), tokens(v), _spans(layout), scores)
     return out.unflatten(0, (q.shape[0], q.shape[2]))
 
 
@@ -68,7 +68,7 @@ def varlen_spans(q: Tensor, k: Tensor, v: Tensor, spans: Spans, scores: Scores) 
     from torch.nn.attention.varlen import varlen_attn
 
     left = -1 if scores.window is None else scores.window - 1
-    out = varlen_attn(  # pyright: ignore[reportCallIssue]
+    out = varlen_attn(  # pyright: ignore[reportCallIssue, reportArgumentType]
         *(q, k, v, *spans),
         scale=scores.scale,
         window_size=(left, 0),
@@ -80,7 +80,7 @@ def varlen_spans(q: Tensor, k: Tensor, v: Tensor, spans: Spans, scores: Scores) 
 
 def flash(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scores: Scores) -> Tensor:
     """flash_attn_varlen_func of the package flash-attn, GPU and half precision. Windows and softcap."""
-    out = flash_spans(*(tokens(x) for x in (q, k, v)), _spans(layout), scores)
+    out = flash_spans(tokens(q), tokens(k), tokens(v), _spans(layout), scores)
     return out.unflatten(0, (q.shape[0], q.shape[2]))
 
 

@@ -166,7 +166,8 @@ class Share:
         if not self.has_last:
             for path in places.behind:
                 module = model.get_submodule(path)
-                rows = whole_numel(head.weight) // head.weight.shape[1]  # also of a head that is cut
+                # also of a head that is cut
+                rows = whole_numel(head.weight) // head.weight.shape[1]
                 width = rows if path == places.behind[-1] else None
                 swaps[path] = Blank(module, width)
         self.swaps = swaps

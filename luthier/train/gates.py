@@ -272,7 +272,7 @@ def _side_by_side(batch: Batch) -> tuple[Batch, list[Segment]]:
             tensors[name].append(out)
     stacked = {name: torch.stack(rows) for name, rows in tensors.items()}
     labels = torch.full_like(stacked["input_ids"], IGNORE)
-    return Batch(labels=labels, rows=(0, 1), **stacked), segments
+    return Batch(labels=labels, rows=(0, 1), **stacked), segments  # pyright: ignore[reportArgumentType]
 
 
 def _with_other_tokens(batch: Batch, segment: Segment) -> Batch:
