@@ -32,6 +32,7 @@ from luthier.quantize.folders import pack
 from luthier.quantize.loading import Quantization, plan_quantization
 from luthier.recipes import Source, say
 
+PIECE = 2**20  # numbers of a layer that are compared with its codes at once
 NO_DATA = "none"  # data.path of a config that has no section data: no row is read here
 
 
@@ -47,13 +48,21 @@ class Cost:
 
     def add(self, layer: QuantizedLinear, weight: Tensor) -> None:
         """Count a layer just quantised from `weight` [out, in]."""
-        dense = weight.float()
         self.layers += 1
-        self.weights += dense.numel()
+        self.weights += weight.numel()
         self.bytes += sum(t.numel() * t.element_size() for t in layer.tensors().values())
-        self.square += float(dense.square().sum(dtype=torch.float64))
-        off = layer.dequantize(torch.float32).sub_(dense)
-        self.square_error += float(off.square_().sum(dtype=torch.float64))
+        rows, width = weight.shape
+        scale = codes.scales(layer.tensors(), layer.spec)
+        step = max(1, PIECE // width)
+        off = torch.empty(min(step, rows), width, device=weight.device)
+        for first in range(0, rows, step):  # a second dense copy of a large layer is never made
+            last = min(first + step, rows)
+            dense, part = weight[first:last].float(), off[: last - first]
+            codes.dequantize_range(
+                layer.codes, scale, layer.spec, first * width, last * width, part
+            )
+            self.square_error += _square(part.sub_(dense))
+            self.square += _square(dense)
 
     def row(self, form: str) -> dict[str, Any]:
         error = (self.square_error / self.square) ** 0.5 if self.square else 0.0
@@ -119,6 +128,11 @@ def resolve_without_data(source: Source, overrides: Sequence[str] = ()) -> Resol
     if isinstance(source, Mapping):
         return from_mapping({"data": {"path": NO_DATA}, **source}, overrides)
     return read_config([Path(source)], list(overrides), defaults={"data.path": NO_DATA})
+
+
+def _square(values: Tensor) -> float:
+    """Sum of the squares: each of a row in float32, the rows' in float64; no temporary of this size."""
+    return float(torch.linalg.vector_norm(values, dim=-1).double().square().sum())
 
 
 def form_of(spec: codes.Spec) -> str:

@@ -21,6 +21,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from luthier.config import QuantizeConfig
 from luthier.errors import Refused
+from luthier.heap import return_freed_memory
 from luthier.layers import ALL_LINEAR, features, is_quantized, select_linear
 from luthier.quantize.codes import Spec, make_spec
 from luthier.quantize.linears import QuantizedLinear, QuantizedTensor
@@ -169,6 +170,7 @@ class _Quantizer(OwnQuantizer):
                 layer: Any = model.get_submodule(name)
                 seen(layer, weight.mT if layer.transposed else weight)
             stand_in(model.get_submodule(name))
+            return_freed_memory()
         except Refused as refused:  # the loader would swallow it
             self.faults.append(Refused(f"layer '{name}': {refused}"))
 
