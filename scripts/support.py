@@ -60,6 +60,8 @@ class Rows:
             return
         names = dict(zip(("family", "method", "layout"), said["row"], strict=True))
         row = {**names, "outcome": report.outcome, "worst": said.get("worst")}
+        if report.failed:
+            row["reason"] = report.longreprtext.strip().splitlines()[-1]
         self.found[tuple(names.values())] = row  # pyright: ignore[reportArgumentType]
         rows = ",\n".join(f"  {json.dumps(row)}" for _, row in sorted(self.found.items()))
         text = f'{{\n "versions": {json.dumps(versions())},\n "rows": [\n{rows}\n ]\n}}\n'
