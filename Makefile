@@ -32,6 +32,7 @@ docs: setup
 
 support: setup
 	$(BIN)/python scripts/support.py
+	$(BIN)/python scripts/support.py layouts
 	$(BIN)/python scripts/reference.py
 
 wheel: setup

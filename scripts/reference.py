@@ -3,7 +3,7 @@
 README and docs/reference/families.md: the support table of tests/conformance/results.json.
 docs/reference: config.md and config.schema.json from luthier/config.py, paddlenlp.md from its table. The
 tables in docs/tasks/packing.md, adapters.md, quantize.md, long-documents.md and speed.md from benchmarks/packing,
-methods, quantize, attention_cost and speed. `--check` writes nothing and fails when a file
+methods, quantize, attention_cost and speed; that in several-devices.md by layout_table.py. `--check` writes nothing and fails when a file
 is not what the code says; CI runs that.
 """
 
@@ -48,6 +48,7 @@ QUANTISE_MARKS = (
     "<!-- end of quantise table -->",
 )
 PLANNING = ROOT / "docs" / "tasks" / "plan.md"
+LAYOUTS = runpy.run_path(str(ROOT / "scripts" / "layout_table.py"))
 PLANNED = ROOT / "benchmarks" / "plan"
 PLAN_MARKS = ("<!-- plan table: python scripts/reference.py -->", "<!-- end of plan table -->")
 README = ROOT / "README.md"
@@ -375,6 +376,7 @@ def main() -> int:
         FOLDER / "families.md": families(),
         LONG: long_documents(),
         PLANNING: planning(),
+        LAYOUTS["PAGE"]: LAYOUTS["page"](),
         SPEED: speed(),
         FOLDER / "config.schema.json": json.dumps(json_schema(), indent=2) + "\n",
     }

@@ -31,18 +31,23 @@ _ranks: list[tuple[Any, Connection]] = []  # process, our end of its pipe
 def run_ranks(degrees: dict[str, Any], function: Callable[..., Any], *args: Any) -> list[Any]:
     """`function(world, *args)` on every rank of a world of these degrees; what each gave, by rank."""
     size = math.prod(degrees.get(axis, 1) for axis in AXES)
+    new: list[Connection] = []
     while len(_ranks) < size:
         ours, theirs = _context.Pipe()
         process = _context.Process(target=_serve, args=(theirs,), daemon=True)
         process.start()
         _ranks.append((process, ours))
+        new.append(ours)
+    for pipe in new:  # started side by side; minutes on a machine that has much else to do
+        assert pipe.poll(400.0), "a rank does not start"
+        pipe.recv()
     port = free_port()
     for rank in range(size):
         place = Place(rank=rank, size=size, local_rank=rank, local_size=size, port=port)
         _ranks[rank][1].send((place, degrees, function, args))
     found: dict[Any, tuple[bool, Any]] = {}
     waiting = [pipe for _, pipe in _ranks[:size]]
-    seconds = 120.0
+    seconds = 180.0
     while waiting and (ready := wait(waiting, seconds)):
         for pipe in ready:
             waiting.remove(pipe)  # pyright: ignore[reportArgumentType]
@@ -69,6 +74,9 @@ def _end() -> None:
 def _serve(pipe: Connection) -> None:
     import torch
 
+    import luthier.assemble  # noqa: F401
+
+    pipe.send(None)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123
