@@ -59,6 +59,7 @@ from luthier.models.partial import places_of
 from luthier.models.recompute import check_kept, compile_layers, set_recompute
 from luthier.models.stage import Stage, check_stage
 from luthier.parallel.degrees import check_stages
+from luthier.parallel.pipeline import check_trained
 from luthier.parallel.world import World
 from luthier.positions import num_positions
 from luthier.text import Text as Text
@@ -320,6 +321,7 @@ def expected_steps(config: RunConfig, data: Data, plan: Plan) -> int:
 
 def make_updater(config: RunConfig, built: Built) -> Updater:
     """Gradients, clipping, loss scaling and the optimiser over what is trained."""
+    check_trained(len(built.trained), built.world)
     master = MasterWeights(built.trained, config.model.master_dtype)
     heads = getattr(built.model.config, "num_attention_heads", None)
     width = getattr(built.model.config, "hidden_size", None)

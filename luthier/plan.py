@@ -118,7 +118,7 @@ def plan(
         limit = parse_size("--device-memory", device_memory)
     rate = None if bandwidth is None else parse_size("--bandwidth", bandwidth)
     way = parse_layout(layout, devices) if layout else None
-    config = _with_rows(config, devices if way is None else way.data)
+    config = _with_rows(config, devices) if way is None else fit_batch(config, way.data)
     found = footprint(config)
     chosen = list(ways(devices, config, found)) if way is None else [way]
     if not chosen:
@@ -164,12 +164,14 @@ def plan(
     }
 
 
-def _with_rows(config: RunConfig, data_ranks: int) -> RunConfig:
-    """The config with as many rows per forward as a run on so many data ranks has."""
-    if config.train.micro_batch or config.train.accumulation or data_ranks <= config.batch:
-        return fit_batch(config, data_ranks)
-    rows = {"train": config.train.model_copy(update={"micro_batch": 1})}
-    return config.model_copy(update=rows)  # more devices than rows: some of them share a row
+def _with_rows(config: RunConfig, devices: int) -> RunConfig:
+    """The config with as many rows per forward as a run whose devices all read different rows has; one where there
+    are more devices than rows, some of which then share a row."""
+    if config.train.micro_batch:
+        return config
+    rows = 1 if config.train.accumulation else max(1, config.batch // devices)
+    changes = {"train": config.train.model_copy(update={"micro_batch": rows})}
+    return config.model_copy(update=changes)
 
 
 def _ordered(estimates: Sequence[Estimate], limit: float) -> list[Estimate]:
@@ -188,23 +190,24 @@ def _head(config: RunConfig, found: Footprint, devices: int, limit: float, numbe
     total, what = found.total, "full fine-tuning"
     if config.adapter.method != "none":
         what = f"{config.adapter.method}, {total.adapter:,} adapter parameters"
+    batch = f"batch {config.batch}"
+    if config.train.accumulation is not None:
+        batch = f"accumulation {config.train.accumulation}"
     return (
         f"{config.model.path}: {found.layers} layers in {str(found.dtype).removeprefix('torch.')}, {what}, "
         f"{total.trained:,} trained\n"
-        f"{devices} device{'s' * (devices > 1)} of {limit / 1e9:.1f} GB, batch {config.batch}, "
+        f"{devices} device{'s' * (devices > 1)} of {limit / 1e9:.1f} GB, {batch}, "
         f"rows of {found.length} x {found.rows} per device and forward, "
         f"recompute {config.train.recompute}\n\n"
         f"{'layout (best ' + str(min(BEST, number)) + ' of ' + str(number) + ')':<46}{'per device':>12}"
-        f"{'moved/step':>14}{'step':>10}"
+        f"{'moved/step':>14}{'step':>12}"
     )
 
 
 def _row(one: Estimate, limit: float) -> str:
     step = "-" if one.seconds is None else f"{one.seconds:.3g} s"
     verdict = "fits" if one.total <= limit else "does not fit"
-    return (
-        f"{one.way!s:<46}{one.total / 1e9:>9.2f} GB{one.moved / 1e9:>11.2f} GB{step:>10}  {verdict}"
-    )
+    return f"{one.way!s:<46}{one.total / 1e9:>9.2f} GB{one.moved / 1e9:>11.2f} GB  {step:>10}  {verdict}"
 
 
 def _remedies(

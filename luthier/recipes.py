@@ -43,7 +43,7 @@ from luthier.errors import Refused
 from luthier.files import PARTIAL, check_writable, write_json, write_text
 from luthier.interop.read import read_config
 from luthier.models.load import resolve_device
-from luthier.parallel.degrees import check_sharding, fit_batch
+from luthier.parallel.degrees import check_sharding, fit_batch, with_batch
 from luthier.parallel.world import World, note, restarted, speaks, tells
 from luthier.predicted import Prediction
 from luthier.summary import facts_of
@@ -113,7 +113,14 @@ def run_on(config: RunConfig, world: World) -> dict[str, Any]:
     found = world.lead(lambda: _start(config, output, world))
     found = Found(found["path"] and Path(found["path"]), tuple(found["remarks"]))
     if found.path is not None:
-        check_identity(read(found.path).identity, identity(config))
+        saved = read(found.path).identity
+        if recorded.train.accumulation is not None and config.batch != saved["train.batch"]:
+            # the batch decides the result: on another number of data ranks each accumulates more or less
+            told = f"train.batch stays {saved['train.batch']}, as the checkpoint has it"
+            found = Found(found.path, (*found.remarks, told))
+            same = with_batch(recorded, saved["train.batch"])
+            config = fit_batch(same, world.data_size, world.sizes["pipeline"])
+        check_identity(saved, identity(config))
 
     text = open_text(config)
     check_training(config, text, world.sizes)

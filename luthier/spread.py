@@ -67,7 +67,7 @@ def estimate(
     config: RunConfig, found: Footprint, way: Way, *, flops: float | None, bandwidth: float | None
 ) -> Estimate:
     """What `way` costs its fullest device. `flops` and `bandwidth` are per second and device."""
-    micro_batches = max(1, config.batch // (found.rows * way.data))
+    micro_batches = max(1, num_micro_batches(config, found.rows, way.data))
     ends = [device_share(config, found, way, last, micro_batches) for last in (False, True)]
     if way.pipeline == 1:
         ends = ends[-1:]
@@ -82,6 +82,13 @@ def estimate(
     if flops is not None and (bandwidth is not None or moved == 0):
         seconds = work / flops + (moved / bandwidth if bandwidth else 0.0)
     return Estimate(way, moment, items, moved, work, seconds)
+
+
+def num_micro_batches(config: RunConfig, rows: int, data_ranks: int) -> int:
+    """How many forwards of `rows` a step has on each data rank; 0 where the batch cannot be shared out so."""
+    if config.train.accumulation is not None:
+        return config.train.accumulation
+    return 0 if config.batch % (rows * data_ranks) else config.batch // (rows * data_ranks)
 
 
 # ---- a device's part of the model
@@ -266,10 +273,9 @@ def ways(devices: int, config: RunConfig, found: Footprint) -> Iterator[Way]:
                 continue
             for pipeline in _divisors(devices // tensor // context):
                 left = devices // tensor // context // pipeline
-                if pipeline > found.layers or config.batch % (found.rows * left):
+                number = num_micro_batches(config, found.rows, left)
+                if pipeline > found.layers or number < pipeline:  # rows that do not divide: 0
                     continue
-                if pipeline > config.batch // (found.rows * left):
-                    continue  # a pipeline is never full
                 others = tensor, context, pipeline
                 for shard in _divisors(left):
                     if shard == 1:

@@ -236,8 +236,8 @@ class Share:
 
 def _counts(model: nn.Module) -> tuple[int, int]:
     """Trained parameters, and all of the base."""
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    added = sum(p.numel() for n, p in model.named_parameters() if ".adapter." in f".{n}")
+    trained = sum(whole_numel(p) for p in model.parameters() if p.requires_grad)
+    added = sum(whole_numel(p) for n, p in model.named_parameters() if ".adapter." in f".{n}")
     return trained, count(model)[1] - added
 
 

@@ -33,7 +33,9 @@ def mesh_sizes(parallel: ParallelConfig, processes: int) -> dict[str, int]:
         )
     fixed = math.prod(size for size in sizes.values() if size != -1)
     rest = [axis for axis, size in sizes.items() if size == -1]
-    given = ", ".join(f"parallel.{a}={s}" for a, s in sizes.items() if s not in (-1, 1))
+    given = ", ".join(
+        f"parallel.{a}={s}" for a, s in sizes.items() if s > 1 or a in parallel.model_fields_set
+    )
     if processes % fixed or (not rest and fixed != processes):
         more = "" if processes > 1 else f": add --nproc {fixed}"
         raise Refused(
@@ -130,11 +132,20 @@ def check_processes(config: RunConfig, processes: int) -> None:
 
 def fewer(config: RunConfig, processes: int) -> int | None:
     """The largest number of processes below `processes` that the config allows."""
+    sizes = mesh_sizes(config.parallel, processes)
+    fitted = fit_batch(config, sizes["replicate"] * sizes["shard"], sizes["pipeline"])
+    config = with_batch(config, fitted.train.batch)
     for number in range(processes - 1, 0, -1):
         with contextlib.suppress(Refused):
             check_processes(config, number)
             return number
     return None
+
+
+def with_batch(config: RunConfig, batch: int) -> RunConfig:
+    """The config with this batch, also where `train.accumulation` made another of this number of ranks."""
+    changes = {"batch": batch, "accumulation": None}
+    return config.model_copy(update={"train": config.train.model_copy(update=changes)})
 
 
 def fit_batch(config: RunConfig, data_ranks: int, stages: int = 1) -> RunConfig:

@@ -287,6 +287,19 @@ class Relay:
             self.quiet = False
 
 
+def check_trained(number: int, world: World) -> None:
+    """Refuse, on every rank, stages of which nothing is trained. `number`: of trained tensors here."""
+    if world.sizes["pipeline"] == 1:
+        return
+    idle = sorted({i // world.stage_size for i, n in enumerate(world.gather(number)) if not n})
+    if idle:
+        raise Refused(
+            f"parallel.pipeline={world.sizes['pipeline']}",
+            f"on process {idle[0]} of the pipeline (from 0) nothing is trained: no target of the adapter is among its layers",
+            "give adapter.targets in all layers, or fewer stages",
+        )
+
+
 # ---- tensors that are on several stages
 
 
@@ -310,7 +323,11 @@ def sum_copies(parameters: Sequence[Parameter], world: World) -> None:
         mine = mine.contiguous()
         theirs = torch.empty_like(mine)
         other = last if here == 0 else 0
-        work = dist.isend(mine, group=group, group_dst=other)
-        dist.recv(theirs, group=group, group_src=other)
-        work.wait()  # pyright: ignore[reportOptionalMemberAccess]
+        # as one operation: on a GPU a send by itself would wait for the other's receive behind its send
+        both = [
+            dist.P2POp(dist.isend, mine, group=group, group_peer=other),
+            dist.P2POp(dist.irecv, theirs, group=group, group_peer=other),
+        ]
+        for work in dist.batch_isend_irecv(both):
+            work.wait()
         local(p.grad).add_(theirs)

@@ -9,6 +9,7 @@ Losses are divided by global counts, so gradients are summed over ranks, never a
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -109,11 +110,15 @@ class Sharding:
 
 def _mesh(world: World) -> Any:
     """What `fully_shard` cuts over: the shard axis, and the context axis with it, whose gradients are summed too."""
-    axes, inner = ["replicate"] if world.sizes["replicate"] > 1 else [], "shard"
+    copies, inner = world.sizes["replicate"] > 1, "shard"
     if world.sizes["context"] > 1:
         inner = "shard_context"
-        world.mesh["shard", "context"]._flatten(inner)
-    return world.mesh[(*axes, inner)] if axes else world.mesh[inner]
+        flat = world.mesh["shard", "context"]._flatten(inner)
+        if not copies:
+            return flat
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Slicing a flattened dim from root mesh")
+        return world.mesh["replicate", inner] if copies else world.mesh[inner]
 
 
 def _check_types(trained: Sequence[Parameter]) -> None:

@@ -241,7 +241,10 @@ class Checkpoints:
 
         def settle() -> None:
             self._written.add(step)
-            self._retain(step, best)
+            try:
+                self._retain(step, best)
+            except OSError as error:  # the new one is whole: an old one too many is no failure
+                self._told[step]["not_removed"] = f"{error.filename}: {error.strerror}"
 
         self._told[step] = dict(told or {})
         self.saver.begin(folder, step, copy_model, tensors, {STATE: record}, settle)

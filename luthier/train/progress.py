@@ -114,7 +114,11 @@ def line(kind: str, step: int, values: Mapping[str, Any]) -> str:
             numbers = [f"{k} {v:.4f}" for k, v in values.items() if isinstance(v, float)]
             return f"evaluated at step {step}: {', '.join(numbers)}"
         case "checkpoint":
-            return f"saved {values['path']}{' (best so far)' if values.get('best') else ''}"
+            left = values.get("not_removed")
+            return (
+                f"saved {values['path']}{' (best so far)' if values.get('best') else ''}"
+                f"{f'; an older one could not be removed ({left})' if left else ''}"
+            )
         case "restart":
             again, seconds = values["repeated_steps"], values["recovery_seconds"]
             after = "" if seconds is None else f" {seconds:.0f} s after the failure"

@@ -112,6 +112,10 @@ class Watchdog:
         finally:
             self._begin(*before)
             self._step_began = time.monotonic()
+            if (
+                self._stop_by is not None
+            ):  # a signal came in long work: what follows it gets its time
+                self._stop_by = time.monotonic() + STOP_SECONDS
 
     def _begin(self, doing: str, limit: float) -> None:
         with self._lock:

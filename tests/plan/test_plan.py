@@ -64,6 +64,8 @@ def config_of(folder: Path, shape: dict[str, Any], **keys: Any) -> RunConfig:
     } | keys
     tree: dict[str, Any] = {"output": str(folder / "run")}
     for name, value in values.items():
+        if value is None:
+            continue
         section, _, key = name.partition("__")
         tree.setdefault(section, {})[key] = value
     return from_mapping(tree).config
@@ -262,6 +264,20 @@ def test_the_command_proposes_and_says_what_to_change(
     shown = capsys.readouterr().out
     assert "does not fit: " in shown and "quantize.weights=nf4" in shown
     assert not list(tmp_path.glob("run*"))
+
+
+def test_the_batch_is_shared_out_by_each_layout_for_itself(tmp_path: Path) -> None:
+    few = config_of(tmp_path, LLAMA, train__batch=8, train__micro_batch=1)
+    made = plan(from_mapping(few.model_dump()), devices=64, device_memory="80GB")
+    assert made["layouts"]  # 64 data ranks could not share 8 rows; 8 groups of 8 devices can
+    keys = {"train__batch": None, "train__micro_batch": 2, "train__accumulation": 3}
+    config = config_of(tmp_path, LLAMA, **keys)
+    found = footprint(config)
+    for way in ways(8, config, found):
+        # each data rank does three forwards, however many there are
+        waits = 1 + (way.pipeline - 1) / 3
+        share = found.flops / (way.tensor * way.context * way.pipeline)
+        assert of(config, way, found).flops == pytest.approx(3 * share * waits)
 
 
 def test_thousands_of_devices(tmp_path: Path) -> None:
