@@ -256,7 +256,7 @@ def test_a_save_that_was_begun_is_not_a_save(tmp_path: Path) -> None:
 
         if trainer.done == 4 and not begun:
             begun.append(4)
-            made.write = fails
+            made.write = fails  # pyright: ignore[reportAttributeAccessIssue]
         return made
 
     trainer.copy_model = once
