@@ -281,6 +281,10 @@ class Checkpoints:
                 (path / MANIFEST).unlink(missing_ok=True)
                 shutil.rmtree(path)
 
+    def has(self, step: int) -> bool:
+        """Whether the checkpoint of `step` is there; it gets its manifest and its name last."""
+        return (self.path(step) / MANIFEST).is_file()
+
     def newest(self) -> str:
         """Where a run can go on, for a message: the newest checkpoint's path, or `the beginning`."""
         found = [path for _, path in steps_in(self.output) if (path / MANIFEST).is_file()]

@@ -40,14 +40,14 @@ COMPARED = 20  # steps of this process after which the plan is set beside them
 class Trainer:
     """Runs `plan`: steps of `updater` on the batches of `data`.
 
-    `schedule(t)` is the learning rate of step t = 0, 1, ... `copy_model(world)` gives the model as others read it, on
-    its way to disk. `evaluate()` measures the model; `before()` does so once, before the first step. `facts` are recorded
-    with the start of the run; `remarks` are told. `evaluation_data` is a fingerprint of what `evaluate`
-    measures on: values on other data are not compared.
+    `schedule(t)` is the learning rate of step t = 0, 1, ... `copy_model(world)` gives the model as others read it, on its way
+    to disk. `evaluate()` measures the model; `before()` does so once, before the first step. `facts` are recorded with the
+    start of the run; `remarks` are told. `evaluation_data` is a fingerprint of what `evaluate` measures on: values on other
+    data are not compared.
 
-    In a run of several processes all of them fit, in step; `world` is where they exchange what they decide
-    on. `restart`: what its launcher started it again for. `stop_unwritten`: a checkpoint that cannot be written
-    ends the run. `compare(seconds per step)` sets what was predicted beside what the first steps took; rank 0 calls it once.
+    In a run of several processes all of them fit, in step; `world` is where they exchange what they decide on. `restart`:
+    what its launcher started it again for. `stop_unwritten`: a checkpoint that cannot be written ends the run.
+    `compare(seconds per step)` sets what was predicted beside what the first steps took; rank 0 calls it once.
     """
 
     updater: Updater
@@ -81,8 +81,7 @@ class Trainer:
         self._saved_at = 0  # the step of our latest checkpoint
         self._previous: dict[str, Any] | None = None  # the best before the latest save
         self._unsupervised = False  # a step without supervised tokens was seen
-        # states of data and updater after the last step
-        self._finished: tuple[Any, Any] | None = None
+        self._finished: tuple[Any, Any] | None = None  # data's and updater's state at the last step
 
     def step(self, micro_batches: Sequence[Batch]) -> StepReport:
         """The next optimiser step; see `Updater.update`."""
@@ -395,6 +394,7 @@ class Trainer:
         with suppress(LuthierError):  # what was begun is finished first
             self.checkpoints.saver.wait()
             self._tell_saved()
-        whole, unsaved = not self.updater.half_updated, self.done > self._saved_at
-        if isinstance(error, Failed) and unsaved and self._finished is not None:
+        there = self._saved_at == self.done and self.checkpoints.has(self.done)  # not only begun
+        if isinstance(error, Failed) and self.done and not there and self._finished is not None:
+            whole = not self.updater.half_updated
             keep_last_step(error, save, self.world, step=self.done, whole=whole)

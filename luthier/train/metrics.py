@@ -193,6 +193,7 @@ class Metrics:
             if again:  # the file system may have gone and come back
                 self._file.close()
                 self._file = self.path.open("ab", buffering=0)
+                self._size = min(self._size, self._file.seek(0, os.SEEK_END))  # it may be a new one
             self._file.truncate(self._size)  # what a full disk took of a line
             if (self._file.write(data) or 0) < len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

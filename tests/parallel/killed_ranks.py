@@ -6,10 +6,13 @@ import hashlib
 import multiprocessing
 import os
 import random
+import resource
 import signal
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -28,6 +31,7 @@ PRELOAD = [
     "torch._dynamo",
     "transformers.models.llama.modeling_llama",
 ]
+LIMIT = "TEST_FILE_LIMIT"  # bytes that a rank may write into a file: a full disk
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(PRELOAD)
 
@@ -40,6 +44,9 @@ def rank_child(words: list[str], env: dict[str, str], log: str) -> None:
 
     torch.set_num_threads(1)
     os.environ.update(env)
+    if LIMIT in env:
+        _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(env[LIMIT]), hard))
     with open(log, "ab") as file:  # noqa: PTH123
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -49,9 +56,16 @@ def rank_child(words: list[str], env: dict[str, str], log: str) -> None:
 
 
 class Ranks:
-    """One attempt of a run in `size` processes; `number` counts the attempts."""
+    """One attempt of a run in `size` processes; `number` counts the attempts, `limits` are files' by rank."""
 
-    def __init__(self, words: list[str], size: int, folder: Path, number: int = 0) -> None:
+    def __init__(
+        self,
+        words: list[str],
+        size: int,
+        folder: Path,
+        number: int = 0,
+        limits: Mapping[int, int] = MappingProxyType({}),
+    ) -> None:
         self.log, notes = folder / "log.txt", folder / f"notes-{number}"
         notes.mkdir()
         self.notes_folder = notes
@@ -67,6 +81,7 @@ class Ranks:
                 env = {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
                 env |= {"TORCHELASTIC_USE_AGENT_STORE": "True"}
                 env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), VARIABLE: told.text}
+                env |= {LIMIT: str(limits[rank])} if rank in limits else {}
                 process = _context.Process(target=rank_child, args=(words, env, str(self.log)))
                 process.start()
                 self.processes.append(process)

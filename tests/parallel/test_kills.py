@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
-from killed_ranks import Ranks, kill_until_done, result, trained
+from killed_ranks import Ranks, kill_until_done, result, saving, trained
 from tiny_runs import tiny_config, write_data
 
 from luthier.files import damage
@@ -109,6 +109,31 @@ def test_a_copy_that_is_left_saves_the_last_finished_step(
     assert trained(output)[-2:] == [step + 1, step + 2]
     (told,) = [r for r in read_metrics(output / "metrics.jsonl") if r["kind"] == "restart"]
     assert told["reason"] == "a test" and told["recovery_seconds"] > 0
+
+
+@pytest.mark.parametrize(
+    "stop", [True, pytest.param(False, marks=pytest.mark.long)], ids=["stop", "go on"]
+)
+def test_a_rank_that_cannot_write_is_heard_on_all(
+    stop: bool, job: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    """Rank 1 has room for 20 kB a file: no checkpoint gets whole, and what that means is asked of the config."""
+    size, keys = LAYOUTS["shards"]
+    output = tmp_path / "out"
+    words = job(**keys, train__steps=10**4, checkpoint__on_failure="stop" if stop else "continue")
+    run = Ranks([*words, f"output={output}"], size, tmp_path, limits={1: 20_000})
+    if stop:
+        assert run.wait() == [1, 1], run.text()
+        assert trained(output)[-1] <= 4  # the first save began after step 2
+        assert "File too large" in run.notes()[0].text
+    else:
+        run.wait_for(lambda: trained(output)[-1:] >= [6])
+        assert run.alive, run.text()
+        run.end()
+        told = [r["text"] for r in read_metrics(output / "metrics.jsonl") if r["kind"] == "remark"]
+        assert sum("NOT SAVED: writing" in text for text in told) >= 2
+    assert not steps_in(output)
+    assert not saving(output) or not stop
 
 
 def test_sigterm_of_one_rank_saves_on_all(job: Callable[..., list[str]], tmp_path: Path) -> None:

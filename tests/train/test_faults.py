@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -219,14 +222,49 @@ def test_the_last_save_is_tried_again(tmp_path: Path, monkeypatch: pytest.Monkey
     assert [s for s in waited if s] == [5.0, 20.0, 5.0, 20.0, 60.0]
 
 
-def test_a_run_that_shall_stop_does(tmp_path: Path) -> None:
-    trainer = small_run(tmp_path, steps=6, every=2, evaluate_every="never")
+@pytest.mark.parametrize("background", [True, False])
+def test_a_run_that_shall_stop_does(tmp_path: Path, background: bool) -> None:
+    """In the background, the step that is under way when the save fails is the last one."""
+    trainer = small_run(tmp_path, steps=6, every=2, evaluate_every="never", background=background)
     trainer.stop_unwritten = True
     unwritable(trainer, {4})
+    schedule, saver = trainer.schedule, trainer.checkpoints.saver
+
+    def until_written(step: int) -> float:
+        while saver._now is not None and not saver._now.ended:
+            time.sleep(0.001)
+        return schedule(step)
+
+    trainer.schedule = until_written
     with pytest.raises(Unwritten, match="No space left"):
         trainer.fit()
-    assert 4 <= trainer.done <= 6  # it is written while the run goes on
+    assert trainer.done == (5 if background else 4)
     assert [step for step, _ in steps_in(tmp_path)] == [2]
+
+
+def test_a_save_that_was_begun_is_not_a_save(tmp_path: Path) -> None:
+    """A peer is lost while step 4 is saved in the background: step 4 is saved again."""
+    lost = RuntimeError("Connection closed by peer")
+    trainer = small_run(tmp_path, steps=7, every=2, evaluate_every="never", data=broken_at(4, lost))
+    copy, begun = trainer.copy_model, []
+
+    def once(world: Any) -> Any:
+        made = copy(world)
+
+        def fails(*args: Any) -> Any:
+            raise lost
+
+        if trainer.done == 4 and not begun:
+            begun.append(4)
+            made.write = fails  # pyright: ignore[reportAttributeAccessIssue]
+        return made
+
+    trainer.copy_model = once
+    with pytest.raises(Failed) as caught:
+        trainer.fit()
+    saved = tmp_path / "checkpoints/step-4"
+    assert begun and damage(saved) is None
+    assert f"the last finished step, 4, was saved as {saved}" in str(caught.value)
 
 
 def test_metrics_that_cannot_be_written_wait_for_a_better_time(
@@ -249,6 +287,50 @@ def test_metrics_that_cannot_be_written_wait_for_a_better_time(
         metrics.log("other", 4, {"value": 4})
     assert [r["step"] for r in read_metrics(file)] == [1, 2, 3, 4]
     assert capsys.readouterr().err.count("gets no more lines") == 1
+
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+from luthier.train.metrics import Metrics, read_metrics
+
+output = Path(sys.argv[1])
+_, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+with Metrics(output, progress="none") as metrics:
+    metrics.start()
+    metrics.log("train", 1, {"value": 1})
+    whole = metrics.path.read_bytes()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 10, hard))  # takes ten bytes of a line
+    metrics.log("train", 2, {"value": 2})
+    assert len(metrics.path.read_bytes()) == len(whole) + 10
+    metrics.log("train", 3, {"value": 3})
+    assert [r["step"] for r in read_metrics(metrics.path)] == [1]  # what is torn is no record
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    metrics.log("train", 4, {"value": 4})
+print(metrics.path.read_text(), end="")
+"""
+
+
+def test_a_line_of_metrics_that_was_written_in_part_is_written_again_whole(tmp_path: Path) -> None:
+    """A limit of the file's size tears a line as a full disk does."""
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert [json.loads(line)["step"] for line in done.stdout.splitlines()] == [1, 2, 3, 4]
+
+
+def test_metrics_go_on_in_a_new_file_where_the_old_one_is_gone(tmp_path: Path) -> None:
+    with Metrics(tmp_path, progress="none") as metrics:
+        metrics.start()
+        metrics.log("train", 1, {"value": 1})
+        assert metrics._file is not None
+        metrics._file.close()
+        metrics._file = open("/dev/full", "ab", buffering=0)  # noqa: SIM115, PTH123
+        metrics.log("train", 2, {"value": 2})
+        metrics.path.unlink()
+        metrics.log("train", 3, {"value": 3})
+    assert [json.loads(t)["step"] for t in metrics.path.read_text().splitlines()] == [2, 3]
 
 
 def test_rows_are_told_where_the_rows_of_later_epochs_come_from(tmp_path: Path) -> None:
