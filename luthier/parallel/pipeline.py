@@ -24,7 +24,7 @@ from torch.distributed.pipelining.schedules import (
 from torch.nn import Parameter
 
 from luthier.batch import FILLER, IGNORE, PADDING, Batch
-from luthier.errors import Failed
+from luthier.errors import Failed, Refused
 from luthier.parallel.shard import local
 from luthier.parallel.world import World
 from luthier.parts import copy_of
