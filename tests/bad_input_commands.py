@@ -221,7 +221,7 @@ def predict_below_a_file(s: Scene) -> list[str]:
     return ["predict", str(s.config()), f"predict.input={rows}", f"predict.output={target}"]
 
 
-@case("notes.txt", "no GGUF file, no checkpoint of a run", "no adapter of PaddleNLP")
+@case("notes.txt", "no GGUF file, no checkpoint of a run", "no model or adapter of PaddleNLP")
 def convert_something_else(s: Scene) -> list[str]:
     return ["convert", s.text("notes.txt", "hello"), str(s.here / "converted")]
 

@@ -159,8 +159,10 @@ class LoRA(Additive):
         if self.config.mixer:
             _draw(self.lora_AB, generator)
         if self.config.dora:
-            self.norms = self.weight_of(layer).square().sum(1)
-            self.get_parameter(MAGNITUDE).copy_(self.norms.sqrt())
+            norms = self.weight_of(layer).square().sum(1)
+            self.get_parameter(MAGNITUDE).copy_(norms.sqrt())
+            if not self.stacked:  # an expert of a stack is folded, which takes its norms anew
+                self.norms = norms
             if self.on_residual:
                 whole = self.weight_of(layer) + self.update()
                 self.get_parameter(MAGNITUDE).copy_(whole.norm(dim=1))

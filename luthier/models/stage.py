@@ -285,7 +285,7 @@ def _same(stage: Stage, what: str, ours: Tensor, plain: Tensor, do: str = _DO) -
     if not error <= _ROUNDING.get(stage.autocast or plain.dtype, 1e-1):
         raise Refused(
             f"model family '{stage.model.config.model_type}' was asked for",
-            f"its {what} differ from the plain ones by {error:.2g} (relative)",
+            f"its {what} differ from its plain forward's by {error:.2g} (relative)",
             do,
         )
 

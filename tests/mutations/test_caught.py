@@ -35,7 +35,7 @@ from luthier.models.families import Family
 from luthier.models.load import save_model
 from luthier.models.stage import Stage
 from luthier.recipes import finetune
-from luthier.train.step import Updater
+from luthier.train.step import Updater, _Passes
 from luthier.verify import CHECKS
 
 
@@ -263,13 +263,14 @@ def test_a_softcap_that_is_forgotten(
 
 
 def test_the_mean_of_the_micro_batches_means(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(self: Updater, batch: Batch, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        loss = self._loss_sum(batch) / batch.num_supervised / 4
-        loss.backward()
-        self.master.collect()
-        return loss.detach(), torch.zeros(())
+    right = _Passes.loss
 
-    monkeypatch.setattr(Updater, "_backward", wrong)
+    def wrong(self: _Passes, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
+        mean = right(self, hidden, batch) * self.report.num_supervised / batch.num_supervised / 4
+        self.losses[-1] = mean.detach()
+        return mean
+
+    monkeypatch.setattr(_Passes, "loss", wrong)
     with pytest.raises(Failed, match="comparing loss and gradients: 4 micro-batches of 1 row"):
         CHECKS["loss"](resolved(run()))
 

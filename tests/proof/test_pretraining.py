@@ -33,6 +33,8 @@ from luthier.data.corpus import Corpus
 from luthier.models.attention import install
 from luthier.models.load import build_model
 from luthier.models.stage import Stage
+from luthier.parallel.pipeline import OneStage
+from luthier.parallel.world import World
 from luthier.recipes import finetune
 from luthier.train.metrics import read_metrics
 
@@ -226,6 +228,10 @@ def our_run(
             adapter=None,
             trained=list(built.named_parameters()),
             device=torch.device("cpu"),
+            dtype=built.dtype,
+            world=World(),
+            context=None,
+            pipeline=lambda _: OneStage(),
         )
         updater = make_updater(config, parts)
         gate, first = updater.gate, {}
