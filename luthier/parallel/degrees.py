@@ -132,9 +132,10 @@ def check_processes(config: RunConfig, processes: int) -> None:
 
 def fewer(config: RunConfig, processes: int) -> int | None:
     """The largest number of processes below `processes` that the config allows."""
-    sizes = mesh_sizes(config.parallel, processes)
-    fitted = fit_batch(config, sizes["replicate"] * sizes["shard"], sizes["pipeline"])
-    config = with_batch(config, fitted.train.batch)
+    if config.train.accumulation is not None:  # the batch stays what it was
+        sizes = mesh_sizes(config.parallel, processes)
+        fitted = fit_batch(config, sizes["replicate"] * sizes["shard"], sizes["pipeline"])
+        config = with_batch(config, fitted.train.batch)
     for number in range(processes - 1, 0, -1):
         with contextlib.suppress(Refused):
             check_processes(config, number)

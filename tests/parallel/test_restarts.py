@@ -73,6 +73,10 @@ def test_fewer_processes_still_share_the_batch_evenly(tmp_path: Path) -> None:
     assert fewer(run(train__batch=12), 5) == 4
     assert fewer(run(train__batch=12), 4) == 3
     assert fewer(run(train__batch=12), 1) is None
+    # three steps of two rows on each of four: 24 rows, which three ranks share and no other accumulation gives
+    counted = {"train__batch": None, "train__micro_batch": 2, "train__accumulation": 3}
+    assert fewer(run(**counted), 4) == 3
+    assert fewer(run(**counted, parallel__replicate=-1, parallel__shard=1), 5) == 3
     assert fewer(run(train__batch=12, parallel__tensor=2), 4) == 2
     fixed = {"parallel__replicate": 4, "parallel__shard": 1}
     assert fewer(run(train__batch=12, **fixed), 4) is None

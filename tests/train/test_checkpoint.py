@@ -104,6 +104,24 @@ def test_a_removal_that_is_cut_short_leaves_nothing_that_counts_as_whole(tmp_pat
     assert find(tmp_path, "auto").path == tmp_path / "checkpoints/step-2"
 
 
+def test_an_old_checkpoint_that_stays_is_told_and_no_failure(tmp_path, monkeypatch):
+    checkpoints = made(tmp_path, keep=1)
+    save(checkpoints, 1)
+
+    remove = shutil.rmtree
+
+    def busy(path, *args, **kwargs):
+        if Path(path).name == "step-1":
+            raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
+        remove(path, *args, **kwargs)
+
+    monkeypatch.setattr(shutil, "rmtree", busy)
+    save(checkpoints, 2)
+    assert damage(tmp_path / "checkpoints/step-2") is None
+    told = dict(checkpoints.finished())
+    assert "step-1: Directory not empty" in told[2]["not_removed"] and "not_removed" not in told[1]
+
+
 def test_checkpoints_of_a_course_that_was_given_up_go_with_the_next_saving(tmp_path):
     for step in (10, 20, 30):
         save(made(tmp_path, keep=9), step)
@@ -337,9 +355,9 @@ class Half:
 def test_whatever_happens_at_any_write_the_newest_whole_checkpoint_is_found(
     tmp_path: Path, power: bool, keep: int
 ) -> None:
-    at, saved = 0, False
-    while not saved:
-        at += 1
+    at, reached = 0, True
+    while reached:
+        at, saved = at + 1, False
         output = tmp_path / str(at)
         first = save(made(output, keep), 1)
         checkpoints = made(output, keep)
@@ -353,6 +371,7 @@ def test_whatever_happens_at_any_write_the_newest_whole_checkpoint_is_found(
                 assert "No space left" in str(error) and "resume=auto" in str(error)
             except Lost:
                 assert power
+        reached = faults.calls >= at
         found = find(output, "auto").path
         second = output / "checkpoints/step-2"
         assert found is not None and damage(found) is None, at

@@ -67,6 +67,16 @@ def evaluate_for_long(watchdog: Watchdog) -> None:
     time.sleep(SECONDS / 3)
 
 
+def end_after_a_signal_in_long_work(watchdog: Watchdog) -> None:
+    """The signal came so long ago that a step would not have got the time; the evaluation had it."""
+    signal.signal(signal.SIGTERM, lambda number, frame: None)
+    watchdog.stepped(7)
+    with watchdog.phase("evaluating"):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1.5)  # three times STOP_SECONDS
+    time.sleep(0.3)  # and what follows it, here on the way to saving
+
+
 def slow_steps(watchdog: Watchdog) -> None:
     for step in range(1, 4):
         time.sleep(SECONDS / 2)
@@ -125,6 +135,11 @@ def test_a_step_that_does_not_end_after_a_signal_has_a_bound(run: Any) -> None:
 @pytest.mark.parametrize("work", [evaluate_for_long, slow_steps])
 def test_long_work_that_is_right_is_left_alone(run: Any, work: Callable[[Watchdog], Any]) -> None:
     assert run(work)[0] == 0
+
+
+def test_a_signal_in_long_work_leaves_time_to_save_after_it(run: Any) -> None:
+    code, said, _ = run(end_after_a_signal_in_long_work, 100.0)
+    assert code == 0, said
 
 
 def test_never_is_never(run: Any) -> None:
