@@ -127,14 +127,14 @@ def test_what_the_config_tells_is_refused_before_processes_are_started(
 ) -> None:
     path = str(run_file())
     begin = time.monotonic()
-    assert main(["finetune", path, "parallel.context=2", "--nproc", "2"]) == 2
+    assert main(["finetune", path, "parallel.context=3", "--nproc", "2"]) == 2
     assert main(["finetune", path, "train.batch=7", "--nproc=2"]) == 2
     assert main(["finetune", path, "optim.name=adafactor", "--nproc", "2"]) == 2
     assert main(["finetune", path, "--nproc", "none"]) == 2
     assert main(["verify", "loss", path, "--nproc", "2"]) == 2
     assert time.monotonic() - begin < 5
     told = capsys.readouterr().err
-    assert "context parallelism is not there" in told and "2 data ranks" in told
+    assert "parallel.context=3" in told and "2 data ranks" in told
     assert "optim.name=adafactor with parallel.shard=2" in told and "--nproc none" in told
     assert "only `verify layout` compares several" in told
 

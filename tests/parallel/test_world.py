@@ -85,7 +85,6 @@ def test_degrees_fill_the_mesh(
         ({"shard": 2}, 3, "2 processes, and 3 were started"),
         ({"replicate": 2}, 3, "2 processes or a multiple, and 3 were started"),
         ({"replicate": 2, "shard": 2}, 8, "4 processes, and 8 were started"),
-        ({"tensor": 2, "sequence": True}, 2, "parallel.sequence=true.*is not there"),
         ({"tensor": 2}, 3, "parallel.tensor=2 was asked for.*2 processes or a multiple, and 3"),
         ({"context": 2}, 3, "parallel.context=2 was asked for.*2 processes or a multiple, and 3"),
         ({"context_method": "heads"}, 2, "context_method=heads.*parallel.context is 1"),
