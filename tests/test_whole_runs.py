@@ -68,13 +68,12 @@ def test_the_config_of_the_final_model_comes_last(make, tmp_path, monkeypatch):
 
 
 def test_the_final_folder_takes_sub_folders_and_replaces_them(tmp_path):
-    def write(folder: Path) -> None:
-        (folder / "more").mkdir()
+    for _ in range(2):
+        folder = tmp_path / ".partial-final" / "model"
+        (folder / "more").mkdir(parents=True)
         (folder / "more" / "a.jinja").write_text("x")
         (folder / "config.json").write_text("{}")
-
-    for _ in range(2):
-        recipes._publish_final(tmp_path, write)
+        recipes._move_final(folder, tmp_path)
     assert (tmp_path / "more" / "a.jinja").read_text() == "x"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "more"]
 

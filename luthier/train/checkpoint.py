@@ -11,6 +11,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 import luthier
-from luthier.errors import Refused
+from luthier.errors import LuthierError, Refused
 from luthier.files import MANIFEST, PARTIAL, damage
 from luthier.parallel.world import World
 from luthier.train.saving import ModelCopy, Saver
@@ -286,7 +287,10 @@ class Checkpoints:
         return (self.path(step) / MANIFEST).is_file()
 
     def newest(self) -> str:
-        """Where a run can go on, for a message: the newest checkpoint's path, or `the beginning`."""
+        """Where a run can go on, for a message: the newest checkpoint's path, or `the beginning`. A save that was
+        begun is finished first."""
+        with suppress(LuthierError):
+            self.saver.wait()
         found = [path for _, path in steps_in(self.output) if (path / MANIFEST).is_file()]
         return str(found[-1]) if found else "the beginning"
 

@@ -181,10 +181,10 @@ def test_peft_s_folders_and_gradients(
 
 
 def test_tensor_parallel_pieces_by_output() -> None:
-    """A norm is over all inputs: the layer can be cut by outputs, and not by inputs."""
+    """A norm is over all inputs, which a cut by outputs leaves together; other cuts are in tests/parallel."""
     whole: Any = nn.ModuleDict({"layer": nn.Linear(8, 6, bias=False).double()})
     (adapter,) = attach(whole, options("dora"), seed=1).values()
-    assert adapter.follows.keys() == {"colwise"} and LoRA.follows.keys() == {"colwise", "rowwise"}
+    assert adapter.follows.keys() == LoRA.follows.keys() == {"colwise", "rowwise"}
     fill(whole)
     x = torch.randn(3, 8, dtype=torch.float64)
     outputs = []
