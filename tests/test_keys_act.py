@@ -91,7 +91,7 @@ def passed_over(tree: Tree) -> str:
         return norm if next(steps) > 1 else float("inf")
 
     with patch.object(luthier.train.step, "clip_gradients", infinite):
-        return outcome(lambda: finetune(tree))
+        return outcome(lambda: finetune(tree)["steps"])
 
 
 def watched(tree: Tree) -> float | None:
@@ -108,7 +108,7 @@ def full_disk(tree: Tree) -> str:
         return save(*args, **more)
 
     with patch.object(Checkpoints, "save", full):
-        return outcome(lambda: finetune(tree))
+        return outcome(lambda: finetune(tree)["steps"])
 
 
 def shown(tree: Tree) -> bool:
