@@ -24,6 +24,7 @@ import torch
 from conftest import tiny_model_, tiny_tokenizer_
 from tiny_runs import resolved, rows_, tiny_config, write_data, write_rows
 
+import luthier.built
 import luthier.train.step
 from luthier.assemble import build, evaluation_rows, make_plan, open_data, open_text
 from luthier.config import RunConfig
@@ -32,10 +33,12 @@ from luthier.data.corpus import Corpus
 from luthier.errors import LuthierError, Unwritten
 from luthier.models.load import save_model
 from luthier.parallel import world as processes
+from luthier.parallel.collectives import Axis
 from luthier.parallel.degrees import mesh_sizes
 from luthier.recipes import finetune, make_watchdog
 from luthier.train.checkpoint import Checkpoints
 from luthier.train.metrics import read_metrics
+from luthier.train.saving import Saver
 from luthier.train.schedules import make_schedule
 from luthier.use import predict
 from tests.zoo_folders import zoo_folder
@@ -194,6 +197,32 @@ def cut(tree: Tree) -> Any:
     return outcome(lambda: (mesh_sizes(config, 4), config.stage, config.offload))
 
 
+def by_tokens(tree: Tree) -> bool:
+    """Whether tensor parallelism shares out the tokens between the layers; what that does, `tests/parallel` compares."""
+    config = config_of(tree)
+    made = build(config, train=True)
+    names = ("cut_layers", "cut_branches", "cut_vocabulary", "by_heads", "split_sequence")
+    with contextlib.ExitStack() as stack:
+        done = {name: stack.enter_context(patch.object(luthier.built, name)) for name in names}
+        stack.enter_context(patch.object(luthier.built, "same_stage", contextlib.nullcontext))
+        stack.enter_context(patch.object(Axis, "of", return_value=Axis(None, 0, 2)))
+        luthier.built.cut_tensor(made, config.parallel)
+    return done["split_sequence"].called
+
+
+def background(tree: Tree) -> list[bool]:
+    """How a run saves."""
+    init, found = Saver.__init__, []
+
+    def note(self: Saver, world: Any = None, *, background: bool = True) -> None:
+        found.append(background)
+        init(self, world, background=background)
+
+    with patch.object(Saver, "__init__", note):
+        finetune(tree)
+    return found
+
+
 def accepted(tree: Tree) -> str:
     return outcome(lambda: resolved(tree).config.train.mode)
 
@@ -248,6 +277,7 @@ TABLE = [
     Row("model.tokenizer", "OTHER_WORDS", data),
     Row("model.num_layers", 1, model),
     Row("model.init", "random", trained),
+    Row("model.misfits", "accept", model, {**FULL, "model__path": "MISFIT"}),
     Row("model.trust_remote_code", True, reading, {"model__path": "REMOTE"}),
     Row("model.rope_scaling", {"type": "linear", "factor": 2}, trained),
     Row("data.path", "OTHER_DATA", trained),
@@ -360,6 +390,7 @@ TABLE = [
     Row("checkpoint.every", 1, files),
     Row("checkpoint.keep", 1, files, {"checkpoint__every": 1, "checkpoint__best": "none"}),
     Row("checkpoint.best", "none", trained, EQUAL),
+    Row("checkpoint.background", False, background),
     Row("checkpoint.resume", "auto", going_on),
     Row("checkpoint.on_failure", "stop", full_disk, {"checkpoint__every": 1}),
     Row("parallel.replicate", 2, cut),
@@ -367,7 +398,7 @@ TABLE = [
     Row("parallel.stage", 3, cut),
     Row("parallel.offload", True, cut),
     *(Row(f"parallel.{axis}", 2, cut) for axis in ("tensor", "context", "pipeline")),
-    Row("parallel.sequence", False, cut),
+    Row("parallel.sequence", False, by_tokens),
     Row("parallel.context_method", "ring", cut),
     Row("parallel.virtual_stages", 2, cut),
     Row("parallel.schedule", "interleaved", cut),
@@ -424,11 +455,16 @@ class World:
             "TEXTS": write_rows(root / "texts.json", [{"text": "the box. seven apples"}] * 9),
             "OTHER_WORDS": root / "words",
             "MIXTRAL": root / "mixtral",
+            "MISFIT": root / "misfit",
         }
         words = copy.deepcopy(tiny_tokenizer_())
         words.eos_token = "<|user|>"
         words.save_pretrained(root / "words")
         save_model(tiny_model_("mixtral"), root / "mixtral", tiny_tokenizer_())
+        save_model(tiny_model_("llama"), root / "misfit", tiny_tokenizer_())
+        more = json.loads((root / "misfit" / "config.json").read_text())
+        more |= {"num_hidden_layers": more["num_hidden_layers"] + 1}  # a layer without tensors
+        (root / "misfit" / "config.json").write_text(json.dumps(more))
         save_model(tiny_model_("llama", seed=1), root / "model", tiny_tokenizer_())
         save_model(tiny_model_("llama"), root / "remote", tiny_tokenizer_())
         remote = json.loads((root / "remote" / "config.json").read_text())
