@@ -59,7 +59,7 @@ def test_the_kubernetes_job(run_file: Path) -> None:
     pod = job["spec"]["template"]["spec"]
     (container,) = pod["containers"]
     assert container["command"][0] == "luthier"
-    found = overrides_of(container["command"][1:], "/work/run.yaml", run_file)
+    found = overrides_of(container["command"][1:], "/runs/run.yaml", run_file)
     assert found == {"resume": "auto", "restarts": 3, "processes": 4}
     assert container["resources"]["limits"]["nvidia.com/gpu"] == found["processes"]
     volumes = {volume["name"] for volume in pod["volumes"]}
