@@ -82,12 +82,7 @@ def merge(
     model = build_model(config, seed=0)
     ids = probe(model)
     before = logits(model, ids)
-    loaded = load_adapter(model, folder, base_name=base, base_hash=fingerprint(base))
-    for remark in loaded.remarks:
-        say(f"note: {remark}")
-    tokenizer = load_tokenizer(base)
-    if tokenizer is not None:
-        keep_stops(model, Renderer(tokenizer).stop_ids)
+    tokenizer = with_adapter(model, folder, base, say)
 
     adapted = logits(model, ids)
     fold_into(model)
@@ -153,6 +148,17 @@ def check_merge(base: str | None, folder: Path, target: Path) -> str:
         raise Refused(f"merging into {target}", "it exists and is not empty", "name a new folder")
     check_writable(f"merging into {target}", target.parent)
     return base
+
+
+def with_adapter(model: PreTrainedModel, folder: Path, base: str, say: Any) -> Any:
+    """Put the adapter of `folder` on its base, and what ends an answer into its config; the base's tokenizer or None."""
+    loaded = load_adapter(model, folder, base_name=base, base_hash=fingerprint(base))
+    for remark in loaded.remarks:
+        say(f"note: {remark}")
+    tokenizer = load_tokenizer(base)
+    if tokenizer is not None:
+        keep_stops(model, Renderer(tokenizer).stop_ids)
+    return tokenizer
 
 
 def probe(model: PreTrainedModel) -> Tensor:

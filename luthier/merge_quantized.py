@@ -12,18 +12,21 @@ from typing import Any
 
 from luthier.adapters import fold_into
 from luthier.adapters.facts import base_for_use, base_options
-from luthier.adapters.store import load_adapter
 from luthier.bases import quantization_of
-from luthier.built import keep_stops
 from luthier.compress import check_written
 from luthier.config import ModelConfig, QuantizeConfig
-from luthier.data.encode import Renderer
 from luthier.errors import Failed, Refused
-from luthier.exchange import SAMPLE_ROWS, SAMPLE_TOKENS, check_merge, compare, logits, probe
+from luthier.exchange import (
+    SAMPLE_ROWS,
+    SAMPLE_TOKENS,
+    check_merge,
+    compare,
+    logits,
+    probe,
+    with_adapter,
+)
 from luthier.files import publish
-from luthier.models.folder import fingerprint
 from luthier.models.load import build_model, resolve_device, save_model
-from luthier.models.tokenizer import load_tokenizer
 from luthier.prequantized import prequantized
 from luthier.quantize.folders import pack
 
@@ -52,12 +55,7 @@ def merge_quantized(
         )
     quantization = quantization_of(asked, adapter, model=model_config)
     model = build_model(model_config, seed=0, quantization=quantization)
-    loaded = load_adapter(model, folder, base_name=base, base_hash=fingerprint(base))
-    for remark in loaded.remarks:
-        say(f"note: {remark}")
-    tokenizer = load_tokenizer(base)
-    if tokenizer is not None:
-        keep_stops(model, Renderer(tokenizer).stop_ids)
+    tokenizer = with_adapter(model, folder, base, say)
     ids = probe(model)
     adapted = logits(model, ids)
     fold_into(model)

@@ -65,6 +65,15 @@ def steps(
     return found
 
 
+def with_layout(keys: dict[str, Any], layout: dict[str, Any]) -> dict[str, Any]:
+    return keys | {f"parallel__{name}": value for name, value in layout.items()}
+
+
+def cases(short: list[tuple[Any, ...]], long: list[tuple[Any, ...]]) -> list[Any]:
+    """Parameters of one test, of which the `long` ones run with `make test-all` only."""
+    return [*short, *(pytest.param(*case, marks=pytest.mark.long) for case in long)]
+
+
 def worst(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> tuple[float, str]:
     """The largest ||difference|| / ||reference|| of all tensors, and whose it is."""
     assert ours.keys() == theirs.keys()
@@ -78,11 +87,11 @@ def worst(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> tuple[f
     return max(found)
 
 
-def same_run(ours: Found, theirs: Found, tolerance: float = 1e-9) -> None:
+def same_run(ours: Found, theirs: Found, tolerance: float = 1e-9, *, norm: float = 1e-7) -> None:
     """The same tokens, losses, norms, gradients of every step and weights."""
     assert ours["tokens"] == theirs["tokens"]
     assert ours["loss"] == pytest.approx(theirs["loss"], rel=tolerance)
-    assert ours["norm"] == pytest.approx(theirs["norm"], rel=1e-7)  # their norms are float32's
+    assert ours["norm"] == pytest.approx(theirs["norm"], rel=norm)  # their norms are float32's
     for step, (mine, other) in enumerate(
         zip(ours["gradients"], theirs["gradients"], strict=True), 1
     ):

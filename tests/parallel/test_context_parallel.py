@@ -10,9 +10,8 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
-from layouts import Found, config_of, steps
+from layouts import Found, cases, config_of, same_run, steps, with_layout
 from ranks import run_ranks
-from test_data_parallel import assert_same
 from tiny_runs import copy_model, write_data, write_rows
 from zoo_folders import WORDS, zoo_folder
 
@@ -123,9 +122,9 @@ def test_contexts_seen_in_both_directions(
 ) -> None:
     folders, keys = context_folders(family, tmp_path), {**KEYS, **METHODS[method]}
     theirs = steps(World(), folders, keys)
-    given = keys | {f"parallel__{name}": value for name, value in layout.items()}
+    given = with_layout(keys, layout)
     for ours in run_ranks(layout, steps, folders, given):
-        assert_same(ours, theirs, 1e-9)
+        same_run(ours, theirs)
 
 
 def dtype_of(family: str) -> str:
@@ -150,7 +149,7 @@ def alone(
 
 def compared(family: str, method: str, layout: dict[str, Any], alone: Callable[..., Any]) -> None:
     folders, keys, theirs = alone(family, method)
-    given = keys | {f"parallel__{name}": value for name, value in layout.items()}
+    given = with_layout(keys, layout)
     tolerance = ROUNDED.get(method, ROUNDED.get(family, 1e-9))
     found = run_ranks(layout, steps, folders, given, 3, dtype_of(family))
     for ours in found:
@@ -158,27 +157,11 @@ def compared(family: str, method: str, layout: dict[str, Any], alone: Callable[.
             ours["weights"] = {n: w for rank in found for n, w in rank["weights"].items()}
             every = zip(*(rank["gradients"] for rank in found), strict=True)
             ours["gradients"] = [{n: g for one in step for n, g in one.items()} for step in every]
-        assert_same(ours, theirs, tolerance)
+        same_run(ours, theirs, tolerance, norm=max(tolerance, 1e-7))
 
 
-@pytest.mark.parametrize(("family", "method", "layout"), CASES)
+@pytest.mark.parametrize(("family", "method", "layout"), cases(CASES, [*SLOW, *FOUR]))
 def test_ranks_train_what_one_does(
-    family: str, method: str, layout: dict[str, Any], alone: Callable[..., Any]
-) -> None:
-    compared(family, method, layout, alone)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize(("family", "method", "layout"), SLOW)
-def test_more_families(
-    family: str, method: str, layout: dict[str, Any], alone: Callable[..., Any]
-) -> None:
-    compared(family, method, layout, alone)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize(("family", "method", "layout"), FOUR)
-def test_four_ranks(
     family: str, method: str, layout: dict[str, Any], alone: Callable[..., Any]
 ) -> None:
     compared(family, method, layout, alone)
@@ -189,7 +172,7 @@ def test_half_precision(layout: dict[str, Any], alone: Callable[..., Any]) -> No
     """Loss and norm but for bfloat16's rounding, which is 0.4 % for each number."""
     folders, keys, _ = alone("llama", "lora")
     theirs = steps(World(), folders, keys, 1, "bfloat16")
-    given = keys | {f"parallel__{name}": value for name, value in layout.items()}
+    given = with_layout(keys, layout)
     for ours in run_ranks(layout, steps, folders, given, 1, "bfloat16"):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=4e-3)
         assert ours["norm"] == pytest.approx(theirs["norm"], rel=4e-2)

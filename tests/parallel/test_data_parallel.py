@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from layouts import Found, steps, worst
+from layouts import Found, same_run, steps, with_layout
 from ranks import run_ranks
 from tiny_runs import write_data
 
@@ -74,29 +74,11 @@ def alone(
     return find
 
 
-def assert_same(ours: Found, theirs: Found, tolerance: float = 1e-9) -> None:
-    assert ours["tokens"] == theirs["tokens"]
-    assert ours["loss"] == pytest.approx(theirs["loss"], rel=tolerance)
-    norm = pytest.approx(theirs["norm"], rel=max(tolerance, 1e-7))  # their norms are float32's
-    assert ours["norm"] == norm
-    for step, (mine, other) in enumerate(
-        zip(ours["gradients"], theirs["gradients"], strict=True), 1
-    ):
-        error, name = worst(mine, other)
-        assert error < tolerance, f"gradient of {name} in step {step}: {error}"
-    error, name = worst(ours["weights"], theirs["weights"])
-    assert error < tolerance, f"{name}: {error}"
-
-
 @pytest.mark.parametrize(("method", "layout"), pairs())
 def test_two_ranks_train_what_one_does(method: str, layout: str, alone: Callable[..., Any]) -> None:
     folders, keys, theirs = alone(method)
     found = run_ranks(LAYOUTS[layout], steps, folders, with_layout(keys, LAYOUTS[layout]))
     for ours in found:
-        assert_same(ours, theirs)
+        same_run(ours, theirs)
     for mine, yours, every in zip(found[0]["rows"], found[1]["rows"], theirs["rows"], strict=True):
         assert sorted(mine + yours) == sorted(every)
-
-
-def with_layout(keys: dict[str, Any], layout: dict[str, Any]) -> dict[str, Any]:
-    return keys | {f"parallel__{name}": value for name, value in layout.items()}

@@ -11,7 +11,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from layouts import Found, config_of, same_run, steps
+from layouts import Found, cases, config_of, same_run, steps, with_layout
 from ranks import run_ranks
 from tiny_runs import copy_model, write_data
 
@@ -106,29 +106,17 @@ def alone(
     return find
 
 
-def given(keys: dict[str, Any], layout: dict[str, Any]) -> dict[str, Any]:
-    return keys | {f"parallel__{name}": value for name, value in layout.items()}
-
-
 def compared(family: str, method: str, layout: dict[str, Any], alone: Callable[..., Any]) -> None:
     folders, keys, theirs = alone(family, method)
     tolerance = ROUNDING.get(family, 1e-9)
     if family == "qwen3" and layout == FOUR:  # norms of the keys' heads too
         tolerance = 2e-6
-    for ours in run_ranks(layout, steps, folders, given(keys, layout)):
+    for ours in run_ranks(layout, steps, folders, with_layout(keys, layout)):
         same_run(ours, theirs, tolerance)
 
 
-@pytest.mark.parametrize(("family", "method", "layout"), CASES)
+@pytest.mark.parametrize(("family", "method", "layout"), cases(CASES, SLOW))
 def test_ranks_train_what_one_does(
-    family: str, method: str, layout: dict[str, Any], alone: Callable[..., Any]
-) -> None:
-    compared(family, method, layout, alone)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize(("family", "method", "layout"), SLOW)
-def test_more_methods_and_layouts(
     family: str, method: str, layout: dict[str, Any], alone: Callable[..., Any]
 ) -> None:
     compared(family, method, layout, alone)
@@ -149,9 +137,9 @@ def widths(world: World, folders: Any, keys: dict[str, Any]) -> tuple[list[int],
 def test_a_rank_holds_its_own_tokens(alone: Callable[..., Any]) -> None:
     """A row of 13 tokens is no multiple of two: each has 7, the last of them filled up."""
     folders, keys, _ = alone("llama", "full")
-    for found, remarks in run_ranks(TP2, widths, folders, given(keys, TP2)):
+    for found, remarks in run_ranks(TP2, widths, folders, with_layout(keys, TP2)):
         assert found == [7, 7, 13, 13] and remarks == []
-    for found, _ in run_ranks(TP2, widths, folders, given(keys, BESIDE)):
+    for found, _ in run_ranks(TP2, widths, folders, with_layout(keys, BESIDE)):
         assert found == [13, 13, 13, 13]
 
 
@@ -167,7 +155,7 @@ def test_dropout_of_the_model_drops_the_same_units(
     folders, keys = (folder, data, Path("unused")), {**KEYS, **METHODS["full"]}
     theirs = steps(World(), folders, keys, 1)
     for layout in (TP2, BESIDE):
-        for ours in run_ranks(TP2, steps, folders, given(keys, layout), 1):
+        for ours in run_ranks(TP2, steps, folders, with_layout(keys, layout), 1):
             same_run(ours, theirs)
 
 
@@ -184,9 +172,9 @@ def remarks_of(world: World, folders: Any, keys: dict[str, Any]) -> str:
 
 def test_a_family_that_cannot_is_told_once_or_refused(alone: Callable[..., Any]) -> None:
     folders, keys, _ = alone("llama", "full")
-    for told in run_ranks(TP2, remarks_of, folders, given(keys, TP2)):
+    for told in run_ranks(TP2, remarks_of, folders, with_layout(keys, TP2)):
         assert told == "parallel.sequence is off: its 'gate' is whole on each process"
-    for told in run_ranks(TP2, remarks_of, folders, given(keys, {**TP2, "sequence": True})):
+    for told in run_ranks(TP2, remarks_of, folders, with_layout(keys, {**TP2, "sequence": True})):
         assert told.startswith("parallel.sequence=true for the model family 'llama'. its 'gate'")
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
-from layouts import Found, config_of, steps, worst
+from layouts import Found, config_of, steps, with_layout, worst
 from ranks import run_ranks
 from safetensors.torch import load_file
 from tiny_runs import copy_model, write_data, write_rows
@@ -137,7 +137,7 @@ def compared(
 ) -> None:
     layout = layout or TP2
     folders, all_keys, theirs = alone(family, method, **keys)
-    given = all_keys | {f"parallel__{name}": value for name, value in layout.items()}
+    given = with_layout(all_keys, layout)
     found = run_ranks(layout, steps, folders, given)
     for ours in found[:1] if "pipeline" in layout else found:  # what stages have is gathered by one
         assert_same(ours, theirs, 2e-6 if family in WIDER else 1e-9)

@@ -11,7 +11,7 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
-from layouts import Found, config_of, same_run, steps
+from layouts import Found, cases, config_of, same_run, steps, with_layout
 from ranks import run_ranks
 from safetensors.torch import load_file
 from tiny_runs import copy_model, write_data
@@ -81,21 +81,13 @@ def alone(
 
 def compared(family: str, method: str, layout: dict[str, Any], alone: Callable[..., Any]) -> None:
     folders, keys, theirs = alone(family, method)
-    given = keys | {f"parallel__{name}": value for name, value in layout.items()}
+    given = with_layout(keys, layout)
     for ours in run_ranks(layout, steps, folders, given):
         same_run(ours, theirs)
 
 
-@pytest.mark.parametrize(("family", "method", "layout"), CASES)
+@pytest.mark.parametrize(("family", "method", "layout"), cases(CASES, SLOW))
 def test_ranks_train_what_one_does(
-    family: str, method: str, layout: dict[str, Any], alone: Callable[..., Any]
-) -> None:
-    compared(family, method, layout, alone)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize(("family", "method", "layout"), SLOW)
-def test_more_layouts(
     family: str, method: str, layout: dict[str, Any], alone: Callable[..., Any]
 ) -> None:
     compared(family, method, layout, alone)
