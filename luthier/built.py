@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import Parameter
 from transformers import PreTrainedModel
 
@@ -20,9 +21,10 @@ from luthier.adapters import ADAPTERS, adapters_of, whole_parameters
 from luthier.adapters.base import Adapter
 from luthier.adapters.facts import plain
 from luthier.adapters.store import copy_adapter
-from luthier.config import AdapterConfig, RopeScaling
+from luthier.config import AdapterConfig, RopeScaling, RunConfig
 from luthier.config_parallel import ParallelConfig
 from luthier.errors import Refused
+from luthier.held import Way, release
 from luthier.layers import count
 from luthier.models.absent import present
 from luthier.models.cuts import cuts_of
@@ -34,7 +36,7 @@ from luthier.models.rotary import config_changes
 from luthier.models.sequence import tokens_of
 from luthier.models.stage import Stage, check_shared, decoder_layers, same_stage
 from luthier.parallel.branches import cut_branches
-from luthier.parallel.collectives import Axis
+from luthier.parallel.collectives import Axis, all_parts
 from luthier.parallel.context import Context
 from luthier.parallel.degrees import check_stages
 from luthier.parallel.pipeline import OneStage, Pipeline, Relay
@@ -43,7 +45,7 @@ from luthier.parallel.shard import Sharding, collected, whole
 from luthier.parallel.tensor import by_heads, cut_layers
 from luthier.parallel.vocabulary import cut_vocabulary
 from luthier.parallel.world import World
-from luthier.parts import Copy, mark_copy, whole_numel
+from luthier.parts import Copy, Part, mark_copy, whole_numel
 from luthier.text import Text
 
 # names under which the families of transformers say that they are mixtures of experts
@@ -142,6 +144,24 @@ class Built:
         return ADAPTERS[self.adapter.method].reserve(self.adapter) if self.adapter else 0
 
 
+def reading_ways(config: RunConfig, world: World, *, train: bool) -> list[Way]:
+    """The axes whose ranks read the model together, because they cut it afterwards."""
+    axes = ["tensor", "pipeline"]
+    if train and world.sharded and (config.adapter.method == "none" or config.parallel.stage == 3):
+        axes += ["shard", "context"]
+    found = []
+    for axis in axes:
+        if world.sizes[axis] > 1:
+            group, rank = world.mesh.get_group(axis), world.mesh.get_local_rank(axis)
+            join = partial(_joined, group)
+            found.append(Way(axis, rank, world.sizes[axis], join))
+    return found
+
+
+def _joined(group: Any, own: Tensor, part: Part) -> Tensor:
+    return all_parts(own, group, part)
+
+
 def cut(built: Built, parallel: ParallelConfig) -> None:
     """Cut the model over the shard axis of its world.
 
@@ -201,6 +221,7 @@ def cut_tensor(built: Built, parallel: ParallelConfig) -> None:
             split_sequence(model, layers, tokens.entries, tokens.shares, axis)
             built.tokens = (axis.rank, axis.ranks)
         found.settle(model, axis.rank, axis.ranks)
+        release(model, "tensor")  # what every tensor rank has whole
 
 
 def share_tokens(built: Built, method: str) -> None:
@@ -263,6 +284,10 @@ def cut_stages(built: Built, plan: StagePlan) -> None:
     places, here = places_of(model), plan.here
     owners = [chunk.number % plan.ranks for chunk in plan.chunks for _ in chunk.layers]
     own = [chunk for chunk in plan.chunks if chunk.number % plan.ranks == here]
+    mine = {number for chunk in own for number in chunk.layers}
+    for number, layer in enumerate(decoder_layers(model)):
+        release(layer, "pipeline", keep=number in mine)
+    release(model, "pipeline")
     relay = Relay(owners, world)
     built.stage.share = share = Share(model, places, own, relay)
     if share.tied and share.has_first != share.has_last:

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from luthier.layers import is_quantized
 from luthier.parallel.collectives import Axis, all_parts, sum_backward, sum_forward, total
-from luthier.parallel.tensor import SIDES, LayerCut, cut_adapter, put_part
+from luthier.parallel.tensor import SIDES, LayerCut, cut_adapter, keep_part, put_part
 from luthier.parts import Part, mark_share
 
 
@@ -62,7 +62,7 @@ def cut_branches(
 def _cut_stack(experts: Any, name: str, how: LayerCut, rank: int, ranks: int) -> None:
     held, side = getattr(experts, name), SIDES[how.along].weight  # of [E, out, in]
     if is_quantized(held):
-        held.keep(how.part(side - 2, rank, ranks))
+        keep_part(held, how.part(side - 2, rank, ranks))
     else:
         put_part(
             experts, name, how.part(2 - side if experts.is_transposed else 1 + side, rank, ranks)

@@ -27,6 +27,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
 from luthier.errors import Refused
+from luthier.heap import return_freed_memory
+from luthier.held import release
 from luthier.parallel.collectives import all_parts
 from luthier.parallel.world import World
 from luthier.parts import Part, copy_of, cut_of, is_share, marked
@@ -71,8 +73,12 @@ class Sharding:
         for group in (*(list(layer.parameters()) for layer in layers), rest):
             _check_types([p for p in group if p.requires_grad and p not in ignored])
         for layer in layers:
+            release(layer)
+            return_freed_memory()
             fully_shard(layer, reshard_after_forward=stage == 3, **options)
+        release(root)
         fully_shard(root, reshard_after_forward=False, **options)
+        return_freed_memory()
         for name, p in root.named_parameters():
             marked(p, names[name])
         self.root: Any = root
