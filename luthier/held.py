@@ -34,6 +34,9 @@ class Way(NamedTuple):
     ranks: int
     join: Callable[[Tensor, Part], Tensor]
 
+    def __deepcopy__(self, memo: Any) -> Way:
+        return self  # a model's loader copies what it is configured by; groups of processes cannot be
+
 
 class Held(NamedTuple):
     """The rows that are here, and how they were taken: along the first axis, once for each way."""

@@ -100,6 +100,7 @@ class _RowReader(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         self.holding.settle(model)
         self.remove_quantization_config(model)
+        del model.is_quantized
         for module in model.modules():
             if isinstance(module, PreTrainedModel):
                 vars(module.config).pop("_is_quantized", None)

@@ -195,7 +195,7 @@ def same_stage(stage: Stage) -> Iterator[None]:
         logits = stage.head(before[0])
     yield
     what, do = "cut among tensor-parallel ranks", "use parallel.shard in place of parallel.tensor"
-    with torch.no_grad():
+    with torch.no_grad(), lent(stage.model):
         _same(stage, f"hidden states {what}", stage(batch), before, do)
         _same(stage, f"logits {what}", stage.head(before[0]), _columns(stage, logits), do)
     stage.model.train(training)
