@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -285,8 +286,10 @@ def cut_stages(built: Built, plan: StagePlan) -> None:
     owners = [chunk.number % plan.ranks for chunk in plan.chunks for _ in chunk.layers]
     own = [chunk for chunk in plan.chunks if chunk.number % plan.ranks == here]
     mine = {number for chunk in own for number in chunk.layers}
-    for number, layer in enumerate(decoder_layers(model)):
-        release(layer, "pipeline", keep=number in mine)
+    # a layer of each stage in turn: what a rank gets, it gives of others
+    turns = zip_longest(*(chunk.layers for chunk in plan.chunks))
+    for number in (n for turn in turns for n in turn if n is not None):
+        release(decoder_layers(model)[number], "pipeline", keep=number in mine)
     release(model, "pipeline")
     relay = Relay(owners, world)
     built.stage.share = share = Share(model, places, own, relay)

@@ -67,7 +67,8 @@ class Sharding:
             "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32 if half else None),
             "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
         }
-        names = {name: p for name, p in root.named_parameters()}
+        # the marks alone: whole parameters would live on until all are cut
+        marks = {name: marked(torch.empty(0), p) for name, p in root.named_parameters()}
         inside = {id(p) for layer in layers for p in layer.parameters()}
         rest = [p for p in root.parameters() if id(p) not in inside]
         for group in (*(list(layer.parameters()) for layer in layers), rest):
@@ -80,7 +81,7 @@ class Sharding:
         fully_shard(root, reshard_after_forward=False, **options)
         return_freed_memory()
         for name, p in root.named_parameters():
-            marked(p, names[name])
+            marked(p, marks[name])
         self.root: Any = root
         self.parts: list[Any] = [m for m in root.modules() if isinstance(m, FSDPModule)]
         for part in self.parts:
