@@ -43,9 +43,7 @@ TINY = {
     "eos_token_id": 0,
     "tie_word_embeddings": True,
 }
-LAYOUTS = [{"shard": n, "stage": stage} for n in (2, 4) for stage in (1, 2, 3)] + [
-    {"tensor": n} for n in (2, 4)
-]
+LAYOUTS = [{"shard": n, "stage": stage} for n in (2, 4) for stage in (1, 2, 3)] + [{"tensor": 3}]
 
 
 def held() -> int:
