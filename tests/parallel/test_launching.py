@@ -171,6 +171,16 @@ def test_what_the_config_tells_is_refused_before_processes_are_started(
     assert "only `verify layout` compares several" in told
 
 
+def test_keys_that_cut_nothing_are_told(
+    run_file: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(run_file(train__steps=1, evaluate__every="never", log__progress="plain"))
+    assert main(["finetune", path, "parallel.stage=3", "parallel.sequence=true"]) == 0
+    told = capsys.readouterr().err
+    assert "parallel.stage=3 cuts nothing" in told
+    assert "parallel.sequence=true cuts nothing" in told
+
+
 @pytest.mark.long
 def test_a_killed_process_is_started_again_and_nothing_is_lost(
     run_file: Callable[..., Path],

@@ -10,7 +10,13 @@ from tiny_runs import resolved
 from luthier.config_parallel import ParallelConfig
 from luthier.errors import Refused
 from luthier.parallel import world as module
-from luthier.parallel.degrees import check_sharding, check_stages, fit_batch, mesh_sizes
+from luthier.parallel.degrees import (
+    check_sharding,
+    check_stages,
+    fit_batch,
+    mesh_sizes,
+    without_effect,
+)
 from luthier.parallel.joining import Place
 from luthier.parallel.world import OTHERS, World, place
 
@@ -101,6 +107,15 @@ def test_meshes_that_cannot_be_are_refused(
 ) -> None:
     with pytest.raises(Refused, match=message):
         mesh_sizes(parallel(**keys), processes)
+
+
+def test_what_was_asked_for_and_changes_nothing_is_told() -> None:
+    asked = {"stage": 3, "sequence": True}
+    stage, sequence = without_effect(parallel(**asked), World().sizes)
+    assert stage == "parallel.stage=3 cuts nothing: parallel.shard is 1"
+    assert sequence == "parallel.sequence=true cuts nothing: parallel.tensor is 1"
+    assert without_effect(parallel(**asked, tensor=2), mesh_sizes(parallel(tensor=2), 4)) == []
+    assert without_effect(parallel(), World().sizes) == []
 
 
 def test_only_one_axis_takes_what_is_left() -> None:
