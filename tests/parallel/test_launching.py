@@ -151,6 +151,7 @@ def test_bad_input_is_told_once(start: list[str], run_file: Callable[..., Path])
     code = run.end()
     assert code == (2 if more else 1), run.text()
     assert run.text().count("luthier: data was looked for at nowhere") == 1
+    assert more or "traceback : data was looked for at nowhere" in run.text()
     assert not (path.parent / "out").exists()
 
 

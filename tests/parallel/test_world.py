@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from tiny_runs import resolved
 
 from luthier.config_parallel import ParallelConfig
-from luthier.errors import Refused
+from luthier.errors import LostPeer, Refused
 from luthier.parallel import world as module
 from luthier.parallel.degrees import (
     check_sharding,
@@ -48,6 +49,25 @@ def test_torchrun_says_where_this_process_is(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("WORLD_SIZE", "four")
     with pytest.raises(Refused, match=r"no number.*four"):
         place()
+
+
+def test_torchrun_is_told_what_a_process_ends_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What follows another process's end is no cause."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    path = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(path))
+    module.note(LostPeer("training", "another process of the run is gone"))
+    module.note(RuntimeError("Connection closed by peer"))
+    assert not path.exists()
+    module.note(Refused("data.path=nowhere", "there is no such file", "check data.path"))
+    failure = ProcessFailure(local_rank=1, pid=1, exitcode=2, error_file=str(path))
+    told = str(ChildFailedError("luthier", {3: failure}))
+    assert "traceback : data.path=nowhere. there is no such file. check data.path.\n" in told
 
 
 @pytest.mark.parametrize("name", OTHERS)
