@@ -72,13 +72,14 @@ class Saver:
     """Saves folders, one after the other; all ranks begin and wait together."""
 
     def __init__(self, world: World | None = None, *, background: bool = True) -> None:
-        """`background`: write while the training goes on; else `begin` returns when all is on disk."""
+        """`background`: write a copy while the training goes on; else `begin` returns when all is on disk."""
         self.world = world or World()
         self.background = background
         self._aside: World | None = None
         self._shares = Shares(self.world)
         self._now: _Save | None = None
         self._done: list[Written] = []
+        self.copied = 0  # bytes of this rank's largest copy so far
 
     def begin(
         self,
@@ -99,7 +100,11 @@ class Saver:
         if self._aside is None:
             self._aside = self.world.aside()
         made = copy()
-        pieces = _copied(self._shares.of({name: pieces_of(t) for name, t in tensors.items()}))
+        pieces = self._shares.of({name: pieces_of(t) for name, t in tensors.items()})
+        if self.background:  # else nothing changes before all is written
+            pieces = _copied(pieces)
+            size = sum(p.values.nbytes for each in pieces.values() for p in each.parts)
+            self.copied = max(self.copied, size)
         written = Written(folder, step, time.perf_counter() - start)
         save = self._now = _Save(folder, made, pieces, records, after, written, start)
         if self.background:
