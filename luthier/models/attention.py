@@ -23,7 +23,7 @@ from luthier.batch import current_capture, current_layout
 from luthier.errors import Refused
 from luthier.models import across, bloom, cpu_attention, falcon, kernels, rotary
 from luthier.models.cpu_attention import why_torch as why_torch
-from luthier.models.families import TESTED
+from luthier.models.families import TESTED, nearest
 from luthier.models.kernels import KERNELS, LACKS, Scores, features
 
 NAME = "luthier"
@@ -346,10 +346,12 @@ def _refuse_native(device: torch.device, dtype: torch.dtype) -> None:
 
 
 def _unsupported(family: str, why: str) -> Refused:
+    near = nearest(family)
     return Refused(
         f"model family '{family}' was asked for",
         f"it {why}, which packed rows need here",
-        f"tested families: {', '.join(TESTED)}",
+        (f"the nearest family that is tested is {near}; " if near else "")
+        + f"tested families: {', '.join(TESTED)}",
     )
 
 

@@ -76,14 +76,24 @@ _FAMILIES: dict[str, Family] = {
 }
 
 
+# families that are refused -> the tested one that computes most alike, where names do not tell
+_ALIKE = {"mpt": "bloom", "gptj": "gpt_neox", "codegen": "gpt_neox", "xglm": "opt", "biogpt": "opt"}
+
+
+def nearest(model_type: str) -> str:
+    """The tested family most like `model_type`: by what it computes where that is known, else by name; or nothing."""
+    near = get_close_matches(model_type, TESTED, n=1, cutoff=0.5)
+    return _ALIKE.get(model_type) or (near[0] if near else "")
+
+
 def untested(model_type: str) -> list[str]:
     """What to tell the user of a family that no row of the support table covers; nothing for the others."""
     if model_type in (*TESTED, *MODEL_TYPES, "chatglm2", "glm_legacy"):
         return []
-    near = get_close_matches(model_type, TESTED, n=1)
+    near = nearest(model_type)
     return [
         f"the model family '{model_type}' is in no row of the support table (docs/reference/families.md)"
-        + (f"; the nearest that is: {near[0]}" if near else "")
+        + (f"; the nearest that is: {near}" if near else "")
         + ". Its packed rows and logits were compared with its plain forward just now, and agree"
     ]
 
