@@ -19,6 +19,7 @@ from luthier.data.blocks import Drawn, FilePart, Mixture, Span, TextPart
 from luthier.data.encode import Positions, Renderer
 from luthier.data.indexed import TokenFile
 from luthier.data.ledger import Ledger
+from luthier.data.pose import pose_of
 from luthier.data.shards import Shards
 from luthier.data.sources import Split
 from luthier.data.streaming import Row, Step
@@ -57,6 +58,8 @@ class Corpus:
         self._in_order = [Drawn(part, p, seed, shuffle=False) for p, part in enumerate(parts)]
         names, weights = [part.name for part in parts], [part.weight for part in parts]
         self.mixture = Mixture(names, weights, seed)
+        # of training rows alone: evaluation has ordinary positions
+        self._pose = pose_of(config.data, seed) if split == "train" else None
         self._booked: set[tuple[int, int]] = set()  # shards whose ledger is in ours
 
     @property
@@ -90,14 +93,15 @@ class Corpus:
     def row(self, n: int) -> Row:
         """Row n of the run, as its documents."""
         part, before = self.mixture.place(n)
-        return self._read(*self.drawn[part].place(before))
+        return self._read(*self.drawn[part].place(before), n)
 
     def row_in_order(self, n: int) -> Row:
         """Row n of all parts as they lie, one after the other."""
+        rest = n
         for drawn in self._in_order:
-            if n < drawn.count():
-                return self._read(*drawn.place(n))
-            n -= drawn.count()
+            if rest < drawn.count():
+                return self._read(*drawn.place(rest), n)
+            rest -= drawn.count()
         raise IndexError(n)
 
     def epoch(self, n: int) -> int:
@@ -132,7 +136,8 @@ class Corpus:
         if self.shards is not None:
             self.shards.close()
 
-    def _read(self, span: Span, number: int) -> Row:
+    def _read(self, span: Span, number: int, n: int) -> Row:
+        """Row `number` of a span, which is row n of the run: what PoSE draws is new in each epoch."""
         start, stop = span.row(number, self.length)
         ids = span.file.tokens[start:stop].astype(np.int64)
         check_ids(span.file, ids, start, self.vocab_size)
@@ -144,7 +149,11 @@ class Corpus:
         if self.borders == "keep":
             cuts = [at - start for at in span.file.borders(start, stop)]
             pieces = np.split(ids, cuts)
-        return [(piece, np.append(piece[1:], IGNORE)) for piece in pieces]
+        row = [(piece, np.append(piece[1:], IGNORE)) for piece in pieces]
+        if self._pose is None:
+            return row
+        places = [self._pose.places(len(ids), n, i) for i, (ids, _) in enumerate(row)]
+        return [(*document, place) for document, place in zip(row, places, strict=True)]
 
 
 class Steps:
