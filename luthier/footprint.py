@@ -33,7 +33,7 @@ from luthier.models import attention, rotary
 from luthier.models.dropout import seed_dropout
 from luthier.models.fast import fasten
 from luthier.models.folder import first_line, quiet
-from luthier.models.load import load_config, resolve_device, resolve_dtype
+from luthier.models.load import check_family, load_config, resolve_device, resolve_dtype
 from luthier.models.recompute import set_recompute
 from luthier.models.stage import Stage, decoder_layers
 from luthier.prequantized import prequantized
@@ -240,9 +240,7 @@ def _build(
     for name, value in list(vars(text).items()):
         if isinstance(value, list) and len(value) == whole:  # one entry per layer
             setattr(text, name, value[:layers])
-    classes: Any = AutoModelForCausalLM._model_mapping
-    if type(made) in classes:
-        attention.check_family(classes[type(made)], made)
+    check_family(made)
     model = AutoModelForCausalLM.from_config(
         made,
         dtype=dtype,
