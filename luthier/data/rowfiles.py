@@ -61,7 +61,7 @@ class JsonRows:
     def row(self, index: int) -> tuple[dict[str, Any], str]:
         start, stop = int(self.starts[index]), int(self.starts[index + 1])
         # opened for each row: safe in threads and forked processes, and cheap beside tokenising
-        with open(self.name, "rb", buffering=0) as handle:
+        with open(self.name, "rb", buffering=0) as handle:  # noqa: PTH123
             handle.seek(start)
             data = handle.read(stop - start)
         line = index + 1 if self.lines is None else int(self.lines[index])
