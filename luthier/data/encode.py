@@ -217,6 +217,23 @@ class Renderer:
         opening = len(self.tokens.opening)
         return self._example(Rendered((Round(ids[:opening], ids[opening:]),), [], [], cut), "")
 
+    def piece(self, ids: Ids) -> Example:
+        """The example of a run of tokens out of a text, in families with two axes: behind their opening, or with
+        blanks. What stands for a blank or opens an answer, written in the text itself, is left out."""
+        own = {*self.tokens.opening, *self.tokens.tokenizer.blank_ids} - {self.tokens.eos}
+        ids = [i for i in ids if i not in own] or self.tokens.ended("")
+        rounds = (Round(self.tokens.opening, ids),)
+        if self.blanks is not None:
+            rounds = self.blanks.rounds(ids)
+        return self._example(Rendered(rounds, [], []), "")
+
+    @property
+    def piece_size(self) -> int:
+        """The most tokens of a run whose `piece` has `length`."""
+        if self.blanks is not None:
+            return self.blanks.room(self.length)
+        return self.length - len(self.tokens.opening)
+
     def _encode_blanks(self, blanks: Blanks, ids: Ids) -> list[Example]:
         """Pieces of a text, with blanks that are a function of each piece alone."""
         size, cut = blanks.room(self.length), 0

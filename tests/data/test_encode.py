@@ -551,6 +551,13 @@ def _split(pattern: str) -> Any:
     return pre_tokenizers.Split(Regex(pattern), "isolated")
 
 
+WAYS = {
+    "GPT-2": [pre_tokenizers.ByteLevel(add_prefix_space=False)],
+    "SmolLM2": [pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)],
+    **{f"Split {i}": [_split(each)] for i, each in enumerate(sorted(SPLITS))},
+}
+
+
 class TestTheShortWayToIds:
     """`Tokens` asks the Rust tokenizer itself where transformers would add nothing."""
 
@@ -606,17 +613,11 @@ class TestTheShortWayToIds:
         ):
             assert tokens(text) == self.plainly(tokenizer, text)
 
-    WAYS = {
-        "GPT-2": [pre_tokenizers.ByteLevel(add_prefix_space=False)],
-        "SmolLM2": [pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)],
-        **{f"Split {i}": [_split(each)] for i, each in enumerate(sorted(SPLITS))},
-    }
-
     @pytest.mark.parametrize("way", WAYS)
     def test_words_are_encoded_one_by_one(self, way: str) -> None:
         """Over texts made of all that may stand around a blank; the second time the words are known."""
         tokenizer = copy.deepcopy(tiny.byte_level())
-        steps = self.WAYS[way]
+        steps = WAYS[way]
         if way.startswith("Split"):
             steps = [*steps, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
