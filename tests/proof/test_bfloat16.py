@@ -50,7 +50,7 @@ def adapted(model: Any, kernel: str, path: str = "") -> Stage:
     attention.install(model, kernel, train=True)
     if path in ("native", "compiled"):
         assert not fast.fasten(model)
-    attach(model, AdapterConfig(method="lora", rank=8), seed=1)
+    attach(model, AdapterConfig.model_validate({"method": "lora", "rank": 8}), seed=1)
     stage = Stage(model).train()
     if path == "compiled":
         compile_layers(stage)
@@ -67,7 +67,7 @@ def eight_steps(stage: Stage, batch: Batch, lr: float) -> list[float]:
     """The losses of eight steps of AdamW, from B = 0."""
     named = [(n, p) for n, p in stage.model.named_parameters() if p.requires_grad]
     assert all(p.dtype == torch.float32 for _, p in named)
-    optimizer, losses = make_optimizer(named, OptimConfig(), lr, {}), []
+    optimizer, losses = make_optimizer(named, OptimConfig.model_validate({}), lr, {}), []
     for _ in range(8):
         optimizer.zero_grad()
         loss = loss_of(stage, batch)
@@ -142,10 +142,10 @@ def test_losses_are_as_near_as_plain_forwards(
 def test_it_would_see_deltas_that_are_rounded_away(scene: Any, tiny_model: Any) -> None:
     batch, wanted, _, error = scene
     stage = adapted(tiny_model("llama", torch.bfloat16), "auto")
-    for module in stage.model.modules():
-        if hasattr(module, "adapter"):
-            module.adapter.handles[0].remove()
-            module.register_forward_hook(lambda m, args, y: m.adapter.after(args[0], y))
+    layers: list[Any] = [m for m in stage.model.modules() if hasattr(m, "adapter")]
+    for layer in layers:
+        layer.adapter.handles[0].remove()
+        layer.register_forward_hook(lambda m, args, y: m.adapter.after(args[0], y))
     with pytest.raises(AssertionError):
         check(eight_steps(stage, batch, LR), wanted, 2 * error)
 
@@ -165,7 +165,7 @@ def real() -> tuple[Callable[[torch.dtype], Any], Batch, list[float], float]:
     data.loader.close()
 
     def load(dtype: torch.dtype) -> Any:
-        model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.bfloat16)
+        model: Any = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.bfloat16)
         return model.to(dtype)
 
     exact = adapted(load(torch.float32), "sdpa")
