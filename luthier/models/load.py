@@ -103,16 +103,15 @@ def build_model(
     files = folder.weight_files(path) if config.init == "pretrained" else []
     remote = {"trust_remote_code": config.trust_remote_code}
     with quiet():
-        classes = cast(Any, AutoModelForCausalLM._model_mapping)
-        if type(made) in classes:
-            attention.check_family(classes[type(made)], made)
+        check_family(made)
         if made.dtype is None and files:
             made.dtype = _stored_dtype(files[0])
         _check_quantised(path, made, quantization)
         dtype = resolve_dtype(config.dtype, made, device)
         layers = _shorten(made, config.num_layers)
         part = leave_out and Reading(leave_out)
-        if config.init == "random" or quantization is not None or type(made) not in classes:
+        known = type(made) in cast(Any, AutoModelForCausalLM._model_mapping)
+        if config.init == "random" or quantization is not None or not known:
             part = None
         if config.init == "random":
             model = _random(made, seed, dtype, remote)
@@ -139,6 +138,14 @@ def blueprint(config: PretrainedConfig, name: str) -> PreTrainedModel:
             f"no model can be built by its config.json: {folder.first_line(error)}",
             "correct the file",
         ) from error
+
+
+def check_family(config: PretrainedConfig) -> None:
+    """Refuse a family that this house's attention cannot serve, by its config alone. Remote code is looked at when
+    it is there."""
+    classes = cast(Any, AutoModelForCausalLM._model_mapping)
+    if type(config) in classes:
+        attention.check_family(classes[type(config)], config)
 
 
 def load_config(path: str | Path, *, trust_remote_code: bool = False) -> PretrainedConfig:

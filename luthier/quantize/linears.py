@@ -390,6 +390,17 @@ def _times(
     return y
 
 
+def tile_bytes(layer: Any, device: torch.device, width: int) -> int:
+    """Bytes of the largest part of a quantised layer's weight that its backward writes out, as numbers of `width` bytes
+    with their levels in float32."""
+    spec: Spec = layer.spec
+    rows, columns = spec.numel // spec.shape[-1], spec.shape[-1]
+    if spec.by_rows:
+        columns = _step(columns, rows, math.lcm(codes.column_step(spec), 64), device)
+    numbers = rows * columns
+    return numbers * width + 4 * min(numbers, codes.piece(device))
+
+
 def _step(length: int, other: int, multiple: int, device: torch.device) -> int:
     """How many rows (or columns) of length `other` a tile has, a multiple of `multiple`; on a GPU all."""
     if device.type != "cpu":
