@@ -60,6 +60,7 @@ class Loader:
         self.rank, self.ranks = rank, ranks
         self._positions: Positions | None = None
         if isinstance(dataset, Corpus):
+            self._positions = dataset.positions
             self._feed: Stream | _Memory | Steps = Steps(dataset, batch=batch)
         else:
             self._positions = dataset.encoder.renderer.positions
@@ -243,8 +244,8 @@ class CorpusBatches:
 
     def __iter__(self) -> Iterator[Batch]:
         for i in range(0, len(self._rows), self.micro_batch):
-            chosen = self._rows[i : i + self.micro_batch]
-            yield collate([self.corpus.row_in_order(int(n)) for n in chosen], self.pad_id, i)
+            rows = [self.corpus.row_in_order(int(n)) for n in self._rows[i : i + self.micro_batch]]
+            yield collate(rows, self.pad_id, i, self.corpus.positions)
 
     @cached_property
     def _rows(self) -> Order:

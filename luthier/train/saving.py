@@ -74,7 +74,7 @@ class Saver:
     def __init__(
         self, world: World | None = None, *, background: bool = True, by: str = ""
     ) -> None:
-        """`background`: write while the training goes on; else `begin` returns when all is on disk. `by`: a word in
+        """`background`: write a copy while the training goes on; else `begin` returns when all is on disk. `by`: a word in
         temporary names, for a process that may save what another one is still saving."""
         self.world = world or World()
         self.background, self.by = background, by
@@ -82,6 +82,7 @@ class Saver:
         self._shares = Shares(self.world)
         self._now: _Save | None = None
         self._done: list[Written] = []
+        self.copied = 0  # bytes of this rank's largest copy so far
 
     def begin(
         self,
@@ -100,7 +101,11 @@ class Saver:
         start = time.perf_counter()
         self.wait()
         made = copy()
-        pieces = _copied(self._shares.of({name: pieces_of(t) for name, t in tensors.items()}))
+        pieces = self._shares.of({name: pieces_of(t) for name, t in tensors.items()})
+        if self.background:  # else nothing changes before all is written
+            pieces = _copied(pieces)
+            size = sum(p.values.nbytes for each in pieces.values() for p in each.parts)
+            self.copied = max(self.copied, size)
         written = Written(folder, step, time.perf_counter() - start)
         save = self._now = _Save(folder, made, pieces, records, after, written, start)
         if self.background:
