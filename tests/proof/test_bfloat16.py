@@ -59,8 +59,9 @@ def adapted(model: Any, kernel: str, path: str = "") -> Stage:
 
 def loss_of(stage: Stage, batch: Batch) -> Tensor:
     """Mean over the supervised tokens."""
-    parameters = stage.head_parameters()
-    return token_loss(stage(batch), batch.labels, stage.head, parameters) / batch.num_supervised
+    how: Any = {"relative": stage.relative_logits}
+    total = token_loss(stage(batch), batch.labels, stage.head, stage.head_parameters(), **how)
+    return total / batch.num_supervised
 
 
 def eight_steps(stage: Stage, batch: Batch, lr: float) -> list[float]:
