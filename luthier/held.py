@@ -35,7 +35,9 @@ class Way(NamedTuple):
     join: Callable[[Tensor, Part], Tensor]
 
     def __deepcopy__(self, memo: Any) -> Way:
-        return self  # a model's loader copies what it is configured by; groups of processes cannot be
+        return (
+            self  # a model's loader copies what it is configured by; groups of processes cannot be
+        )
 
 
 class Held(NamedTuple):
@@ -114,7 +116,7 @@ def whole_of(tensor: Tensor) -> Tensor:
 def release(module: nn.Module, axis: str | None = None, *, keep: bool = True) -> None:
     """Give the module its whole weights for good; with `axis` only those that are held over it, which stay held
     over other axes. Without `keep` the other ranks get theirs, and here only the shape stays."""
-    for p in module.parameters():
+    for p in list(module.parameters()):
         ways = ways_of(p)
         if ways and axis in (None, *(way.axis for way in ways)):
             whole = whole_of(p)
@@ -122,6 +124,8 @@ def release(module: nn.Module, axis: str | None = None, *, keep: bool = True) ->
             if keep:
                 p.data = whole
                 hold(p, [way for way in ways if axis not in (None, way.axis)])
+            del whole
+            return_freed_memory()
 
 
 @contextmanager

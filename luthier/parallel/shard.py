@@ -26,8 +26,8 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
+from luthier.batch import current_capture
 from luthier.errors import Refused
-from luthier.heap import return_freed_memory
 from luthier.held import release
 from luthier.parallel.collectives import all_parts
 from luthier.parallel.world import World
@@ -75,11 +75,10 @@ class Sharding:
             _check_types([p for p in group if p.requires_grad and p not in ignored])
         for layer in layers:
             release(layer)
-            return_freed_memory()
             fully_shard(layer, reshard_after_forward=stage == 3, **options)
+            layer.register_forward_hook(_gather_for_captured)
         release(root)
         fully_shard(root, reshard_after_forward=False, **options)
-        return_freed_memory()
         for name, p in root.named_parameters():
             marked(p, marks[name])
         self.root: Any = root
@@ -94,6 +93,21 @@ class Sharding:
             self.root.set_requires_gradient_sync(last)
         if self.stage < 3:
             self.root.set_reshard_after_backward(last)
+
+    def hold(self) -> None:
+        """Weights stay whole (below stage 3), and gradients are summed by `sum_held` alone."""
+        self.root.set_requires_gradient_sync(False)
+        self.root.set_reshard_after_backward(False)
+
+    def sum_held(self) -> None:
+        """Sum the gradients over the ranks and cut them, as the last backward would: torch's pipelines do the same."""
+        self.root.set_requires_gradient_sync(True)
+        self.root.set_reshard_after_backward(True)
+        state: Any = self.root._get_fsdp_state()
+        for inner in state._state_ctx.all_states:
+            for group in inner._fsdp_param_groups:
+                group.post_backward()
+        state._root_post_backward_final_callback()
 
     def settle(self) -> None:
         """Free what a forward without backward left gathered: weights may change from here on."""
@@ -113,6 +127,19 @@ class Sharding:
                 freed = self.stage == 3 and part is not self.root
                 part.set_reshard_after_forward(freed, recurse=False)
             self.settle()
+
+
+@torch.compiler.disable()
+def _gather_for_captured(layer: Any, args: Any, output: Any) -> None:
+    """Let keys and values that were taken out of a layer (virtual tokens') gather its weights in their backward.
+
+    FSDP2 does so when the gradient of the layer's output comes. Nobody uses the last layer's in such a forward.
+    """
+    found = current_capture()
+    if found:
+        for tensor in found[max(found)]:
+            if tensor.requires_grad:
+                tensor.register_hook(lambda gradient: layer.unshard())
 
 
 def _mesh(world: World) -> Any:
@@ -232,7 +259,8 @@ def reduce(parameters: Sequence[Parameter], world: World) -> None:
     sharded tensors were summed in their backward.
     """
     own = [p for p in parameters if not isinstance(p, DTensor)]
-    if world.data_size * world.sizes["context"] > 1 and own:
+    # a pipeline's stages ask together, also one that trains nothing
+    if world.data_size * world.sizes["context"] > 1 and (own or world.sizes["pipeline"] > 1):
         _fill(own, world)
         groups = [None]
         if (
@@ -304,18 +332,6 @@ def _all_reduce(tensors: list[Tensor], group: Any) -> None:
     torch.distributed.all_reduce(flat, group=group)
     for tensor, total in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
         tensor.copy_(total.view_as(tensor))
-
-
-def peaks(tensors: Mapping[str, Tensor | None], world: World) -> dict[str, Tensor | None]:
-    """Largest magnitude of each (maybe sharded) tensor on any rank, as scalars; NaN if one is in it."""
-    most: dict[str, Tensor | None] = dict.fromkeys(tensors)
-    ours = {name: local(t).abs() for name, t in tensors.items() if t is not None}
-    rows = world.gather({n: float(t.max()) if t.numel() else 0.0 for n, t in ours.items()})
-    for name in {name: None for row in rows for name in row}:
-        # amax hands NaN on, max() does not
-        values = [row[name] for row in rows if name in row]
-        most[name] = torch.tensor(values, dtype=torch.float64).amax(0)
-    return most
 
 
 def gathered(tensors: Mapping[str, Tensor], world: World, *, keep: bool) -> dict[str, Tensor]:
