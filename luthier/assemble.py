@@ -53,6 +53,7 @@ from luthier.models.folder import find_folder, fingerprint, weight_files
 from luthier.models.load import (
     blueprint,
     build_model,
+    check_family,
     resolve_device,
 )
 from luthier.models.partial import places_of
@@ -102,6 +103,7 @@ def check_training(config: RunConfig, text: Text, sizes: Mapping[str, int]) -> N
     or broken shard, a kernel that does not fit the device, targets, rank, layers that the mesh cannot share."""
     tensor, stages = sizes["tensor"], sizes["pipeline"]
     code = config.model.trust_remote_code
+    check_family(text.model_config)
     refuse_training(config, config.adapter.path)
     if config.model.init == "pretrained":
         weight_files(find_folder(config.model.path, code=code))
@@ -201,7 +203,7 @@ def build(
         method.check_length(built.adapter, config.data.reach, limit)
     built.stage.autocast = None if chosen.autocast == "none" else getattr(torch, chosen.autocast)
     if built.world.sizes["tensor"] > 1:
-        cut_tensor(built, config.parallel, stages)
+        cut_tensor(built, config.parallel, stages, tell=train)
     if stages is not None:
         cut_stages(built, stages)
     if train and built.world.sharded:

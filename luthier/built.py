@@ -174,17 +174,20 @@ def cut(built: Built, parallel: ParallelConfig) -> None:
     )
 
 
-def cut_tensor(built: Built, parallel: ParallelConfig, stages: StagePlan | None) -> None:
+def cut_tensor(
+    built: Built, parallel: ParallelConfig, stages: StagePlan | None, *, tell: bool = True
+) -> None:
     """Cut the model's layers and vocabulary, and the adapters on them, over the tensor axis of its world; with
-    `parallel.sequence` also the tokens between the layers of each of the `stages`, where the family can."""
+    `parallel.sequence` also the tokens between the layers of each of the `stages`, where the family can; `tell`:
+    remark where it cannot."""
     model, axis = built.model, Axis.of(built.world)
     found, adapters = cuts_of(model, axis.ranks), adapters_of(model)
     tokens = tokens_of(model, found) if parallel.sequence else None
     if isinstance(tokens, str):
         asked = f"parallel.sequence=true for the model family '{model.config.model_type}'"
-        if "sequence" in parallel.model_fields_set:
+        if parallel.sequence is True:
             raise Refused(asked, tokens, "leave parallel.sequence out")
-        built.remarks.append(f"parallel.sequence is off: {tokens}")
+        built.remarks += [f"parallel.sequence is off: {tokens}"] if tell else []
         tokens = None
     with same_stage(built.stage):
         embedding, head = (

@@ -4,7 +4,7 @@ A weight is cut into blocks of its flattened row-major numbers; each block has o
 nf4 and fp4 are bitsandbytes' code books (QLoRA, Dettmers et al. 2023, arXiv:2305.14314), int8 its
 vector-wise form (LLM.int8(), arXiv:2208.07339), int8 and int4 also weight-only per output channel or
 per group of inputs. Works on any device, in pieces that stay in a CPU's cache. Modules around the
-tensors, and products with them, are `linears.py`'s.
+tensors are `linears.py`'s, products with them `products.py`'s.
 """
 
 from __future__ import annotations
@@ -297,9 +297,14 @@ def dynamic_levels() -> Tensor:
     return torch.tensor(sorted(values))
 
 
+def piece(device: torch.device) -> int:
+    """Numbers that are decoded or encoded at a time."""
+    return 2**19 if device.type == "cpu" else 2**24
+
+
 def _pieces(start: int, stop: int, unit: int, device: torch.device) -> Iterator[tuple[int, int]]:
     """Cut start..stop at multiples of `unit` numbers; on CPU into what stays in its caches."""
-    step = max(1, (2**19 if device.type == "cpu" else 2**24) // unit) * unit
+    step = max(1, piece(device) // unit) * unit
     for begin in range(start, stop, step):
         yield begin, min(begin + step, stop)
 
