@@ -21,7 +21,7 @@ from luthier.recipes import run_on
 from luthier.train.metrics import read_metrics
 
 pytestmark = [  # torch's own, while it compiles
-    pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:The .grad attribute"),
 ]
 KEYS = {"train__batch": 4, "train__micro_batch": 2, "data__length": 150, "optim__clip": 0.5}

@@ -17,7 +17,7 @@ from tiny_runs import write_data
 from luthier.parallel.world import World
 
 pytestmark = [  # torch's own, while it compiles
-    pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:The .grad attribute"),
 ]
 KEYS = {"train__batch": 8, "train__micro_batch": 2, "data__length": 128, "optim__clip": 0.5}

@@ -25,7 +25,7 @@ from luthier.models.stage import _trial, decoder_layers
 from luthier.parallel.world import World
 
 pytestmark = [  # torch's own, while it compiles
-    pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:The .grad attribute"),
 ]
 KEYS = {"train__batch": 4, "train__micro_batch": 2, "data__length": 128, "optim__clip": 0.5}
