@@ -125,6 +125,12 @@ def check_sharding(config: RunConfig, sizes: Mapping[str, int]) -> None:
             "it takes the gradients of weights when their layers are no longer gathered",
             "give parallel.schedule=1f1b or interleaved, or parallel.stage=2",
         )
+    if config.parallel.schedule == "zero_bubble" and config.train.compile:
+        raise Refused(
+            "parallel.schedule=zero_bubble with train.compile=true",
+            "it takes gradients of hidden states and of weights apart, which compiled layers give together",
+            "give parallel.schedule=1f1b or interleaved, or leave train.compile out",
+        )
     if sizes.get("context", 1) > 1 and config.train.compile:
         raise Refused(
             f"train.compile=true with parallel.context={sizes['context']}",

@@ -95,7 +95,6 @@ SLOW: list[tuple[str, str, dict[str, Any]]] = [
         for method in ("compiled", "compiled lora")
         for where in (PP2, LOOP)
     ),
-    ("llama", "compiled", ZERO),
 ]
 DEPTH = {"gpt2": "n_layer", "bloom": "n_layer", "chatglm2": "num_layers"}
 
