@@ -229,9 +229,6 @@ def _joined(axis: Axis, x: Tensor, batch: Batch) -> Tensor:
 def share_tokens(built: Built, method: str) -> None:
     """Let the context ranks share each row's tokens; refused where something beside attention looks at several."""
     built.context = Context(built.world, method)
-    for module in built.model.modules():
-        if hasattr(module, "attention_kernel"):
-            vars(module)["across_ranks"] = True  # no operator of a compiled graph
     check_shared(built.stage, built.context.split)
 
 

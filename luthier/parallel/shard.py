@@ -197,16 +197,9 @@ def part_of(tensor: Tensor, like: Tensor) -> Tensor:
             parts = mine.chunk(like.device_mesh.size(axis), dim)
             at = like.device_mesh.get_local_rank(axis)
             mine = parts[at] if at < len(parts) else mine.narrow(dim, 0, 0)
-    there = like.to_local()
-    mine = mine.to(there.device, copy=True, memory_format=torch.contiguous_format)
-    return DTensor.from_local(
-        mine,
-        like.device_mesh,
-        like.placements,
-        run_check=False,
-        shape=like.shape,
-        stride=like.stride(),
-    )
+    mine = mine.to(like.to_local().device, copy=True, memory_format=torch.contiguous_format)
+    size: dict[str, Any] = {"shape": like.shape, "stride": like.stride()}
+    return DTensor.from_local(mine, like.device_mesh, like.placements, run_check=False, **size)
 
 
 @torch.no_grad()
@@ -263,9 +256,8 @@ def reduce(parameters: Sequence[Parameter], world: World) -> None:
     if world.data_size * world.sizes["context"] > 1 and (own or world.sizes["pipeline"] > 1):
         _fill(own, world)
         groups = [None]
-        if (
-            world.size > world.data_size
-        ):  # those that see other tokens, not those that cut the layers
+        # those that see other tokens, not those that cut the layers
+        if world.size > world.data_size:
             axes = [a for a in ("replicate", "shard", "context") if world.sizes[a] > 1]
             groups = [world.mesh.get_group(axis) for axis in axes]
         for group in groups:
@@ -346,8 +338,7 @@ def gathered(tensors: Mapping[str, Tensor], world: World, *, keep: bool) -> dict
         if keep or hands:
             out[name] = one.cpu()
     if world.sizes["pipeline"] > 1:
-        given = out if hands and world.rank else None
-        out.update(collected(given, world))
+        out.update(collected(out if hands and world.rank else None, world))
     return out if keep else {}
 
 
