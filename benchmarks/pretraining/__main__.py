@@ -95,7 +95,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder of a tokenizer")
     parser.add_argument("--families", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--every", type=int, default=50, help="steps between two evaluations")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--dtype", default="bfloat16")
