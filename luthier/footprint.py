@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
@@ -31,12 +31,13 @@ from luthier.errors import Refused
 from luthier.layers import features, is_linear, is_quantized
 from luthier.models import attention, rotary
 from luthier.models.dropout import seed_dropout
+from luthier.models.fast import fasten
 from luthier.models.folder import first_line, quiet
 from luthier.models.load import check_family, load_config, resolve_device, resolve_dtype
 from luthier.models.recompute import set_recompute
 from luthier.models.stage import Stage, decoder_layers
 from luthier.prequantized import prequantized
-from luthier.quantize.linears import QuantizedLinear
+from luthier.quantize.linears import QuantizedLinear, tile_bytes
 from luthier.quantize.loading import plan_quantization
 from luthier.train.loss import CHUNK_BYTES, MIN_ROWS
 
@@ -86,6 +87,7 @@ class Footprint:
     rows: int  # rows per micro-batch
     length: int
     flops: float  # of forward and backward of the micro-batch
+    on_cpu: bool = True
     waiting: int = 0  # in `saved`: of micro-batches on their way through later stages
 
     @property
@@ -135,9 +137,9 @@ class _Alive(TorchDispatchMode):
             end.detach()
 
 
-def footprint(config: RunConfig) -> Footprint:
-    """The memory of `config`'s step. Refused: what training refuses of the model's folder, and mixtures
-    of experts, and other models whose forward depends on its values."""
+def footprint(config: RunConfig, device: torch.device | None = None) -> Footprint:
+    """The memory of `config`'s step on such a device, which need not be there (default: the run's). Refused: what
+    training refuses of the model's folder, and mixtures of experts, and other models whose forward depends on its values."""
     if prequantized(config.model) is not None or config.adapter.path is not None:
         what = "adapter.path" if config.adapter.path is not None else "model.path"
         value = config.adapter.path or config.model.path
@@ -159,7 +161,8 @@ def footprint(config: RunConfig) -> Footprint:
         )
     layers = min(config.model.num_layers or text.num_hidden_layers, text.num_hidden_layers)
     depths = [layers] if layers <= DEPTHS[-1] else list(DEPTHS)
-    rehearsed = [_rehearse(config, made, depth) for depth in depths]
+    device = device or resolve_device(config.model.device)
+    rehearsed = [_rehearse(config, made, depth, device) for depth in depths]
     few, many = rehearsed[0], rehearsed[-1]
     more = layers - depths[-1]  # layers that were not built
     saved = many.saved + more * (many.saved - few.saved)
@@ -169,10 +172,13 @@ def footprint(config: RunConfig) -> Footprint:
     return replace(many, layers=layers, total=total, saved=saved, peak=peak, flops=flops)
 
 
-def _rehearse(config: RunConfig, made: PretrainedConfig, layers: int) -> Footprint:
+def _rehearse(
+    config: RunConfig, made: PretrainedConfig, layers: int, device: torch.device
+) -> Footprint:
     """The footprint of the model's first layers."""
-    device = resolve_device(config.model.device) if config.model.device == "cpu" else None
-    dtype = resolve_dtype(config.model.dtype, made, device or torch.device("cpu"))
+    dtype = resolve_dtype(config.model.dtype, made, device)
+    if config.model.dtype == "auto" and device.type == "cuda" and not torch.cuda.is_available():
+        dtype = torch.bfloat16  # a GPU that is not here is taken for one that is fast in it
     rows, length = config.micro_batch, config.data.length
     places = torch.arange(length).expand(rows, length)
     zeros = torch.zeros(rows, length, dtype=torch.long)
@@ -181,10 +187,10 @@ def _rehearse(config: RunConfig, made: PretrainedConfig, layers: int) -> Footpri
     try:
         with FakeTensorMode(allow_non_fake_inputs=True) as mode, quiet():
             # quantised layers save nothing of their own; their many small tiles would take long to rehearse
-            model = _build(config, made, layers, dtype, stored=False)
+            model = _build(config, made, layers, dtype, device, stored=False)
             sizes = model
             if config.quantize.on:
-                sizes = _build(config, made, layers, dtype, stored=True)
+                sizes = _build(config, made, layers, dtype, device, stored=True)
             ids, places = mode.from_tensor(zeros), mode.from_tensor(places)
             ones = torch.ones_like(ids)
             alive = _Alive()
@@ -208,7 +214,8 @@ def _rehearse(config: RunConfig, made: PretrainedConfig, layers: int) -> Footpri
                 for p in model.parameters()
                 if p.grad is not None
             }
-            return _read(config, sizes, alive.events, between, gradients, hidden, dtype)
+            curve = alive.events, between, gradients
+            return _read(config, sizes, *curve, hidden, dtype, device)
     except RuntimeError as error:  # torch's, where a forward asks a fake tensor for its values
         raise Refused(
             f"planning a run of '{config.model.path}'",
@@ -218,7 +225,13 @@ def _rehearse(config: RunConfig, made: PretrainedConfig, layers: int) -> Footpri
 
 
 def _build(
-    config: RunConfig, made: PretrainedConfig, layers: int, dtype: torch.dtype, *, stored: bool
+    config: RunConfig,
+    made: PretrainedConfig,
+    layers: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    stored: bool,
 ) -> PreTrainedModel:
     """The model's first layers as the run has them; `stored`: with its quantised layers."""
     made = copy.deepcopy(made)
@@ -250,6 +263,9 @@ def _build(
                 device="cpu",
             )
             model.set_submodule(name, made_of_codes)
+    elif device.type == "cpu":
+        with unset_fake_temporarily():
+            fasten(model)
     attention.install(model, _kernel(config), train=True)
     if config.adapter.method == "none":
         model.requires_grad_(True)
@@ -296,6 +312,7 @@ def _read(
     gradients: set[int],
     hidden: Tensor,
     dtype: torch.dtype,
+    device: torch.device,
 ) -> Footprint:
     """Sizes and curves of a rehearsed model."""
     alive = peak = saved = 0
@@ -317,14 +334,16 @@ def _read(
         total += part
     rows, length = config.micro_batch, config.data.length
     width = hidden.element_size()
-    # nf4's backward writes a whole weight out
-    written = [n for m in layers for n in _products(m)] if config.quantize.on else []
-    peak += max(written, default=0) * width
+    peak += max(
+        (tile_bytes(m, device, width) for m in model.modules() if is_quantized(m)), default=0
+    )
     vocabulary, trained = head.weight.shape[0], head.weight.requires_grad
     numbers = head.weight.numel() * trained
     budget = max(CHUNK_BYTES, numbers * 4)
     number = -(-rows * length // max(MIN_ROWS, budget // (4 * vocabulary)))
     chunk = -(-rows * length // number)
+    # a GPU takes the softmax of a whole chunk, a CPU that of a few rows at a time
+    scratch = 0 if device.type == "cpu" else max(4, dtype.itemsize)
     tied = head.weight is embedding.weight
     text = model.config.get_text_config()
     heads = text.num_attention_heads
@@ -348,7 +367,7 @@ def _read(
         saved=saved,
         peak=peak,
         hidden=hidden.numel() * width,
-        logits=2 * chunk * vocabulary * width,
+        logits=chunk * vocabulary * (2 * width + scratch),
         # a chunk's, and from the second one on their sum in float32
         head_gradient=numbers * (width + (4 if number > 1 else 0)),
         tied_gradient=numbers * width if tied else 0,
@@ -360,6 +379,7 @@ def _read(
         rows=rows,
         length=length,
         flops=float(flops),
+        on_cpu=device.type == "cpu",
     )
 
 

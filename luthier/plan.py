@@ -20,7 +20,7 @@ from luthier.errors import LuthierError, Refused
 from luthier.footprint import Footprint, footprint
 from luthier.models.load import resolve_device
 from luthier.parallel.degrees import fit_batch, mesh_sizes
-from luthier.spread import NOMINAL, Estimate, Way, estimate, ways
+from luthier.spread import COPY, NOMINAL, Estimate, Way, estimate, ways
 
 BEST = 4  # layouts that are shown
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "P": 10**15}
@@ -110,16 +110,16 @@ def plan(
             "what lies in CPU memory then is not told apart",
             "plan without it: it is the upper bound",
         )
-    device = torch.device("cpu")
     if device_memory is None:
         device = resolve_device(config.model.device)
         limit = device_bytes(device, devices)
-    else:
+    else:  # devices of another machine, that is, unless the config says CPU
+        device = torch.device("cpu" if config.model.device == "cpu" else "cuda")
         limit = parse_size("--device-memory", device_memory)
     rate = None if bandwidth is None else parse_size("--bandwidth", bandwidth)
     way = parse_layout(layout, devices) if layout else None
     config = _with_rows(config, devices) if way is None else fit_batch(config, way.data)
-    found = footprint(config)
+    found = footprint(config, device)
     chosen = list(ways(devices, config, found)) if way is None else [way]
     if not chosen:
         fit_batch(config, devices)  # says why
@@ -139,13 +139,15 @@ def plan(
         if size:
             print(f"  {name:<28}{size / 1e9:>10.3f} GB")
     print(f"  {'together':<28}{best.total / 1e9:>10.3f} GB")
+    if best.host:
+        print(f"  {COPY:<28}{best.host / 1e9:>10.3f} GB, of the CPU's memory")
     if best.seconds is not None:
         where = "as measured on this machine" if here else "as given"
         print(
             f"  a step: {best.seconds:.3g} s at {(flops or 0) / 1e12:.3g} TFLOP/s ({where}), nothing overlapped"
         )
     fits = best.total <= limit
-    remedies = [] if fits else list(_remedies(config, devices, chosen, limit))
+    remedies = [] if fits else list(_remedies(config, device, devices, chosen, limit))
     largest = max(best.items, key=lambda name: best.items[name])
     if fits:
         print(f"\nfits: {best.total / 1e9:.2f} of {limit / 1e9:.2f} GB")
@@ -211,12 +213,15 @@ def _row(one: Estimate, limit: float) -> str:
 
 
 def _remedies(
-    config: RunConfig, devices: int, chosen: Sequence[Way], limit: float
+    config: RunConfig, device: torch.device, devices: int, chosen: Sequence[Way], limit: float
 ) -> Iterator[str]:
     """Changes of the config, each planned: what they come to, and whether that fits."""
     changes: list[dict[str, dict[str, Any]]] = []
+    saves = config.checkpoint.every not in ("end", "never")
+    if device.type == "cpu" and config.checkpoint.background and saves:
+        changes.append({"checkpoint": {"background": False}})
     if len(chosen) == 1 and devices > 1:
-        chosen = list(ways(devices, config, footprint(config)))
+        chosen = list(ways(devices, config, footprint(config, device)))
         changes.append({})
     layer = {"train": {"recompute": "layer"}}
     if config.train.recompute != "layer":
@@ -239,7 +244,7 @@ def _remedies(
             }
         )
         try:
-            found = footprint(other)
+            found = footprint(other, device)
         except LuthierError:
             continue  # the model cannot be changed so (its layers' sizes do not divide, say)
         estimates = [estimate(other, found, w, flops=None, bandwidth=None) for w in chosen]

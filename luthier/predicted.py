@@ -6,6 +6,7 @@ reason in its place. The numbers are `plan.py`'s.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,12 +23,14 @@ from luthier.train.metrics import memory
 
 @dataclass(frozen=True)
 class Prediction:
-    """`before`: bytes in use on the device before the model was built; None where the system does not tell."""
+    """`before`: bytes in use on the device before the model was built; None where the system does not tell.
+    `copied()`: bytes of the largest copy that a save took so far."""
 
     config: RunConfig
     world: World
     device: torch.device
     before: int | None
+    copied: Callable[[], int]
 
     def compare(self, seconds: float) -> dict[str, Any]:
         """Predicted and measured bytes per process and seconds per step, and a sentence (`text`). Errors are
@@ -39,12 +42,13 @@ class Prediction:
         if self.config.parallel.offload:
             return self._no("parallel.offload is not planned")
         try:
-            found = footprint(self.config)
+            found = footprint(self.config, self.device)
         except LuthierError as error:
             return self._no(str(error).splitlines()[0])
         way = Way(**self.world.sizes, stage=self.config.parallel.stage)
         flops = measured_flops(found.dtype) if self.device.type == "cpu" else None
-        one = estimate(self.config, found, way, flops=flops, bandwidth=None)
+        saving = self.copied() > 0
+        one = estimate(self.config, found, way, flops=flops, bandwidth=None, saving=saving)
         values: dict[str, Any] = {"predicted_memory": one.total}
         words = [f"memory {one.total / 2**30:.2f} GiB predicted"]
         peak = memory(self.device).peak

@@ -267,7 +267,9 @@ def _finetune(
         watchdog=make_watchdog(config, world),
         restart=restarted(),
         stop_unwritten=config.checkpoint.on_failure == "stop",
-        compare=Prediction(config, world, built.device, before).compare,
+        compare=Prediction(
+            config, world, built.device, before, lambda: checkpoints.saver.copied
+        ).compare,
     )
     updater.on_nan, updater.max_nan_steps = config.train.on_nan, config.train.max_nan_steps
     updater.keep_rows = partial(keep_rows, output, world, data.loader.origin, text.tokenizer.decode)

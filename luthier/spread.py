@@ -17,6 +17,7 @@ from luthier.footprint import Footprint, Part, optimizer_bytes
 from luthier.parallel.degrees import WHOLE
 from luthier.parallel.shard import BUCKET
 
+COPY = "copy of a background save"
 NODE = 8  # devices behind one fast link: tensor parallelism is proposed up to here
 NOMINAL = (
     8e3  # operations in the time of a byte, where rates are not given: 400 TFLOP/s and 50 GB/s
@@ -57,6 +58,7 @@ class Estimate:
     moved: int  # bytes that each device sends and receives in a step
     flops: float  # operations of a device's step, as long as those it waits for in the pipeline
     seconds: float | None  # of a step; None where a rate was not given
+    host: int = 0  # bytes of the CPU's memory beside a device of its own
 
     @property
     def total(self) -> int:
@@ -64,15 +66,23 @@ class Estimate:
 
 
 def estimate(
-    config: RunConfig, found: Footprint, way: Way, *, flops: float | None, bandwidth: float | None
+    config: RunConfig,
+    found: Footprint,
+    way: Way,
+    *,
+    flops: float | None,
+    bandwidth: float | None,
+    saving: bool = True,
 ) -> Estimate:
-    """What `way` costs its fullest device. `flops` and `bandwidth` are per second and device."""
+    """What `way` costs its fullest device. `flops` and `bandwidth` are per second and device. `saving`: while a
+    checkpoint is written, if the config has that."""
     micro_batches = max(1, num_micro_batches(config, found.rows, way.data))
     ends = [device_share(config, found, way, last, micro_batches) for last in (False, True)]
     if way.pipeline == 1:
         ends = ends[-1:]
-    both = [_moments(config, part, way, micro_batches > 1) for part in ends]
+    both = [_moments(config, part, way, micro_batches > 1, saving) for part in ends]
     moment, items = max(both, key=lambda pair: sum(pair[1].values()))
+    host = 0 if found.on_cpu else max(_copied(config, part, way) for part in ends) * saving
     part = ends[0]
     moved = _moved(config, found, part, way, micro_batches)
     virtual = config.parallel.virtual_stages
@@ -81,7 +91,7 @@ def estimate(
     seconds = None
     if flops is not None and (bandwidth is not None or moved == 0):
         seconds = work / flops + (moved / bandwidth if bandwidth else 0.0)
-    return Estimate(way, moment, items, moved, work, seconds)
+    return Estimate(way, moment, items, moved, work, seconds, host)
 
 
 def num_micro_batches(config: RunConfig, rows: int, data_ranks: int) -> int:
@@ -174,14 +184,11 @@ def _cut(part: Part, tensor: int, dtype: torch.dtype) -> Part:
 
 
 def _moments(
-    config: RunConfig, found: Footprint, way: Way, accumulates: bool
+    config: RunConfig, found: Footprint, way: Way, accumulates: bool, saving: bool
 ) -> tuple[str, dict[str, int]]:
     """The moment of a step with most memory, and what fills it."""
-    total, layer, shards, stage = found.total, found.layer, way.shard, way.stage
-    cut = shards if shards > 1 else 1
-    wide = 8 if found.dtype == torch.float64 else 4
-    half = total.trained_bytes < wide * total.trained
-    masters = half and config.model.master_dtype == "float32"
+    total, layer, stage = found.total, found.layer, way.stage
+    cut, wide, masters, kept = _state(config, found, way)
     whole_gradient = total.trained_bytes
     gathered = (
         layer.trained_bytes * 2 + found.rest.trained_bytes
@@ -196,7 +203,6 @@ def _moments(
             gathered_frozen = 2 * (layer.frozen_bytes - layer.quantized_bytes)
             rest = found.rest.frozen_bytes - found.rest.quantized_bytes
             frozen = frozen // cut + min(frozen, gathered_frozen + rest)
-    kept = wide if masters else total.trained_bytes / max(total.trained, 1)
     lasting = {
         "weights, frozen": frozen,
         "weights, quantised": total.quantized_bytes,
@@ -204,6 +210,8 @@ def _moments(
         "float32 copies": wide * total.trained // cut if masters else 0,
         "optimiser": optimizer_bytes(config, total.trained, round(kept)) // cut,
     }
+    copy = {COPY: _copied(config, found, way) if saving and found.on_cpu else 0}
+    beside = copy if config.checkpoint.every != "end" else {}
     # gradients while the backward runs: of earlier micro-batches, and one layer's on its way
     every = int(total.trained * kept)
     if cut > 1 and not (stage == 1 and accumulates):
@@ -234,8 +242,34 @@ def _moments(
             "gradient of tied embeddings": found.tied_gradient,
         },
     }
+    moments = {name: items | beside for name, items in moments.items()} | {"saving": copy}
     moment, items = max(moments.items(), key=lambda pair: sum(pair[1].values()))
     return moment, lasting | items
+
+
+def _state(config: RunConfig, found: Footprint, way: Way) -> tuple[int, int, bool, float]:
+    """How many ranks the trained numbers are cut over, bytes of a wide one, whether there are masters, and bytes of
+    those that the optimiser has."""
+    total = found.total
+    # the ranks that share a row's tokens are cut over with the shards
+    cut = way.shard * way.context if way.shard > 1 else 1
+    wide = 8 if found.dtype == torch.float64 else 4
+    half = total.trained_bytes < wide * total.trained
+    masters = half and config.model.master_dtype == "float32"
+    kept = wide if masters else total.trained_bytes / max(total.trained, 1)
+    return cut, wide, masters, kept
+
+
+def _copied(config: RunConfig, found: Footprint, way: Way) -> int:
+    """Bytes of a rank's copy of what a background save writes: each number's by one of those that have it."""
+    if not config.checkpoint.background or config.checkpoint.every == "never":
+        return 0
+    total = found.total
+    cut, wide, masters, kept = _state(config, found, way)
+    numbers = total.trained_bytes + wide * total.trained * masters
+    numbers += optimizer_bytes(config, total.trained, round(kept))
+    peft = total.trained_bytes if config.adapter.method != "none" else 0  # rank 0's
+    return numbers // (cut * max(1, way.data * way.context // cut)) + peft
 
 
 def _moved(

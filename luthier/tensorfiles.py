@@ -35,7 +35,7 @@ PIECE = 2**24  # bytes that are hashed and written at once
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> Entry:
-    """Write tensors of the CPU to `path` and flush it; its size and hash. Raises OSError."""
+    """Write tensors to `path`, one after the other, and flush it; its size and hash. Raises OSError."""
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -50,7 +50,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> Entry:
     with path.open("wb") as handle:
         _write(handle.write, digest, memoryview(len(text).to_bytes(8, "little") + text))
         for name in order:
-            flat = tensors[name].detach().contiguous().reshape(-1).view(torch.uint8)
+            flat = tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8)
             _write(handle.write, digest, memoryview(flat.numpy()))  # pyright: ignore[reportArgumentType]
         sync_handle(handle)
     return {"size": 8 + len(text) + end, "sha256": digest.hexdigest()}

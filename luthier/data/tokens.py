@@ -20,7 +20,10 @@ from luthier.data.truncation import Ids
 from luthier.errors import Refused
 
 PROBE = "a"
-SHORT = 8  # characters: what templates print between turns is short and always the same
+KNOWN = 1000  # pieces of text whose ids are remembered: what templates print around turns is always the same
+SHORT = 500  # characters of such a piece at most
+# pre-tokenizers that do with a piece of text what they do with it beside a special token
+LOCAL = {"ByteLevel", "Split", "Digits", "Punctuation", "Whitespace", "WhitespaceSplit"}
 
 
 def is_plain(tokenizer: Any) -> bool:
@@ -29,6 +32,24 @@ def is_plain(tokenizer: Any) -> bool:
         return False
     kind, names = type(tokenizer), ("__call__", "_encode_plus")
     return all(getattr(kind, name) is getattr(PreTrainedTokenizerFast, name) for name in names)
+
+
+def borders(tokenizer: Any) -> re.Pattern[str] | None:
+    """What finds the added tokens in a text, if the ids of a text are those of the pieces between them, one after the
+    other; None where a piece may depend on what stands beside it."""
+    rust = tokenizer.backend_tokenizer
+    added = [token for token in rust.get_added_tokens_decoder().values() if token.content]
+    wide = any(token.lstrip or token.rstrip or token.single_word for token in added)
+    if not added or wide or len({token.normalized for token in added}) > 1 or rust.normalizer:
+        return None
+    if getattr(rust.model, "dropout", None) or rust.pre_tokenizer is None:
+        return None
+    first = json.loads(rust.pre_tokenizer.__getstate__())
+    steps = first["pretokenizers"] if first["type"] == "Sequence" else [first]
+    if any(step["type"] not in LOCAL or step.get("add_prefix_space") for step in steps):
+        return None
+    names = sorted((token.content for token in added), key=len, reverse=True)
+    return re.compile(f"({'|'.join(map(re.escape, names))})")
 
 
 def has_own_prompts(tokenizer: Any) -> bool:
@@ -45,7 +66,8 @@ class Tokens:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self._plain = is_plain(tokenizer)
-        self._short: dict[str, Ids] = {}
+        self._borders = borders(tokenizer) if self._plain else None
+        self._known: dict[str, Ids] = {}
         self.eos: int | None = tokenizer.eos_token_id
         self.bos: int | None = tokenizer.bos_token_id
         bare = self(PROBE)
@@ -84,19 +106,29 @@ class Tokens:
 
     def __call__(self, text: str) -> Ids:
         """Ids of a text that stands alone, without special tokens of its own."""
-        if len(text) > SHORT:
-            return self._ids(text)
-        if text not in self._short and len(self._short) < 1000:
-            self._short[text] = self._ids(text)
-        return list(self._short.get(text) or self._ids(text))
+        if not self._plain:
+            return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        if self._borders is None:
+            return list(self._piece(text))
+        return [i for piece in self._borders.split(text) if piece for i in self._piece(piece)]
+
+    def _piece(self, text: str) -> Ids:
+        """Ids that nobody may change."""
+        found = self._known.get(text)
+        if found is None:
+            found = self._ids(text)
+            if len(text) <= SHORT:
+                if len(self._known) >= KNOWN:
+                    self._known.clear()
+                self._known[text] = found
+        return found
 
     def _ids(self, text: str) -> Ids:
-        if self._plain:
-            rust = self.tokenizer.backend_tokenizer
-            # a call for a padded or cut batch, anywhere, leaves these switched on
-            if not (rust.truncation or rust.padding or rust.encode_special_tokens):
-                return rust.encode_batch_fast([text], add_special_tokens=False)[0].ids
-        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        rust = self.tokenizer.backend_tokenizer
+        # a call for a padded or cut batch, anywhere, leaves these switched on
+        if rust.truncation or rust.padding or rust.encode_special_tokens:
+            return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        return rust.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     def ended(self, text: str) -> Ids:
         """Ids of an answer or document, ending in exactly one end token."""

@@ -8,18 +8,21 @@ for bfloat16 on a CPU, in compiled layers too.
 
 from __future__ import annotations
 
+import copy
 from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from luthier.native import ops
 
 ERROR = 2**-7  # what two orders of rounding in bfloat16 may differ by, relative to the whole
+WIDTH = 64  # of matrices that a trial makes: one of few numbers may be far off by rounding
 NORMS = "RMSNorm"  # what the names of classes of such norms end with
 
 
@@ -34,8 +37,8 @@ class Norm(NamedTuple):
 def fasten(model: nn.Module) -> list[str]:
     """Give every norm and MLP of `model` that is known the fast forward; remarks on those that are not.
 
-    Call it on a model with its weights and without adapters. Where the kernels are not for the model at all
-    nothing is done and nothing said.
+    Call it on a model with its weights and without adapters, or, to find its sizes alone, on one of fake tensors,
+    outside of their mode. Where the kernels are not for the model at all nothing is done and nothing said.
     """
     if not ops.takes(next(model.parameters())):
         return []
@@ -65,6 +68,26 @@ def fasten(model: nn.Module) -> list[str]:
 # ---- RMSNorm
 
 
+def _small(module: nn.Module) -> nn.Module:
+    """What a trial is run on: the module, or where its tensors have no values one of its class that has, with small
+    matrices."""
+    if not any(isinstance(p, FakeTensor) for p in module.parameters()):
+        return module
+    made, draw = copy.copy(module), torch.Generator().manual_seed(0)
+    own = {
+        name: torch.randn(p.shape, generator=draw).to(p.dtype)
+        for name, p in module.named_parameters(recurse=False)
+    }
+    vars(made)["_parameters"] = {n: nn.Parameter(w, requires_grad=False) for n, w in own.items()}
+    vars(made)["_modules"] = dict(module.named_children())
+    for name, child in module.named_children():
+        if any(True for _ in child.parameters()):
+            made._modules[name] = layer = nn.Linear(WIDTH, WIDTH, bias=False, device="meta")
+            weight = torch.randn(WIDTH, WIDTH, generator=draw) / WIDTH**0.5
+            layer.weight = nn.Parameter(weight.bfloat16(), requires_grad=False)
+    return made
+
+
 def _fasten_norm(module: nn.Module) -> str | None:
     """Install ours, or say why not."""
     weight = getattr(module, "weight", None)
@@ -75,12 +98,14 @@ def _fasten_norm(module: nn.Module) -> str | None:
         return f"its weight is {str(weight.dtype).removeprefix('torch.')}"
     if not weight.is_contiguous():
         return "its weight is a view"
+    tried = _small(module)
+    weight = tried.get_parameter("weight")
     # numbers of two sizes: beside the small ones the epsilon counts
     draw = torch.Generator().manual_seed(0)
     x = torch.randn(4, len(weight), generator=draw) * torch.tensor([[8.0], [1.0], [3e-3], [1e-4]])
     x = x.bfloat16()
     with torch.no_grad():
-        wanted = type(module).forward(module, x)
+        wanted = type(module).forward(tried, x)
         forms = (Norm(eps, 0.0, True), Norm(eps, 0.0, False), Norm(eps, 1.0, False))
         ours = {form: ops.rms_norm(x, weight, *form)[0] for form in forms}
     # the nearest: they differ in where they round, too
@@ -137,6 +162,7 @@ def _differs_mlp(module: Any) -> str | None:
     if not torch.allclose(module.act_fn(numbers), F.silu(numbers), atol=1e-6):
         return "its activation is not SiLU"
     draw = torch.Generator().manual_seed(0)
+    module = _small(module)
     width = module.gate_proj.in_features
     x = torch.randn(1, 3, width, generator=draw).bfloat16() * 4
     with torch.no_grad():

@@ -196,7 +196,8 @@ def read_header(file: Path) -> dict[str, dict[str, Any]]:
 def read_tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a weight file, one at a time, sorted by name; nothing is unpickled but arrays."""
     if file.suffix == ".safetensors":
-        with safe_open(file, framework="pt") as handle:
+        # read, not mapped: pages of a mapping stay resident when their tensor is done with
+        with safe_open(file, framework="pt", backend="pread") as handle:
             for name in sorted(handle.keys()):
                 yield name, handle.get_tensor(name)
         return

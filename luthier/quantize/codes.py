@@ -297,9 +297,14 @@ def dynamic_levels() -> Tensor:
     return torch.tensor(sorted(values))
 
 
+def piece(device: torch.device) -> int:
+    """Numbers that are decoded or encoded at a time."""
+    return 2**19 if device.type == "cpu" else 2**24
+
+
 def _pieces(start: int, stop: int, unit: int, device: torch.device) -> Iterator[tuple[int, int]]:
     """Cut start..stop at multiples of `unit` numbers; on CPU into what stays in its caches."""
-    step = max(1, (2**19 if device.type == "cpu" else 2**24) // unit) * unit
+    step = max(1, piece(device) // unit) * unit
     for begin in range(start, stop, step):
         yield begin, min(begin + step, stop)
 

@@ -118,23 +118,28 @@ class QuantizedTensor(nn.Module):
         lead = x.shape[:-1]
         if addend is not None:
             addend = addend.to(x.dtype)
-            addend = addend if addend.dim() == 1 else addend.reshape(-1, addend.shape[-1])
+            addend = addend if addend.dim() == 1 else addend.flatten(0, -2)
         x = x.reshape(-1, x.shape[-1])  # [N, in]
         y = _Product.apply(x, addend, self.spec, rows, *self.tensors().values())
         return cast(Tensor, y).view(*lead, rows[1] - rows[0])
 
     @torch.compiler.disable()
     def multiply(self, x: Tensor, addend: Tensor | None = None, index: int | None = None) -> Tensor:
-        """addend + x W^T, [N, out], for x [N, in], outside autograd: for nodes that compute more with it."""
-        return _times_transposed(
-            x, addend, self.spec, self._rows(index), list(self.tensors().values())
-        )
+        """addend + x W^T, [N, out], for x [N, in], outside autograd: for nodes that compute more with it.
+
+        An `addend` [N, out] becomes the result.
+        """
+        tensors = list(self.tensors().values())
+        return _times_transposed(x, addend, self.spec, self._rows(index), tensors)
 
     @torch.compiler.disable()
     def multiply_back(
         self, g: Tensor, addend: Tensor | None = None, index: int | None = None
     ) -> Tensor:
-        """addend + g W, [N, in], for g [N, out], outside autograd: the gradient of x in such a node."""
+        """addend + g W, [N, in], for g [N, out], outside autograd: the gradient of x in such a node.
+
+        `addend` [N, in] becomes the result.
+        """
         return _times(g, addend, self.spec, self._rows(index), list(self.tensors().values()))
 
     def check_part(self, how: Part, name: str, asked: str) -> None:
@@ -239,7 +244,7 @@ class QuantizedLinear(QuantizedTensor):
         block_size: int | None = None,
         double_quant: bool = False,
     ) -> Self:
-        """The form of `layer` on the meta device: no values yet, but its sizes, type and mode.
+        """The form of `layer` on the meta device: its sizes, type and mode.
 
         Refused: a layer that is quantised already, or is no linear layer; and what `make_spec` refuses.
         """
@@ -258,16 +263,9 @@ class QuantizedLinear(QuantizedTensor):
         weight = layer.weight
         transposed = isinstance(layer, Conv1D)
         num_out, num_in = weight.shape[::-1] if transposed else weight.shape
-        made = cls.meta(
-            num_in,
-            num_out,
-            scheme,
-            block_size,
-            double_quant,
-            bias=layer.bias is not None,
-            transposed=transposed,
-            dtype=weight.dtype if weight.is_floating_point() else None,
-        )
+        form = (num_in, num_out, scheme, block_size, double_quant)
+        dtype = weight.dtype if weight.is_floating_point() else None
+        made = cls.meta(*form, bias=layer.bias is not None, transposed=transposed, dtype=dtype)
         return made.train(layer.training)
 
     @classmethod
@@ -327,6 +325,8 @@ class _Product(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(*tensors)
         ctx.spec, ctx.rows = spec, rows
+        if addend is not None and addend.dim() == 2:
+            addend = addend.clone()
         return _times_transposed(x, addend, spec, rows, tensors)
 
     @staticmethod
@@ -344,10 +344,11 @@ class _Product(torch.autograd.Function):
 def _times_transposed(
     x: Tensor, addend: Tensor | None, spec: Spec, rows: tuple[int, int], tensors: Sequence[Tensor]
 ) -> Tensor:
-    """addend + x W^T, [N, out], where W is the rows `rows` of the matrix that `tensors` store."""
+    """addend + x W^T, [N, out], where W is the rows `rows` of the matrix that `tensors` store. An `addend` of that
+    shape takes the sum: a second [N, out] would be the peak of a step."""
     scale = codes.scales(dict(zip(spec.layout, tensors, strict=True)), spec)
     (first, last), width = rows, spec.shape[-1]
-    y = x.new_empty(len(x), last - first)  # [N, out]
+    y = addend if addend is not None and addend.dim() == 2 else x.new_empty(len(x), last - first)
     step = _step(last - first, width, spec.unit // math.gcd(spec.unit, width), x.device)
     buffer = x.new_empty(step, width)
     for start in range(first, last if len(x) else first, step):
@@ -365,7 +366,7 @@ def _times_transposed(
 def _times(
     g: Tensor, addend: Tensor | None, spec: Spec, rows: tuple[int, int], tensors: Sequence[Tensor]
 ) -> Tensor:
-    """addend + g W, [N, in]: the other way."""
+    """addend + g W, [N, in], in `addend` if there is one: the other way."""
     scale = codes.scales(dict(zip(spec.layout, tensors, strict=True)), spec)
     (first, last), width = rows, spec.shape[-1]
     if not spec.by_rows:
@@ -373,10 +374,10 @@ def _times(
         # would round each time
         tile = g.new_empty(last - first, width)
         codes.dequantize_range(tensors[0], scale, spec, first * width, last * width, tile)
-        return g @ tile if addend is None else torch.addmm(addend, g, tile)
+        return g @ tile if addend is None else addend.addmm_(g, tile)
     packed, scale = (t.flatten(0, -2)[first:last] for t in (tensors[0], scale))
     step = _step(width, last - first, math.lcm(codes.column_step(spec), 64), g.device)
-    y = g.new_empty(len(g), width)  # [N, in]
+    y = g.new_empty(len(g), width) if addend is None else addend  # [N, in]
     buffer = g.new_empty((last - first) * step)
     for start in range(0, width, step):
         stop = min(start + step, width)
@@ -387,6 +388,17 @@ def _times(
         else:
             torch.addmm(addend[..., start:stop], g, tile, out=y[:, start:stop])
     return y
+
+
+def tile_bytes(layer: Any, device: torch.device, width: int) -> int:
+    """Bytes of the largest part of a quantised layer's weight that its backward writes out, as numbers of `width` bytes
+    with their levels in float32."""
+    spec: Spec = layer.spec
+    rows, columns = spec.numel // spec.shape[-1], spec.shape[-1]
+    if spec.by_rows:
+        columns = _step(columns, rows, math.lcm(codes.column_step(spec), 64), device)
+    numbers = rows * columns
+    return numbers * width + 4 * min(numbers, codes.piece(device))
 
 
 def _step(length: int, other: int, multiple: int, device: torch.device) -> int:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tiny_tokenizers as tiny
 import torch
+from tokenizers import AddedToken, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from luthier.batch import IGNORE, PADDING
@@ -26,7 +27,8 @@ from luthier.data.encode import (
     reference,
 )
 from luthier.data.formats import FORMATS, BadRow, Message
-from luthier.data.tokens import Tokens, is_plain
+from luthier.data.jinja import Jinja
+from luthier.data.tokens import Tokens, borders, is_plain
 from luthier.errors import Failed, Refused
 
 SAMPLES = Path(os.environ.get("LUTHIER_CONFIGS", "absent"), "paddlenlp", "_sample-data")
@@ -558,6 +560,51 @@ class TestTheShortWayToIds:
             assert is_plain(tokenizer)
             for text in (*self.TEXTS, *self.TEXTS):  # the second time short ones are remembered
                 assert tokens(text) == self.plainly(tokenizer, text)
+
+    @pytest.mark.parametrize(
+        ("change", "apart"),
+        [
+            ("nothing", True),
+            ("digits", True),
+            ("blanks", False),
+            ("prefix", False),
+            ("normalizer", False),
+        ],
+    )
+    def test_pieces_between_special_tokens(self, change: str, apart: bool) -> None:
+        """They are encoded one by one only where that cannot matter; the ids are those of the whole text."""
+        tokenizer = copy.deepcopy(tiny.byte_level())
+        core = tokenizer.backend_tokenizer
+        match change:
+            case "digits":
+                steps = [pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(False)]
+                core.pre_tokenizer = pre_tokenizers.Sequence(steps)
+            case "blanks":
+                core.add_special_tokens([AddedToken("<x>", lstrip=True, normalized=False)])
+            case "prefix":
+                core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+            case "normalizer":
+                core.normalizer = normalizers.Prepend(" ")
+        assert (borders(tokenizer) is not None) == apart
+        tokens = Tokens(tokenizer)
+        for text in (*self.TEXTS, "a  <x> b", "a1</s>\n", "<|im_end|><|im_end|>", "<|im_end"):
+            assert tokens(text) == self.plainly(tokenizer, text)
+
+    def test_a_template_renders_as_transformers_renders_it(self) -> None:
+        names = ("CHATML", "LLAMA2", "PHI3", "QWEN3", "R1", "MARKED", "DATED")
+        talked = [{"role": "user", "content": " a\n<b>& "}, {"role": "assistant", "content": "c "}]
+        for name in names:
+            tokenizer = tiny.byte_level(True, getattr(tiny, name))
+            template = Jinja(Tokens(tokenizer), tokenizer.chat_template, 99, None)
+            for messages in (talked[:1], talked, [{"role": "system", "content": "s"}, *talked]):
+                for asked in (True, False):
+                    wanted = tokenizer.apply_chat_template(
+                        messages,
+                        chat_template=template.source,
+                        add_generation_prompt=asked,
+                        tokenize=False,
+                    )
+                    assert template._text(messages, asked) == wanted, name
 
     def test_what_is_remembered_cannot_be_changed_from_outside(self) -> None:
         tokens = Tokens(tiny.byte_level())

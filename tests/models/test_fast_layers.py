@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from luthier import native
 from luthier.models import fast
@@ -168,6 +169,21 @@ def test_what_computes_something_else_is_left_alone(tiny_model: Any) -> None:
     ]
     assert "forward" not in vars(inner) and "forward" not in vars(model.model.norm)
     assert "forward" in vars(model.model.layers[0].mlp)
+
+
+@built
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
+def test_a_model_without_values_gets_the_same_layers(family: str, tiny_model: Any) -> None:
+    """For its sizes (`footprint.py`); gemma2's MLP is left to torch there, too."""
+    real = tiny_model(family, torch.bfloat16)
+    with FakeTensorMode():
+        empty = type(real)._from_config(real.config, dtype=torch.bfloat16)
+    assert fast.fasten(empty) == fast.fasten(real)
+    for name, module in real.named_modules():
+        other = empty.get_submodule(name)
+        assert ("forward" in vars(module)) == ("forward" in vars(other))
+        assert vars(module).get("luthier_norm") == vars(other).get("luthier_norm")
+        assert all(isinstance(p, FakeTensor) for p in other.parameters())
 
 
 def _scaled(self: Any, x: Tensor) -> Tensor:

@@ -17,7 +17,8 @@ from luthier.configfile import from_mapping
 from luthier.errors import Refused
 from luthier.footprint import Footprint, footprint
 from luthier.plan import parse_layout, parse_size, plan
-from luthier.spread import Way, device_share, estimate, ways
+from luthier.spread import COPY, Way, device_share, estimate, ways
+from luthier.train.saving import Saver
 
 SMALL = {
     "model_type": "llama",
@@ -75,12 +76,26 @@ def of(config: RunConfig, way: Way, found: Footprint | None = None) -> Any:
     return estimate(config, found or footprint(config), way, flops=1e12, bandwidth=1e9)
 
 
-@pytest.mark.parametrize("keys", [{}, {"adapter__method": "lora"}, {"train__recompute": "layer"}])
+LORA = {"adapter__method": "lora", "adapter__rank": 2}
+HALF = {"model__dtype": "bfloat16"}
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        LORA,
+        {"train__recompute": "layer"},
+        HALF,  # where there are native kernels, norms and MLPs keep less
+        HALF | LORA | {"quantize__weights": "nf4"},
+    ],
+)
 def test_saved_bytes_are_those_that_a_real_forward_keeps(tmp_path: Path, keys: Any) -> None:
     """Against torch's own hooks on a model of all five layers, of which the rehearsal builds three."""
     from luthier.assemble import build
 
-    config = config_of(tmp_path, SMALL, model__init="random", model__dtype="float32", **keys)
+    keys = {"model__init": "random", "model__dtype": "float32"} | keys
+    config = config_of(tmp_path, SMALL, **keys)
     found = footprint(config)
     built = build(config, train=True)
     every = list(built.model.parameters())
@@ -100,7 +115,7 @@ def test_saved_bytes_are_those_that_a_real_forward_keeps(tmp_path: Path, keys: A
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         hidden = built.stage(batch)
-    storages.setdefault(hidden.untyped_storage().data_ptr(), hidden.numel() * 4)
+    storages.setdefault(hidden.untyped_storage().data_ptr(), hidden.nbytes)
     kept = sum(storages.values())
     if keys.get("train__recompute") == "layer":
         kept += (
@@ -109,10 +124,67 @@ def test_saved_bytes_are_those_that_a_real_forward_keeps(tmp_path: Path, keys: A
     assert found.saved == pytest.approx(kept, rel=0.01)
 
 
+class NoModel:
+    """`train.saving.ModelCopy` without files."""
+
+    def write(self, *_: Any) -> dict[str, Any]:
+        return {"files": {}}
+
+    def complete(self, *_: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize("keys", [{}, HALF, LORA])
+def test_the_copy_of_a_background_save_is_counted(tmp_path: Path, keys: Any) -> None:
+    """Against the bytes that a save copies after a real step."""
+    from luthier.assemble import build, make_updater
+
+    keys = {"model__init": "random", "model__dtype": "float32"} | keys
+    config = config_of(tmp_path, SMALL, **keys)
+    updater = make_updater(config, build(config, train=True))
+    ids = torch.randint(0, 512, (2, 64))
+    places = torch.arange(64).expand(2, 64).contiguous()
+    updater.update([Batch(ids, ids, places, torch.zeros_like(ids), (0, 1))], step=1, lr=1e-3)
+    saver = Saver()
+    saver.begin(tmp_path / "copied", 1, NoModel, updater.tensors(), {})
+    saver.wait()
+    peft = 4 * footprint(config).total.trained * ("adapter__method" in keys)  # of its folder
+    planned = of(config, Way(1, 1, 2))
+    # steps of Adam are numbers, too
+    assert (
+        planned.items[COPY] == pytest.approx(saver.copied + peft, rel=5e-3) and planned.items[COPY]
+    )
+    without = of(config_of(tmp_path, SMALL, **keys, checkpoint__background=False), Way(1, 1, 2))
+    assert planned.total - without.total == planned.items[COPY] and not without.items[COPY]
+    at_once = Saver(background=False)
+    at_once.begin(tmp_path / "at-once", 1, NoModel, updater.tensors(), {})
+    assert at_once.copied == 0
+    a, b = (
+        (tmp_path / n / "training_state-00000.safetensors").read_bytes()
+        for n in ("copied", "at-once")
+    )
+    assert a == b
+
+
+def test_where_the_copy_lies_and_who_has_it(tmp_path: Path) -> None:
+    keys = {"train__batch": 16, "train__micro_batch": 1}
+    config = config_of(tmp_path, SMALL, **keys)
+    one, many = of(config, Way(1, 1, 2)), of(config, Way(4, 2, 2))
+    assert many.items[COPY] == pytest.approx(one.items[COPY] / 8, rel=0.01)
+    gpu = estimate(
+        config, footprint(config, torch.device("cuda")), Way(1, 1, 2), flops=None, bandwidth=None
+    )
+    assert gpu.host == one.items[COPY] and not gpu.items.get(COPY)
+    # at the end nothing is computed beside it
+    last = of(config_of(tmp_path, SMALL, **keys, checkpoint__every="end"), Way(1, 1, 2))
+    assert last.total < one.total and (COPY in last.items) == (last.moment == "saving")
+    never = of(config_of(tmp_path, SMALL, **keys, checkpoint__every="never"), Way(1, 1, 2))
+    assert not never.items.get(COPY)
+
+
 def test_quantised_layers_are_counted_as_codes_and_scales(tmp_path: Path) -> None:
-    lora = {"adapter__method": "lora", "adapter__rank": 2}
-    plain = footprint(config_of(tmp_path, SMALL, **lora))
-    small = footprint(config_of(tmp_path, SMALL, quantize__weights="nf4", **lora))
+    plain = footprint(config_of(tmp_path, SMALL, **LORA))
+    small = footprint(config_of(tmp_path, SMALL, quantize__weights="nf4", **LORA))
     linear = 5 * (64 * (64 + 32 + 32 + 64) + 3 * 64 * 160)
     assert plain.total.frozen_bytes - small.total.frozen_bytes == pytest.approx(
         linear * (2 - 0.5 - 4 / 64), rel=0.01

@@ -85,9 +85,13 @@ def test_values_and_gradients_are_those_of_the_dense_layer(
         assert relative(ours, reference) < bound
     with torch.no_grad():  # the parts, for autograd nodes of others
         rows, back, flat = (t.flatten(0, 1) for t in (x, upstream, addend))
-        assert relative(layer.multiply(rows, flat), (exact[0] - bias).flatten(0, 1)) < bound
-        more = layer.multiply_back(back, rows)
+        taken = flat.clone()
+        sums = layer.multiply(rows, taken)
+        assert relative(sums, (exact[0] - bias).flatten(0, 1)) < bound
+        given = rows.clone()
+        more = layer.multiply_back(back, given)
         assert relative(more, (exact[1] + x).flatten(0, 1)) < bound
+        assert (sums.data_ptr(), more.data_ptr()) == (taken.data_ptr(), given.data_ptr())
     plain = layer(x)
     assert relative(plain, F.linear(x.double(), wide, bias)) < bound
     (grad,) = torch.autograd.grad(plain, x, upstream)
