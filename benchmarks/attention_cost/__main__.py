@@ -150,28 +150,34 @@ def main() -> None:
         "--seconds", type=float, default=6.0, help="and more, until they took so long in all"
     )
     parser.add_argument("--gpu", action="store_true")
+    parser.add_argument(
+        "--only", help="one case, such as packed or 'window 512', in a results file of its own"
+    )
     args = parser.parse_args()
     args.device = "cuda" if args.gpu else "cpu"
     args.dtype = args.dtype or ("bfloat16" if args.gpu else "float32")
     args.tokens = args.longest
-    tables: dict[str, dict[str, Any]] = {"packed": {}, "mask of the row": {}, "one document": {}}
+    order = ("packed", "mask of the row", "one document")
+    tables: dict[str, dict[str, Any]] = {n: {} for n in order if args.only in (None, n)}
     for width in widths(args):
         count = args.tokens // width
         packed = [short_documents(width, args.document) for _ in range(count)]
         single = [[width]] * count
         cases = {"packed": ours(packed, args), "one document": ours(single, args)}
         cases |= {f"window {w}": ours(single, args, w) for w in WINDOWS}
-        if width <= DENSE:
+        if width <= DENSE and args.only in (None, "mask of the row"):
             cases["mask of the row"] = dense(packed, args)
+        if args.only:
+            cases = {name: case for name, case in cases.items() if name == args.only}
         for name, found in measure(cases, args).items():
             tables.setdefault(name, {})[str(width)] = found
             print(f"{width:>6} {name:<16}{found['us_per_token']:>10.2f} us/token", flush=True)
-    flat = [row["us_per_token"] for row in tables["packed"].values()]
+    first = next(iter(tables))  # short documents, unless another case was asked for
+    flat = [row["us_per_token"] for row in tables[first].values()]
     spread = max(flat) / min(flat) - 1
-    print(
-        f"\nshort documents, rows of {SHORTEST} to {args.longest}: within {spread:.1%} of each other"
-    )
-    path = RESULTS / f"{args.device}-{args.dtype}.json"
+    print(f"\n{first}, rows of {SHORTEST} to {args.longest}: within {spread:.1%} of each other")
+    name = "-".join([args.device, args.dtype, *(args.only or "").split()])
+    path = RESULTS / f"{name}.json"
     RESULTS.mkdir(exist_ok=True)
     write_json(path, {**_about(args), "spread": round(spread, 4), "tables": tables})
     print(path)
