@@ -203,7 +203,7 @@ def build(
         method.check_length(built.adapter, config.data.reach, limit)
     built.stage.autocast = None if chosen.autocast == "none" else getattr(torch, chosen.autocast)
     if built.world.sizes["tensor"] > 1:
-        cut_tensor(built, config.parallel)
+        cut_tensor(built, config.parallel, tell=train)
     if stages is not None:
         cut_stages(built, stages)
     if train and built.world.sharded:

@@ -163,9 +163,9 @@ def cut(built: Built, parallel: ParallelConfig) -> None:
     )
 
 
-def cut_tensor(built: Built, parallel: ParallelConfig) -> None:
+def cut_tensor(built: Built, parallel: ParallelConfig, *, tell: bool = True) -> None:
     """Cut the model's layers and vocabulary, and the adapters on them, over the tensor axis of its world; with
-    `parallel.sequence` also the tokens between the layers, where the family can."""
+    `parallel.sequence` also the tokens between the layers, where the family can; `tell`: remark where it cannot."""
     model, axis = built.model, Axis.of(built.world)
     found, adapters = cuts_of(model, axis.ranks), adapters_of(model)
     tokens = tokens_of(model, found) if parallel.sequence else None
@@ -175,9 +175,9 @@ def cut_tensor(built: Built, parallel: ParallelConfig) -> None:
         tokens = "parallel.context shares the tokens of the rows already"
     if isinstance(tokens, str):
         asked = f"parallel.sequence=true for the model family '{model.config.model_type}'"
-        if "sequence" in parallel.model_fields_set:
+        if parallel.sequence is True:
             raise Refused(asked, tokens, "leave parallel.sequence out")
-        built.remarks.append(f"parallel.sequence is off: {tokens}")
+        built.remarks += [f"parallel.sequence is off: {tokens}"] if tell else []
         tokens = None
     with same_stage(built.stage):
         embedding, head = (

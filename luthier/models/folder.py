@@ -16,6 +16,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -108,6 +109,9 @@ def read_config(folder: Path, *, code: bool = False) -> dict[str, Any]:
     asked = f"model '{folder}' was asked for"
     if not isinstance(model_type, str):
         raise Refused(asked, "its config.json has no model_type", "give a Hugging Face folder")
+    if not isinstance(config.get("quantization_config", {}), dict | NoneType):
+        found = "quantization_config in its config.json is no JSON object"
+        raise Refused(asked, found, "mend the file")
     ours = model_type in MODEL_TYPES  # code that comes with them is not needed
     remote = not ours and "AutoModelForCausalLM" in config.get("auto_map", {})
     if model_type not in CONFIG_MAPPING:

@@ -56,6 +56,17 @@ def mesh_sizes(parallel: ParallelConfig, processes: int) -> dict[str, int]:
     return sizes
 
 
+def without_effect(parallel: ParallelConfig, sizes: Mapping[str, int]) -> list[str]:
+    """Remarks on what was asked for and changes nothing on this mesh. Refused it would keep a run that lost a
+    process for good from going on in one."""
+    found = []
+    if sizes["shard"] == 1 and parallel.stage != type(parallel).model_fields["stage"].default:
+        found.append(f"parallel.stage={parallel.stage} cuts nothing: parallel.shard is 1")
+    if sizes["tensor"] == 1 and parallel.sequence is True:
+        found.append("parallel.sequence=true cuts nothing: parallel.tensor is 1")
+    return found
+
+
 def check_pipeline(parallel: ParallelConfig, ranks: int) -> None:
     """Refuse schedules and virtual stages that say nothing or do not go together."""
     for key in ("virtual_stages", "schedule"):

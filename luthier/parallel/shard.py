@@ -26,6 +26,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
+from luthier.batch import current_capture
 from luthier.errors import Refused
 from luthier.parallel.collectives import all_parts
 from luthier.parallel.world import World
@@ -72,6 +73,7 @@ class Sharding:
             _check_types([p for p in group if p.requires_grad and p not in ignored])
         for layer in layers:
             fully_shard(layer, reshard_after_forward=stage == 3, **options)
+            layer.register_forward_hook(_gather_for_captured)
         fully_shard(root, reshard_after_forward=False, **options)
         for name, p in root.named_parameters():
             marked(p, names[name])
@@ -106,6 +108,19 @@ class Sharding:
                 freed = self.stage == 3 and part is not self.root
                 part.set_reshard_after_forward(freed, recurse=False)
             self.settle()
+
+
+@torch.compiler.disable()
+def _gather_for_captured(layer: Any, args: Any, output: Any) -> None:
+    """Let keys and values that were taken out of a layer (virtual tokens') gather its weights in their backward.
+
+    FSDP2 does so when the gradient of the layer's output comes. Nobody uses the last layer's in such a forward.
+    """
+    found = current_capture()
+    if found:
+        for tensor in found[max(found)]:
+            if tensor.requires_grad:
+                tensor.register_hook(lambda gradient: layer.unshard())
 
 
 def _mesh(world: World) -> Any:

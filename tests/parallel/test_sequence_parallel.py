@@ -159,12 +159,12 @@ def test_dropout_of_the_model_drops_the_same_units(
             same_run(ours, theirs)
 
 
-def remarks_of(world: World, folders: Any, keys: dict[str, Any]) -> str:
+def remarks_of(world: World, folders: Any, keys: dict[str, Any], train: bool = True) -> str:
     """What a family says that cannot cut tokens."""
     reason = "its 'gate' is whole on each process"
     with patch.object(luthier.built, "tokens_of", lambda model, cuts: reason):
         try:
-            built = build(config_of(folders, keys, "float32"), train=True, world=world)
+            built = build(config_of(folders, keys, "float32"), train=train, world=world)
         except Refused as error:
             return str(error)
     return " ".join(built.remarks)
@@ -174,6 +174,7 @@ def test_a_family_that_cannot_is_told_once_or_refused(alone: Callable[..., Any])
     folders, keys, _ = alone("llama", "full")
     for told in run_ranks(TP2, remarks_of, folders, with_layout(keys, TP2)):
         assert told == "parallel.sequence is off: its 'gate' is whole on each process"
+    assert run_ranks(TP2, remarks_of, folders, with_layout(keys, TP2), False) == ["", ""]
     for told in run_ranks(TP2, remarks_of, folders, with_layout(keys, {**TP2, "sequence": True})):
         assert told.startswith("parallel.sequence=true for the model family 'llama'. its 'gate'")
 
