@@ -113,7 +113,7 @@ def test_batches_have_the_familys_positions(
         for s in Layout.of(batch).segments:
             wanted = text.renderer.positions(batch.input_ids[s.row, s.start : s.stop].numpy())
             assert batch.position_ids[s.row, :, s.start : s.stop].tolist() == wanted.tolist()
-            assert (wanted[1] == 0).sum() > 1
+            assert (wanted[1] == 0).any() and wanted[1].any()
 
 
 @each_form
