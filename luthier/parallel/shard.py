@@ -90,6 +90,21 @@ class Sharding:
         if self.stage < 3:
             self.root.set_reshard_after_backward(last)
 
+    def hold(self) -> None:
+        """Weights stay whole (below stage 3), and gradients are summed by `sum_held` alone."""
+        self.root.set_requires_gradient_sync(False)
+        self.root.set_reshard_after_backward(False)
+
+    def sum_held(self) -> None:
+        """Sum the gradients over the ranks and cut them, as the last backward would: torch's pipelines do the same."""
+        self.root.set_requires_gradient_sync(True)
+        self.root.set_reshard_after_backward(True)
+        state: Any = self.root._get_fsdp_state()
+        for inner in state._state_ctx.all_states:
+            for group in inner._fsdp_param_groups:
+                group.post_backward()
+        state._root_post_backward_final_callback()
+
     def settle(self) -> None:
         """Free what a forward without backward left gathered: weights may change from here on."""
         for part in self.parts:
@@ -240,7 +255,8 @@ def reduce(parameters: Sequence[Parameter], world: World) -> None:
     sharded tensors were summed in their backward.
     """
     own = [p for p in parameters if not isinstance(p, DTensor)]
-    if world.data_size * world.sizes["context"] > 1 and own:
+    # a pipeline's stages ask together, also one that trains nothing
+    if world.data_size * world.sizes["context"] > 1 and (own or world.sizes["pipeline"] > 1):
         _fill(own, world)
         groups = [None]
         if (

@@ -191,11 +191,19 @@ def test_modules_that_see_whole_rows(model_folder: Callable[[str], Path]) -> Non
     assert "transformer.h.1.ln_1.weight" in tokens.shares
     assert "transformer.h.1.mlp.c_fc.bias" not in tokens.shares
     assert found("opt")[2].entries[:2] == ["model.decoder.layers.0.self_attn", "model.decoder.layers.0.fc1"]  # fmt: skip
-    # what is whole inside of a module that gathers would have its gradient summed once too often
+    # what is whole inside of a module that gathers is read by the rank's own heads alone
     attention: Any = decoder_layers(model)[0].get_submodule("attn")
     attention.gate = torch.nn.Linear(4, 4)
-    assert "'transformer.h.0.attn.gate.weight' is whole" in str(tokens_of(model, cuts))
+    assert "transformer.h.0.attn.gate.weight" in tokens_of(model, cuts).shares  # pyright: ignore[reportAttributeAccessIssue]
     del attention.gate
+    # routers see own tokens; experts take care of themselves
+    tokens = found("qwen2_moe")[2]
+    assert "model.layers.1.mlp.shared_expert" in tokens.entries
+    assert {"model.layers.1.mlp.gate.weight", "model.layers.1.mlp.shared_expert_gate.weight"} <= {
+        *tokens.shares
+    }
+    assert not [path for path in (*tokens.shares, *tokens.entries) if ".experts" in path]
+    assert "model.layers.1.self_attn.kv_a_proj_with_mqa.weight" in found("deepseek_v3")[2].shares
     lone = {path: cut for path, cut in cuts.layers.items() if not path.endswith("attn.c_proj")}
     cuts.layers.clear()
     cuts.layers.update(lone)

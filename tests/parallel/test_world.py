@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -207,6 +208,18 @@ def test_a_batch_that_cannot_be_shared_out_is_refused(
 ) -> None:
     with pytest.raises(Refused, match=rf"{ranks} data ranks.*train.batch={near}"):
         fit_batch(config(train=train), ranks)
+
+
+def test_zero_bubble_needs_layers_that_stay_gathered() -> None:
+    sizes = {"shard": 2, "tensor": 1}
+    for stage in (1, 2, 3):
+        given = {"pipeline": 2, "schedule": "zero_bubble", "stage": stage}
+        with (
+            pytest.raises(Refused, match=r"zero_bubble with parallel.stage=3")
+            if stage == 3
+            else nullcontext()
+        ):
+            check_sharding(config(parallel=given), sizes)
 
 
 @pytest.mark.parametrize("name", ["adamw_mini", "adafactor"])
