@@ -37,8 +37,9 @@ from luthier.models.load import check_family, load_config, resolve_device, resol
 from luthier.models.recompute import set_recompute
 from luthier.models.stage import Stage, decoder_layers
 from luthier.prequantized import prequantized
-from luthier.quantize.linears import QuantizedLinear, tile_bytes
+from luthier.quantize.linears import QuantizedLinear
 from luthier.quantize.loading import plan_quantization
+from luthier.quantize.products import tile_bytes
 from luthier.train.loss import CHUNK_BYTES, MIN_ROWS
 
 DEPTHS = (2, 3)  # the first layer differs: nothing below it may need a gradient

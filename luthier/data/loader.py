@@ -73,6 +73,7 @@ class Loader:
         self._next: list[tuple[Step, list[Batch]]] = []  # a step that was looked at
         self._padding = {"rows": 0, "tokens": 0, "slots": 0}  # of the first epoch
         self._ledger_before = dataset.ledger.snapshot()  # as it was before the current buffer
+        self._ledger_now: dict[str, Any] | None = None  # as it is, once it was asked for
         method = "end to end" if isinstance(dataset, Corpus) else packing
         self._about = {"method": method, "length": length}
         if isinstance(self._feed, _Memory):
@@ -147,8 +148,10 @@ class Loader:
         """The position behind the last step handed out, as plain values for JSON."""
         state = {"data": self._feed.fingerprint, "position": dict(self._position)}
         if isinstance(self.dataset, LazyDataset):
-            now = self.dataset.ledger.snapshot()
-            ledger = self._ledger_before if self._inside_buffer else now
+            # long, and asked for after every step: copied where it changed
+            if self._ledger_now is None and not self._inside_buffer:
+                self._ledger_now = self.dataset.ledger.snapshot()
+            ledger = self._ledger_before if self._inside_buffer else self._ledger_now
             state |= {"padding": dict(self._padding), "ledger": ledger}
         return state
 
@@ -164,7 +167,7 @@ class Loader:
         self._position = dict(state["position"])
         if isinstance(self.dataset, LazyDataset):
             self._padding = dict(state["padding"])
-            self._ledger_before = state["ledger"]
+            self._ledger_before, self._ledger_now = state["ledger"], None
             self.dataset.ledger.restore(state["ledger"])
 
     def origin(self, serial: int) -> list[str]:
@@ -212,6 +215,7 @@ class Loader:
             self._ledger_before = ledger.snapshot()
             ledger.merge(later)
         if isinstance(self.dataset, LazyDataset) and self._position["epoch"] == 0:
+            self._ledger_now = None
             sizes = [sum(len(ids) for ids, *_ in row) for row in step.rows]
             self._padding["rows"] += len(sizes)
             self._padding["tokens"] += sum(sizes)

@@ -12,6 +12,7 @@ import logging
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
@@ -61,7 +62,7 @@ class JsonRows:
     def row(self, index: int) -> tuple[dict[str, Any], str]:
         start, stop = int(self.starts[index]), int(self.starts[index + 1])
         # opened for each row: safe in threads and forked processes, and cheap beside tokenising
-        with open(self.name, "rb", buffering=0) as handle:  # noqa: PTH123
+        with FileIO(self.name) as handle:
             handle.seek(start)
             data = handle.read(stop - start)
         line = index + 1 if self.lines is None else int(self.lines[index])

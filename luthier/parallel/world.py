@@ -24,7 +24,7 @@ from luthier.errors import Failed, LostPeer, LuthierError, NotFinite, Refused
 from luthier.parallel import joining, restarts
 from luthier.parallel.degrees import mesh_sizes
 from luthier.parallel.joining import Place
-from luthier.parallel.restarts import Note, Restart, leave_note
+from luthier.parallel.restarts import Note, Restart, leave_note, leave_record
 
 T = TypeVar("T")
 
@@ -92,19 +92,16 @@ def tells(error: BaseException) -> bool:
 
 
 def note(error: BaseException) -> None:
-    """Tell the launcher what this process ends with."""
+    """Tell the launcher, ours or torchrun, what this process ends with."""
     here = _place_or_alone()
-    if here.restart is None or not isinstance(error, Exception):
+    if not isinstance(error, Exception):
         return
-    leave_note(
-        here.restart,
-        here.rank,
-        Note(
-            str(error) if isinstance(error, LuthierError) else f"{type(error).__name__}: {error}",
-            lost=isinstance(error, LostPeer) or lost_peer(error),
-            final=isinstance(error, NotFinite),
-        ),
-    )
+    text = str(error) if isinstance(error, LuthierError) else f"{type(error).__name__}: {error}"
+    lost = isinstance(error, LostPeer) or lost_peer(error)
+    if here.restart is not None:
+        leave_note(here.restart, here.rank, Note(text, lost, final=isinstance(error, NotFinite)))
+    elif "TORCHELASTIC_ERROR_FILE" in os.environ and not lost:
+        leave_record(os.environ["TORCHELASTIC_ERROR_FILE"], text)
 
 
 def restarted() -> Restart | None:

@@ -40,13 +40,14 @@ _context.set_forkserver_preload(PRELOAD)
 
 
 def rank_child(words: list[str], env: dict[str, str], log: str) -> None:
-    """One rank: the command line, its output in a file."""
+    """One rank: the command line, its output in a file, in whose folder it works."""
     import torch
 
     from luthier.cli import main
 
     torch.set_num_threads(1)
     os.environ.update(env)
+    os.chdir(Path(log).parent)
     if LIMIT in env:
         _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(env[LIMIT]), hard))

@@ -151,6 +151,7 @@ def test_bad_input_is_told_once(start: list[str], run_file: Callable[..., Path])
     code = run.end()
     assert code == (2 if more else 1), run.text()
     assert run.text().count("luthier: data was looked for at nowhere") == 1
+    assert more or "traceback : data was looked for at nowhere" in run.text()
     assert not (path.parent / "out").exists()
 
 
@@ -169,6 +170,16 @@ def test_what_the_config_tells_is_refused_before_processes_are_started(
     assert "parallel.context=3" in told and "2 data ranks" in told
     assert "optim.name=adafactor with parallel.shard=2" in told and "--nproc none" in told
     assert "only `verify layout` compares several" in told
+
+
+def test_keys_that_cut_nothing_are_told(
+    run_file: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(run_file(train__steps=1, evaluate__every="never", log__progress="plain"))
+    assert main(["finetune", path, "parallel.stage=3", "parallel.sequence=true"]) == 0
+    told = capsys.readouterr().err
+    assert "parallel.stage=3 cuts nothing" in told
+    assert "parallel.sequence=true cuts nothing" in told
 
 
 @pytest.mark.long

@@ -50,7 +50,7 @@ def adapted(model: Any, kernel: str, path: str = "") -> Stage:
     attention.install(model, kernel, train=True)
     if path in ("native", "compiled"):
         assert not fast.fasten(model)
-    attach(model, AdapterConfig(method="lora", rank=8), seed=1)
+    attach(model, AdapterConfig.model_validate({"method": "lora", "rank": 8}), seed=1)
     stage = Stage(model).train()
     if path == "compiled":
         compile_layers(stage)
@@ -59,15 +59,16 @@ def adapted(model: Any, kernel: str, path: str = "") -> Stage:
 
 def loss_of(stage: Stage, batch: Batch) -> Tensor:
     """Mean over the supervised tokens."""
-    parameters = stage.head_parameters()
-    return token_loss(stage(batch), batch.labels, stage.head, parameters) / batch.num_supervised
+    how: Any = {"relative": stage.relative_logits}
+    total = token_loss(stage(batch), batch.labels, stage.head, stage.head_parameters(), **how)
+    return total / batch.num_supervised
 
 
 def eight_steps(stage: Stage, batch: Batch, lr: float) -> list[float]:
     """The losses of eight steps of AdamW, from B = 0."""
     named = [(n, p) for n, p in stage.model.named_parameters() if p.requires_grad]
     assert all(p.dtype == torch.float32 for _, p in named)
-    optimizer, losses = make_optimizer(named, OptimConfig(), lr, {}), []
+    optimizer, losses = make_optimizer(named, OptimConfig.model_validate({}), lr, {}), []
     for _ in range(8):
         optimizer.zero_grad()
         loss = loss_of(stage, batch)
@@ -101,19 +102,21 @@ def plain(model: Any, batch: Batch) -> float:
 
 @pytest.fixture(scope="module")
 def scene(tiny_model: Any, random_batch: Any) -> tuple[Batch, list[float], float, float]:
-    """A batch, float32's losses, the loss of what float32 learned, and the error of plain transformers' bfloat16."""
+    """A batch, float32's losses, the loss of what float32 learned, and the root mean square of the errors of plain
+    transformers' bfloat16 on six batches."""
     lengths = [[173, 51, 290, 333]] * 4
     errors = []
-    for seed in range(4):
+    for seed in range(6):
         batch = random_batch(lengths_per_row=lengths, supervised_share=0.9, seed=seed)
         half = tiny_model("llama", torch.bfloat16, attention="sdpa")
         wide = tiny_model("llama", torch.bfloat16, attention="sdpa").float()
-        errors.append(abs(plain(half, batch) - plain(wide, batch)))
+        errors.append(plain(half, batch) - plain(wide, batch))
     batch = random_batch(lengths_per_row=lengths, supervised_share=0.9)
     exact = adapted(tiny_model("llama", torch.bfloat16).float(), "math")
     losses = eight_steps(exact, batch, LR)
     with torch.no_grad():
-        return batch, losses, float(loss_of(exact, batch)), max(errors)
+        spread = sum(error**2 for error in errors) / len(errors)
+        return batch, losses, float(loss_of(exact, batch)), spread**0.5
 
 
 LR = 3e-5  # so small that deltas lie below half a step of what they are added to, all eight steps long
@@ -133,7 +136,7 @@ def test_losses_are_as_near_as_plain_forwards(
     monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="aot_eager"))
     monkeypatch.setenv(native.SWITCH, "0" if path == "torch" else "1")
     stage = adapted(tiny_model("llama", torch.bfloat16), "auto", path)
-    check(eight_steps(stage, batch, LR), wanted, 2 * error)
+    check(eight_steps(stage, batch, LR), wanted, 4 * error)
     # a hundredth of the way: two float32 runs that round in another order differ by less
     exact = adapted(tiny_model("llama", torch.bfloat16).float(), "math")
     assert abs(learned(stage, exact, batch) - end) < 0.01 * (wanted[0] - end)
@@ -142,12 +145,12 @@ def test_losses_are_as_near_as_plain_forwards(
 def test_it_would_see_deltas_that_are_rounded_away(scene: Any, tiny_model: Any) -> None:
     batch, wanted, _, error = scene
     stage = adapted(tiny_model("llama", torch.bfloat16), "auto")
-    for module in stage.model.modules():
-        if hasattr(module, "adapter"):
-            module.adapter.handles[0].remove()
-            module.register_forward_hook(lambda m, args, y: m.adapter.after(args[0], y))
+    layers: list[Any] = [m for m in stage.model.modules() if hasattr(m, "adapter")]
+    for layer in layers:
+        layer.adapter.handles[0].remove()
+        layer.register_forward_hook(lambda m, args, y: m.adapter.after(args[0], y))
     with pytest.raises(AssertionError):
-        check(eight_steps(stage, batch, LR), wanted, 2 * error)
+        check(eight_steps(stage, batch, LR), wanted, 4 * error)
 
 
 # ---- a real model and real rows
@@ -165,7 +168,7 @@ def real() -> tuple[Callable[[torch.dtype], Any], Batch, list[float], float]:
     data.loader.close()
 
     def load(dtype: torch.dtype) -> Any:
-        model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.bfloat16)
+        model: Any = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.bfloat16)
         return model.to(dtype)
 
     exact = adapted(load(torch.float32), "sdpa")
