@@ -27,6 +27,7 @@ from luthier.config import AdapterConfig, RopeScaling
 from luthier.config_parallel import ParallelConfig
 from luthier.errors import Refused
 from luthier.held import release
+from luthier.heap import return_freed_memory
 from luthier.layers import count
 from luthier.models.absent import present
 from luthier.models.cuts import cuts_of
@@ -81,9 +82,10 @@ class Built:
     full: FullModel | None = None  # how it is written, once that was asked for
 
     def settle(self) -> None:
-        """Free what a forward without backward left gathered."""
+        """Free what reading the weights left behind (tens of MB), or a forward without backward gathered."""
         if self.sharding is not None:
             self.sharding.settle()
+        return_freed_memory()
 
     def gathered(self) -> AbstractContextManager[None]:
         """Every rank has the whole model inside, and computes on its own."""
