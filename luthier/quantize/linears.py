@@ -22,9 +22,7 @@ from luthier.parts import Part
 from luthier.quantize import codes
 from luthier.quantize.codes import Spec, make_spec
 from luthier.quantize.parts import check_part, take_part
-
-# numbers dequantised at a time on CPU: a product with less of the weight is slower, by a quarter at 2**20
-_TILE = 2**22
+from luthier.quantize.tiles import tile_length
 
 
 class QuantizedTensor(nn.Module):
@@ -348,7 +346,7 @@ def _times_transposed(
     scale = codes.scales(dict(zip(spec.layout, tensors, strict=True)), spec)
     (first, last), width = rows, spec.shape[-1]
     y = x.new_empty(len(x), last - first)  # [N, out]
-    step = _step(last - first, width, spec.unit // math.gcd(spec.unit, width), x.device)
+    step = tile_length(last - first, width, spec.unit // math.gcd(spec.unit, width), x.device)
     buffer = x.new_empty(step, width)
     for start in range(first, last if len(x) else first, step):
         stop = min(start + step, last)
@@ -375,7 +373,7 @@ def _times(
         codes.dequantize_range(tensors[0], scale, spec, first * width, last * width, tile)
         return g @ tile if addend is None else torch.addmm(addend, g, tile)
     packed, scale = (t.flatten(0, -2)[first:last] for t in (tensors[0], scale))
-    step = _step(width, last - first, math.lcm(codes.column_step(spec), 64), g.device)
+    step = tile_length(width, last - first, math.lcm(codes.column_step(spec), 64), g.device)
     y = g.new_empty(len(g), width)  # [N, in]
     buffer = g.new_empty((last - first) * step)
     for start in range(0, width, step):
@@ -387,21 +385,3 @@ def _times(
         else:
             torch.addmm(addend[..., start:stop], g, tile, out=y[:, start:stop])
     return y
-
-
-def tile_bytes(layer: Any, device: torch.device, width: int) -> int:
-    """Bytes of the largest part of a quantised layer's weight that its backward writes out, as numbers of `width` bytes
-    with their levels in float32."""
-    spec: Spec = layer.spec
-    rows, columns = spec.numel // spec.shape[-1], spec.shape[-1]
-    if spec.by_rows:
-        columns = _step(columns, rows, math.lcm(codes.column_step(spec), 64), device)
-    numbers = rows * columns
-    return numbers * width + 4 * min(numbers, codes.piece(device))
-
-
-def _step(length: int, other: int, multiple: int, device: torch.device) -> int:
-    """How many rows (or columns) of length `other` a tile has, a multiple of `multiple`; on a GPU all."""
-    if device.type != "cpu":
-        return length
-    return min(length, max(1, _TILE // other // multiple) * multiple)

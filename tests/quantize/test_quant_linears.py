@@ -16,7 +16,8 @@ from torch.utils._pytree import tree_leaves
 from transformers.pytorch_utils import Conv1D
 
 from luthier.errors import Refused
-from luthier.quantize import QuantizedLinear, QuantizedTensor, codes, linears, make_spec, quantize
+from luthier.quantize import QuantizedLinear, QuantizedTensor, codes, make_spec, quantize
+from luthier.quantize import tiles as tiling
 from luthier.seeding import generator
 
 # scheme, block size, double quantisation
@@ -55,7 +56,7 @@ def linear(num_in: int, num_out: int, bias: bool = True, dtype: Any = torch.floa
 def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """With many tiles, a tile of these small layers is far less than the layer."""
     if request.param:
-        monkeypatch.setattr(linears, "_TILE", 2**10)
+        monkeypatch.setattr(tiling, "_TILE", 2**10)
     return request.param
 
 
@@ -213,7 +214,7 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_no_dense_weight_is_made_or_kept(form: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linears, "_TILE", 2**19)
+    monkeypatch.setattr(tiling, "_TILE", 2**19)
     num_in, num_out = 2048, 2048
     dense = 2 * num_in * num_out  # bytes in bfloat16
     layer = QuantizedLinear.from_linear(linear(num_in, num_out, dtype=torch.bfloat16), *form)
