@@ -26,8 +26,8 @@ from luthier.batch import Batch
 from luthier.config import AdapterConfig, RopeScaling
 from luthier.config_parallel import ParallelConfig
 from luthier.errors import Refused
-from luthier.held import release
 from luthier.heap import return_freed_memory
+from luthier.held import release
 from luthier.layers import count
 from luthier.models.absent import present
 from luthier.models.cuts import cuts_of

@@ -148,6 +148,19 @@ class Updater:
         finally:
             self.master.zero_grad()
 
+    def rehearse(self, micro_batches: Sequence[Batch]) -> None:
+        """Forward and backward of a step, whose gradients are dropped: only the memory that they take is of interest."""
+        supervised, tokens, slots = self._counts(micro_batches)
+        report = StepReport(
+            step=0, lr=0.0, num_supervised=max(1, supervised), num_tokens=tokens, num_slots=slots
+        )
+        try:
+            self.pipeline.run(micro_batches, _Passes(self, report, self._shares(micro_batches)))
+            reduce(self.master.parameters, self.world)
+            sum_copies(self.master.parameters, self.world)
+        finally:
+            self.master.zero_grad()
+
     def _counts(self, micro_batches: Sequence[Batch]) -> list[int]:
         """Supervised tokens, real tokens and slots of the step on all ranks."""
         real = [batch for batch in micro_batches if not batch.is_filler]
