@@ -126,7 +126,9 @@ class Tokens:
         found = hashlib.sha256(f"{self.opening} {self.end}".encode())
         backend = getattr(known, "backend_tokenizer", None)
         if backend is None:  # in Python: its class, its words, its model's file
-            found.update(f"{type(known).__qualname__} {sorted(known.get_vocab().items())}".encode())
+            # Qwen v1's words are bytes, its special tokens strings
+            words = sorted(known.get_vocab().items(), key=lambda w: (isinstance(w[0], bytes), w))
+            found.update(f"{type(known).__qualname__} {words}".encode())
             file = getattr(known, "vocab_file", None)
             found.update(Path(file).read_bytes() if file and Path(file).is_file() else b"")
         else:
