@@ -47,6 +47,7 @@ from luthier.parallel.degrees import check_sharding, fit_batch, with_batch, with
 from luthier.parallel.world import World, note, restarted, speaks, tells
 from luthier.positions import position_axes
 from luthier.predicted import Prediction
+from luthier.rehearsal import rehearse, wanted
 from luthier.summary import facts_of
 from luthier.train.bad_rows import keep_rows
 from luthier.train.checkpoint import Checkpoints, Found, check_identity, find, read
@@ -236,7 +237,6 @@ def _finetune(
         background=config.checkpoint.background,
     )
 
-    world.lead(lambda: _begin(output, to_yaml(recorded), fresh=found.path is None))
     metrics = Metrics(
         output,
         config.log.sinks,
@@ -247,6 +247,10 @@ def _finetune(
     evaluator = None
     if data.dev is not None:
         evaluator = Evaluator(config, text, built, data.dev, output, metrics.activity)
+    if wanted(config, built.device):
+        batches = evaluator.batches if evaluator else ()
+        say(rehearse(config, built, data.loader, updater, batches, checkpoints.saver))
+    world.lead(lambda: _begin(output, to_yaml(recorded), fresh=found.path is None))
 
     trainer = Trainer(
         updater=updater,

@@ -159,12 +159,12 @@ class Tokens:
 
     def _of_words(self, text: str) -> Ids:
         words, known = WORD.split(text), self._known_words
-        new = [word for word in words if word not in known]
+        new = [word for word in dict.fromkeys(words) if word not in known]
         if 2 * len(new) > len(words) and len(known) > FEW:
             return self._encode([text])[0]  # of rare words: word by word would be slower
         if len(known) > WORDS:
             known.clear()
-            new = words
+            new = list(dict.fromkeys(words))
         fresh = dict(zip(new, self._encode(new), strict=True)) if new else {}
         known.update((word, ids) for word, ids in fresh.items() if len(word) <= SHORT)
         return [i for word in words for i in known.get(word) or fresh[word]]
