@@ -53,6 +53,7 @@ from luthier.models.folder import find_folder, fingerprint, weight_files
 from luthier.models.load import (
     blueprint,
     build_model,
+    check_family,
     resolve_device,
 )
 from luthier.models.partial import places_of
@@ -102,6 +103,7 @@ def check_training(config: RunConfig, text: Text, sizes: Mapping[str, int]) -> N
     or broken shard, a kernel that does not fit the device, targets, rank, layers that the mesh cannot share."""
     tensor, stages = sizes["tensor"], sizes["pipeline"]
     code = config.model.trust_remote_code
+    check_family(text.model_config)
     refuse_training(config, config.adapter.path)
     if config.model.init == "pretrained":
         weight_files(find_folder(config.model.path, code=code))
@@ -201,7 +203,7 @@ def build(
         method.check_length(built.adapter, config.data.reach, limit)
     built.stage.autocast = None if chosen.autocast == "none" else getattr(torch, chosen.autocast)
     if built.world.sizes["tensor"] > 1:
-        cut_tensor(built, config.parallel)
+        cut_tensor(built, config.parallel, stages, tell=train)
     if stages is not None:
         cut_stages(built, stages)
     if train and built.world.sharded:
@@ -323,14 +325,16 @@ def make_updater(config: RunConfig, built: Built) -> Updater:
     """Gradients, clipping, loss scaling and the optimiser over what is trained."""
     check_trained(len(built.trained), built.world)
     master = MasterWeights(built.trained, config.model.master_dtype)
-    heads = getattr(built.model.config, "num_attention_heads", None)
-    width = getattr(built.model.config, "hidden_size", None)
-    head_dim = getattr(built.model.config, "head_dim", None) or (
-        width // heads if heads and width else None
-    )
     names = dict(master.named)
     scales = {name: scale for name, scale in lr_scales(built.model).items() if name in names}
-    optimizer = make_optimizer(master.named, config.optim, config.lr, scales, head_dim=head_dim)
+    optimizer = make_optimizer(
+        master.named,
+        config.optim,
+        config.lr,
+        scales,
+        head_dim=built.head_dim,
+        idle=built.stage.share is not None,
+    )
     half = torch.float16 in (built.dtype, built.stage.autocast)
     # from what was asked for, not from requires_grad: the gate compares the two
     every: dict[str, Parameter] = dict(built.model.named_parameters())
@@ -352,7 +356,7 @@ def make_updater(config: RunConfig, built: Built) -> Updater:
         gate=partial(check_first_gradients, built.model, expected, excused),
         device=built.device,
         router=router_loss(
-            built.model, config.train.router_loss, lambda n: int(built.world.over_stages(n))
+            built.model, config.train.router_loss, built.world.over_stages, built.join
         ),
         world=built.world,
         pipeline=built.pipeline(config.parallel),

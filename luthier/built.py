@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.nn import Parameter
 from transformers import PreTrainedModel
 
@@ -20,6 +21,7 @@ from luthier.adapters import ADAPTERS, adapters_of, whole_parameters
 from luthier.adapters.base import Adapter
 from luthier.adapters.facts import plain
 from luthier.adapters.store import copy_adapter
+from luthier.batch import Batch
 from luthier.config import AdapterConfig, RopeScaling
 from luthier.config_parallel import ParallelConfig
 from luthier.errors import Refused
@@ -34,7 +36,7 @@ from luthier.models.rotary import config_changes
 from luthier.models.sequence import tokens_of
 from luthier.models.stage import Stage, check_shared, decoder_layers, same_stage
 from luthier.parallel.branches import cut_branches
-from luthier.parallel.collectives import Axis
+from luthier.parallel.collectives import Axis, whole_rows
 from luthier.parallel.context import Context
 from luthier.parallel.degrees import check_stages
 from luthier.parallel.pipeline import OneStage, Pipeline, Relay
@@ -71,6 +73,8 @@ class Built:
     sharding: Sharding | None = None
     context: Context | None = None
     tokens: tuple[int, int] = (0, 1)  # which stretch of a row's tokens is here between the layers
+    # what a router gives of these tokens, [B*s, E], -> of all, [B*S, E]
+    join: Callable[[Tensor, Batch], Tensor] | None = None
     full: FullModel | None = None  # how it is written, once that was asked for
 
     def settle(self) -> None:
@@ -105,6 +109,13 @@ class Built:
     def dtype(self) -> torch.dtype:
         """The type of the whole model, which a part of it may not show."""
         return self.model.dtype if self.stage.share is None else self.stage.share.dtype
+
+    @property
+    def head_dim(self) -> int | None:
+        """Size of an attention head, where the family says so."""
+        config = self.model.config
+        heads, width = (getattr(config, n, None) for n in ("num_attention_heads", "hidden_size"))
+        return getattr(config, "head_dim", None) or (width // heads if heads and width else None)
 
     @property
     def kernel(self) -> str:
@@ -163,21 +174,20 @@ def cut(built: Built, parallel: ParallelConfig) -> None:
     )
 
 
-def cut_tensor(built: Built, parallel: ParallelConfig) -> None:
+def cut_tensor(
+    built: Built, parallel: ParallelConfig, stages: StagePlan | None, *, tell: bool = True
+) -> None:
     """Cut the model's layers and vocabulary, and the adapters on them, over the tensor axis of its world; with
-    `parallel.sequence` also the tokens between the layers, where the family can."""
+    `parallel.sequence` also the tokens between the layers of each of the `stages`, where the family can; `tell`:
+    remark where it cannot."""
     model, axis = built.model, Axis.of(built.world)
     found, adapters = cuts_of(model, axis.ranks), adapters_of(model)
     tokens = tokens_of(model, found) if parallel.sequence else None
-    if tokens is not None and built.world.sizes["pipeline"] > 1:
-        tokens = "stages of a pipeline hand whole rows over"
-    if tokens is not None and built.world.sizes["context"] > 1:
-        tokens = "parallel.context shares the tokens of the rows already"
     if isinstance(tokens, str):
         asked = f"parallel.sequence=true for the model family '{model.config.model_type}'"
-        if "sequence" in parallel.model_fields_set:
+        if parallel.sequence is True:
             raise Refused(asked, tokens, "leave parallel.sequence out")
-        built.remarks.append(f"parallel.sequence is off: {tokens}")
+        built.remarks += [f"parallel.sequence is off: {tokens}"] if tell else []
         tokens = None
     with same_stage(built.stage):
         embedding, head = (
@@ -193,19 +203,31 @@ def cut_tensor(built: Built, parallel: ParallelConfig) -> None:
             by_tokens=tokens is not None,
             whole=[found.head] if found.head else [],
         )
-        cut_branches(model, found, adapters, axis)
+        cut_branches(model, found, adapters, axis, by_tokens=tokens is not None)
         built.stage.vocabulary = cut_vocabulary(embedding, head, axis, tied=found.tied)
         by_heads(adapters, axis)
         if tokens is not None:
             layers = list(decoder_layers(model))
-            split_sequence(model, layers, tokens.entries, tokens.shares, axis)
-            built.tokens = (axis.rank, axis.ranks)
+            runs = [layers] if stages is None else stages.runs(model, layers)
+            split_sequence(model, runs, tokens.entries, tokens.shares, axis)
+            built.tokens = axis.rank, axis.ranks
+            for adapter in adapters.values():
+                adapter.tokens = built.tokens
+            built.join = partial(_joined, axis)
         found.settle(model, axis.rank, axis.ranks)
+
+
+def _joined(axis: Axis, x: Tensor, batch: Batch) -> Tensor:
+    rows, width = batch.input_ids.shape
+    return whole_rows(x, axis, (rows, width), shares=False)
 
 
 def share_tokens(built: Built, method: str) -> None:
     """Let the context ranks share each row's tokens; refused where something beside attention looks at several."""
     built.context = Context(built.world, method)
+    for module in built.model.modules():
+        if hasattr(module, "attention_kernel"):
+            vars(module)["across_ranks"] = True  # no operator of a compiled graph
     check_shared(built.stage, built.context.split)
 
 
@@ -227,6 +249,12 @@ class StagePlan:
         self.chunks = [Chunk(i, part, i == 0, i == number - 1) for i, part in enumerate(parts)]
         others = [chunk for chunk in self.chunks if chunk.number % self.ranks != self.here]
         return {layer for chunk in others for layer in chunk.layers}
+
+    def runs(self, model: PreTrainedModel, layers: Sequence[nn.Module]) -> list[list[nn.Module]]:
+        """The `layers` of each stage."""
+        if not self.chunks:
+            self.absent(model)
+        return [[layers[i] for i in chunk.layers] for chunk in self.chunks]
 
     @property
     def leave_out(self) -> LeaveOut | None:

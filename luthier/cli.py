@@ -8,7 +8,9 @@ file's own names. Errors are one paragraph on stderr; `--debug` shows the traceb
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -22,18 +24,19 @@ Command = Callable[[list[str]], Any]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0 done, 2 refused, 1 failed, 130/143 stopped."""
+    """Run one command and return its exit code: 0 done, 2 refused, 1 failed, 130/143 stopped.
+
+    One of several processes ends here after an error (`_end`).
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
     try:
         return _run(words)
     except LuthierError as error:
-        _tell(error, str(error), debug)
-        return error.exit_code
+        return _end(error, str(error), error.exit_code, debug)
     except KeyboardInterrupt as error:
-        _tell(error, "stopped", False)
-        return 130
+        return _end(error, "stopped", 130, False)
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         sys.stderr.close()
         return 0
@@ -42,19 +45,24 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"an unexpected error: {type(error).__name__}: {error}. What was saved before is intact. "
             "Run again with --debug for the traceback."
         )
-        _tell(error, text, debug)
-        return 1
+        return _end(error, text, 1, debug)
 
 
-def _tell(error: BaseException, text: str, debug: bool) -> None:
-    """Show an error, once in a run of several processes."""
-    from luthier.parallel.world import note, tells
+def _end(error: BaseException, text: str, code: int, debug: bool) -> int:
+    """Show an error, once in a run of several processes. One of several leaves at once, so that its launcher ends
+    the others: what would be let go of on the way out may wait for processes that are gone."""
+    from luthier.parallel.world import note, processes, tells
 
     note(error)
     if tells(error):
         if debug:
             traceback.print_exception(error)
         print(f"luthier: {text}", file=sys.stderr, flush=True)
+    if processes() > 1:
+        with contextlib.suppress(OSError, ValueError):  # nobody reads on
+            sys.stdout.flush()
+        os._exit(code)
+    return code
 
 
 def _run(words: list[str]) -> int:

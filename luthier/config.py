@@ -330,6 +330,11 @@ class RunConfig(Section):
                 f"data.format={min(other)} with train.mode=pretrain, which learns text; "
                 "name the field of the text with data.columns.text"
             )
+        if data.pose == "paddlenlp":
+            raise ValueError(
+                "data.pose=paddlenlp takes two chunks of one text, and a row of train.mode=pretrain is cut out of "
+                "many; use data.pose=paper"
+            )
         for key in ("validation_share", "validation_path"):
             if data.split is not None and getattr(data, key):
                 raise ValueError(f"data.split and data.{key} exclude each other; give one")

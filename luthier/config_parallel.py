@@ -34,10 +34,10 @@ class ParallelConfig(Section):
         1,
         description="Processes that share each layer's heads and inner numbers; they read the same rows.",
     )
-    sequence: bool = Field(
-        True,
+    sequence: bool | Literal["auto"] = Field(
+        "auto",
         description="With `tensor`: between the layers a process holds its own tokens of the hidden states, not all "
-        "of them. The result does not depend on it.",
+        "of them. `auto`: where the family and the layout can. The result does not depend on it.",
     )
     context: Degree = Field(
         1, description="Processes that share the tokens of each row; they read the same rows."

@@ -84,14 +84,14 @@ def publish(folder: Path, *, manifest: bool = True) -> Iterator[Path]:
         raise
 
 
-def partial_of(folder: Path) -> Path:
-    """The temporary name of `folder` while it is written."""
-    return folder.with_name(f"{PARTIAL}{folder.name}")
+def partial_of(folder: Path, by: str = "") -> Path:
+    """The temporary name of `folder` while it is written; `by` tells those apart who write it at the same time."""
+    return folder.with_name(f"{PARTIAL}{by}{folder.name}")
 
 
-def begin(folder: Path) -> Path:
+def begin(folder: Path, by: str = "") -> Path:
     """Make the empty temporary folder of `folder`. Raises OSError."""
-    partial = partial_of(folder)
+    partial = partial_of(folder, by)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     return partial
@@ -103,15 +103,15 @@ def flushed(path: Path) -> Entry:
     return {"size": path.stat().st_size, "sha256": sha256(path)}
 
 
-def finish(folder: Path, entries: Mapping[str, Entry] | None) -> None:
+def finish(folder: Path, entries: Mapping[str, Entry] | None, by: str = "") -> None:
     """Give the temporary folder, all of whose files are flushed, its manifest and its name. Raises OSError."""
-    partial = partial_of(folder)
+    partial = partial_of(folder, by)
     if entries is not None:
         write_json(partial / MANIFEST, {"format": 1, "files": dict(sorted(entries.items()))})
     for path in sorted(p for p in partial.rglob("*") if p.is_dir()):
         sync(path)
     sync(partial)
-    old = folder.with_name(f"{PARTIAL}old-{folder.name}")
+    old = folder.with_name(f"{PARTIAL}{by}old-{folder.name}")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.rename(old)

@@ -14,6 +14,7 @@ from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 _PART, _SHARE, _COPY = "luthier_part", "luthier_share", "luthier_copy"  # attributes of tensors
 T = TypeVar("T", bound=Tensor)
@@ -100,6 +101,28 @@ class Piece(Protocol):
 
     def of(self, whole: Tensor, /) -> Tensor: ...
     def whole_shape(self, shape: Sequence[int], /) -> tuple[int, ...]: ...
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """The tokens [B, S/n, ...] that rank `rank` of n `ranks` has of a tensor [B, S, ...] of S = `width`; the last
+    stretch is filled up."""
+
+    width: int
+    rank: int
+    ranks: int
+
+    @property
+    def length(self) -> int:
+        return -(-self.width // self.ranks)
+
+    def of(self, whole: Tensor) -> Tensor:
+        missing = -self.width % self.ranks
+        filled = pad(whole, (0, 0) * (whole.ndim - 2) + (0, missing))
+        return filled.chunk(self.ranks, 1)[self.rank]
+
+    def whole_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        return (shape[0], self.width, *shape[2:])
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,6 @@ def prequantized(model: ModelConfig, asked: QuantizeConfig | None = None) -> Pre
     fields = read_config(folder, code=model.trust_remote_code).get("quantization_config")
     if not fields:
         return None
-    if not isinstance(fields, dict):
-        raise Refused(
-            f"model '{folder}' was asked for",
-            "quantization_config in its config.json is no JSON object",
-            "mend the file",
-        )
     headers: dict[str, dict[str, Any]] = {}
     files: dict[str, Path] = {}
     for file in weight_files(folder):

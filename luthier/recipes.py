@@ -43,7 +43,7 @@ from luthier.errors import Refused
 from luthier.files import PARTIAL, check_writable, write_json, write_text
 from luthier.interop.read import read_config
 from luthier.models.load import resolve_device
-from luthier.parallel.degrees import check_sharding, fit_batch, with_batch
+from luthier.parallel.degrees import check_sharding, fit_batch, with_batch, without_effect
 from luthier.parallel.world import World, note, restarted, speaks, tells
 from luthier.predicted import Prediction
 from luthier.rehearsal import rehearse, wanted
@@ -170,7 +170,7 @@ def _finetune(
     config: RunConfig, recorded: RunConfig, world: World, found: Found, text: Text, data: Data
 ) -> dict[str, Any]:
     output = Path(config.output)
-    remarks = list(found.remarks)
+    remarks = [*found.remarks, *without_effect(config.parallel, world.sizes)]
     for dataset in (data.train, data.dev):
         if dataset is not None:
             ledger = dataset.sample if isinstance(dataset, LazyDataset) else dataset.ledger

@@ -2,9 +2,9 @@
 
 README and docs/reference/families.md: the support table of tests/conformance/results.json.
 docs/reference: config.md and config.schema.json from luthier/config.py, paddlenlp.md from its table. The
-tables in docs/tasks/packing.md, adapters.md, quantize.md, long-documents.md and speed.md from benchmarks/packing,
-methods, quantize, attention_cost and speed; that in several-devices.md by layout_table.py. `--check` writes nothing and fails when a file
-is not what the code says; CI runs that.
+tables in docs/tasks/packing.md, adapters.md, quantize.md, long-documents.md, pretrain.md and speed.md from benchmarks/packing,
+methods, quantize, attention_cost, pretraining and speed; that in several-devices.md by layout_table.py. `--check` writes
+nothing and fails when a file is not what the code says; CI runs that.
 """
 
 import argparse
@@ -29,6 +29,12 @@ COSTS = ROOT / "benchmarks" / "attention_cost" / "results"
 COST_MARKS = (
     "<!-- attention table: python scripts/reference.py -->",
     "<!-- end of attention table -->",
+)
+PRETRAINING = ROOT / "docs" / "tasks" / "pretrain.md"
+FALLING = ROOT / "benchmarks" / "pretraining" / "results"
+FALLING_MARKS = (
+    "<!-- pretraining table: python scripts/reference.py -->",
+    "<!-- end of pretraining table -->",
 )
 METHODS = ROOT / "benchmarks" / "methods" / "results"
 SPEED = ROOT / "docs" / "tasks" / "speed.md"
@@ -59,6 +65,7 @@ SUPPORT_MARKS = (
 )
 # column -> the checks of tests/conformance that it needs
 COLUMNS = {
+    "pretrain": ("pretrain_run", "packed"),
     "full": ("packed", "padded", "recomputed", "saved", "full_run"),
     "LoRA": ("lora_gradients", "lora_run", "lora", "dora", "pissa", "mixer"),
     "other adapters": (
@@ -81,6 +88,8 @@ FAMILIES = """\
 
 Made by `scripts/reference.py` from `tests/conformance/results.json`, which `make support` writes; do not edit. Each
 row is a tiny random model, each cell what became of the checks of `tests/conformance` that are named below.
+`chatglm`, `chatglm2` (ChatGLM3 too), `glm_legacy` (the GLM that fills blanks) and `qwen` (the first generation) are the
+[families that transformers lacks](../tasks/chatglm-glm-qwen.md); `glm` and `glm4` are GLM-4.
 
 """
 MARKS = ("<!-- packing table: python scripts/reference.py -->", "<!-- end of packing table -->")
@@ -238,27 +247,19 @@ def _errors(path: Path) -> str:
 
 def long_documents() -> str:
     """The page with the tables of what attention costs between its marks; one table per results file."""
-    return _between(LONG, COST_MARKS, [_cost(path) for path in sorted(COSTS.glob("*.json"))])
+    return _tables(LONG, COST_MARKS, COSTS)
 
 
-def _cost(path: Path) -> str:
-    found = json.loads(path.read_text("utf-8"))
-    config, tables = found["config"], found["tables"]
-    names = list(tables)
-    lines = [f"| row, tokens | {' | '.join(names)} |", "|---" * (1 + len(names)) + "|"]
-    for width in tables["packed"]:
-        cells = (tables[name].get(width) for name in names)
-        shown = ("" if c is None else f"{c['us_per_token']:.1f}" for c in cells)
-        lines.append(f"| {int(width):,} | {' | '.join(shown)} |")
-    lines += [
-        "",
-        f"Microseconds per token of one layer's attention, forward and backward, {config['tokens']:,} tokens in all; "
-        f"{config['heads']} heads of {config['head_dim']} over {config['kv_heads']} of keys, {config['dtype']} on "
-        f"{found['device']}, {found['threads']} thread(s), torch {found['versions']['torch']}. `packed`: documents of "
-        f"{config['document']} tokens on average; these rows lie within {found['spread']:.1%} of each other. "
-        f"`benchmarks/attention_cost/results/{path.name}`.",
-    ]
-    return "\n".join(lines) + "\n"
+def pretraining() -> str:
+    """The page with the falling losses between its marks; one table per results file."""
+    return _tables(PRETRAINING, FALLING_MARKS, FALLING)
+
+
+def _tables(page: Path, marks: tuple[str, str], results: Path) -> str:
+    """A page with one table per results file of a benchmark, by the benchmark's own `table`."""
+    table = runpy.run_path(str(results.parent / "table.py"))["table"]
+    paths = sorted(results.glob("*.json"))
+    return _between(page, marks, [table(json.loads(p.read_text("utf-8")), p.name) for p in paths])
 
 
 def speed() -> str:
@@ -375,6 +376,7 @@ def main() -> int:
         README: _between(README, SUPPORT_MARKS, [support()]),
         FOLDER / "families.md": families(),
         LONG: long_documents(),
+        PRETRAINING: pretraining(),
         PLANNING: planning(),
         LAYOUTS["PAGE"]: LAYOUTS["page"](),
         SPEED: speed(),

@@ -345,7 +345,7 @@ def weights_of_another_shape(s: Scene) -> list[str]:
     return _retensored(s, lambda t: t.update({"model.norm.weight": torch.ones(7)}))
 
 
-@case("'gptj'", "attention interface", "deepseek_v3")
+@case("'gptj'", "attention interface", "nearest family that is tested is gpt_neox", "deepseek_v3")
 def family_without_support(s: Scene) -> list[str]:
     model = s.spoiled_model()
     (model / "config.json").write_text(json.dumps({"model_type": "gptj", "vocab_size": 320}))

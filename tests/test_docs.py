@@ -4,7 +4,8 @@ Each page has a folder of its own with a tiny model under the name of a real one
 blocks are taken from top to bottom: `console` blocks run line by line (what is shown below a command must be
 its output, `...` stands for anything), `python` blocks are executed, `yaml` blocks are read as configs. HTML
 comments do what a reader need not see: `<!-- run: COMMAND -->`, and `<!-- file: NAME -->` before a block, or
-`<!-- file: NAME` with the content inside. No other kind of block but `text` may stand in a page.
+`<!-- file: NAME` with the content inside. No other kind of block but `text` may stand in a page. The processes of
+`--nproc` are forked from one that has imported all; the launcher itself is tests/parallel/test_launching.py's.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +105,23 @@ def sandbox(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     (tmp_path / "alpaca.json").write_text(json.dumps(alpaca))
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def forked(sandbox: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place of the launcher: starting Python and importing all takes ten times as long as what a page shows."""
+    monkeypatch.syspath_prepend(str(ROOT / "tests/parallel"))
+    from killed_ranks import Ranks  # pyright: ignore[reportMissingImports]
+
+    started = count()
+
+    def launch(words: list[str], processes: int, *_: Any, **__: Any) -> int:
+        run = Ranks(list(words), processes, sandbox, next(started))
+        codes = run.wait()
+        print(run.text())
+        return next((code for code in codes if code), 0) or 0
+
+    monkeypatch.setattr("luthier.parallel.launch.launch", launch)
 
 
 def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -257,6 +276,7 @@ def does_something(path: Path) -> bool:
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft's
+@pytest.mark.usefixtures("forked")
 @pytest.mark.parametrize("page", list(filter(does_something, PAGES)), ids=name_of)
 def test_a_page_does_what_it_says(
     page: Path, sandbox: Path, capsys: pytest.CaptureFixture[str]

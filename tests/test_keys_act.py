@@ -206,7 +206,7 @@ def by_tokens(tree: Tree) -> bool:
         done = {name: stack.enter_context(patch.object(luthier.built, name)) for name in names}
         stack.enter_context(patch.object(luthier.built, "same_stage", contextlib.nullcontext))
         stack.enter_context(patch.object(Axis, "of", return_value=Axis(None, 0, 2)))
-        luthier.built.cut_tensor(made, config.parallel)
+        luthier.built.cut_tensor(made, config.parallel, None)
     return done["split_sequence"].called
 
 

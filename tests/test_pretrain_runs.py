@@ -214,14 +214,3 @@ def test_tokens_of_another_vocabulary(scratch: Scratch, tmp_path: Path) -> None:
     with pytest.raises(Refused, match="another tokenizer made them"):
         finetune(tree)
     assert not Path(tree["output"]).exists()
-
-
-def test_a_model_of_two_position_axes_is_refused(scratch: Scratch) -> None:
-    from luthier.data.corpus_open import prepare_corpus
-    from luthier.data.encode import Renderer
-
-    class TwoAxes(Renderer):
-        positions = staticmethod(lambda ids: ids)  # pyright: ignore[reportAssignmentType]
-
-    with pytest.raises(Refused, match=r"data\.overlong=split.*data\.blanks=mixed"):
-        prepare_corpus(resolved(scratch()).config, TwoAxes(tiny_tokenizer_()), "train")

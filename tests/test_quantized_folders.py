@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_runs import tiny_config, write_data
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import luthier
 from luthier.cli import main
@@ -259,7 +259,7 @@ def test_a_layer_without_scales_is_refused_before_work(
     tensors = load_file(folder / "model.safetensors")
     del tensors[f"{Q_PROJ}.weight.absmax"]
     save_file(tensors, folder / "model.safetensors")
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", None)
     with pytest.raises(Refused, match=r"q_proj\.weight\.absmax: it is missing"):
         run_on(folder, tmp_path)
     with pytest.raises(Refused, match="it is missing"):
@@ -273,7 +273,7 @@ def test_a_layer_of_another_shape_is_refused_before_work(
     folder = make("int8")
     fields = json.loads((folder / "config.json").read_text("utf-8"))
     (folder / "config.json").write_text(json.dumps(fields | {"intermediate_size": 48}))
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", None)
     with pytest.raises(Refused, match=r"_proj\.weight: its shape is \[\d+, \d+\], layer"):
         run_on(folder, tmp_path)
 
@@ -285,6 +285,9 @@ def test_other_methods_are_refused_by_name(method: str, make: Any) -> None:
     fields["quantization_config"] = {"quant_method": method, "bits": 4}
     (folder / "config.json").write_text(json.dumps(fields))
     with pytest.raises(Refused, match=rf"not read here \({method}\)"):
+        luthier.load(folder)
+    (folder / "config.json").write_text(json.dumps(fields | {"quantization_config": ["int8"]}))
+    with pytest.raises(Refused, match="no JSON object"):
         luthier.load(folder)
 
 
@@ -327,7 +330,7 @@ def test_what_a_quantised_folder_cannot_do(keys: Any, said: str, make: Any, tmp_
 def test_bad_input_is_refused_before_weights_are_read(
     section: Any, said: str, model_folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", None)
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").touch()
     config: dict[str, Any] = {"quantize": {"weights": "nf4"}, "output": str(tmp_path / "o")}

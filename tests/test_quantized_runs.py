@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_runs import copy_model, tiny_config, write_data
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import luthier
 from luthier.adapters import fold_into
@@ -216,8 +216,7 @@ print(peak() - before, sum(p.numel() * p.element_size() for p in model.parameter
     grown, stored = map(float, done.stdout.split())
     size = (tmp_path / "large" / "model.safetensors").stat().st_size / 2**20
     assert size > 300 and stored < size / 5
-    # the file is mapped, and the kernel may keep some of its pages
-    assert grown < stored + size / 3, (grown, stored, size)
+    assert grown < stored + size / 10, (grown, stored, size)
 
 
 def _llama(folder: Path, width: int, layers: int) -> None:
@@ -233,7 +232,7 @@ def _llama(folder: Path, width: int, layers: int) -> None:
     [
         ({"adapter__method": None, "adapter__rank": None}, "full fine-tuning of a quantised base"),
         ({"quantize__block_size": 48}, "block sizes are 32"),
-        ({"quantize__weights": "int4", "quantize__block_size": 48}, "does not divide the 64 inputs"),
+        ({"quantize__weights": "int4", "quantize__block_size": 48}, "for layer 'model.*does not divide the 64 inputs"),
         ({"quantize__modules": "embed_tokens"}, r"quantize.modules 'embed_tokens'.*\(Embedding\)"),
         ({"quantize__modules": "q_prj"}, "did you mean 'q_proj'"),
         ({"quantize__modules": []}, "leaves no layer to quantise"),
@@ -242,7 +241,7 @@ def _llama(folder: Path, width: int, layers: int) -> None:
     ],
 )  # fmt: skip
 def test_refused_before_weights_are_read(make, tmp_path, monkeypatch, keys, said):
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", None)
     with pytest.raises(Refused, match=said):
         luthier.finetune(make(**keys))
     assert not (tmp_path / "run").exists()

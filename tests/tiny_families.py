@@ -170,6 +170,19 @@ MORE: dict[str, dict[str, Any]] = {
     "smollm3": {"no_rope_layers": [1, 0], **_UNTIED},
     "starcoder2": {},
 }
+# whole configs among these
+MORE_OTHERS: dict[str, dict[str, Any]] = {
+    "mpt": {
+        **_IDS,
+        "d_model": 72,
+        "n_layers": 2,
+        "n_heads": 6,
+        "max_seq_len": 256,
+        "initializer_range": 0.1,
+        "attn_config": {"clip_qkv": 1.5},
+    },
+}
+MORE |= MORE_OTHERS
 # rates of dropout beside attention_dropout
 RATES = {
     "gpt2": ("resid_pdrop", "embd_pdrop", "attn_pdrop"),
@@ -194,6 +207,9 @@ def config_keys(family: str, dropout: float = 0.0) -> dict[str, Any]:
     if family in ZOO_CONFIGS:
         rates = (*ZOO_RATES.get(family, ()), "attention_dropout")
         return {**ZOO_CONFIGS[family], **dict.fromkeys(rates, dropout)}
-    keys = OTHERS[family] if family in OTHERS else {**DECODER, **{**DECODERS, **MORE}[family]}
+    whole = {**OTHERS, **MORE_OTHERS}
+    keys = whole[family] if family in whole else {**DECODER, **{**DECODERS, **MORE}[family]}
+    if family == "mpt":
+        return keys  # its rate is a whole number: there is none
     rates = ("attention_dropout", *RATES.get(model_type(family), ()))
     return {**keys, **dict.fromkeys(rates, dropout)}

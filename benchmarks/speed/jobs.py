@@ -33,7 +33,9 @@ def measure(
         say(f"making a random model of {shape['num_hidden_layers']} layers")
         dtype = getattr(torch, args.dtype)
         settings["model"] = random_model(folder / "base", args.model, shape, dtype)
-        settings |= {"length": 1024, "batch": 4, "micro_batch": 4}  # 4,096 tokens a step
+        # 4,096 tokens a step, by default a row at a time: of what four at once keep for the backward, a base in few
+        # bits saves nothing
+        settings |= {"length": 1024, "batch": 4}
         model_name = f"random Llama of 1B's shape, {shape['num_hidden_layers']} layers"
     work = make(folder / "rows", kind, settings, ())
     config = Shape.of(AutoConfig.from_pretrained(settings["model"]))
@@ -53,6 +55,7 @@ def measure(
         "model": model_name,
         "length": settings["length"],
         "batch": settings["batch"],
+        "micro_batch": settings["micro_batch"],
         "lr": settings["lr"],
         "tokens_per_step": work.tokens,
         "supervised_per_step": work.supervised,

@@ -23,9 +23,11 @@ def page(found: dict[str, Any], file: str) -> str:
 
 
 def _job(found: dict[str, Any], job: dict[str, Any]) -> str:
-    config = found["config"]
+    config, size = found["config"], job["batch"]
+    together = job.get("micro_batch", size)  # older files tell it where it is all
+    rows = f"{size} a step" if together == size else f"{size} a step, {together} at a time"
     lines = [
-        f"{JOBS[job['job']]}: {job['model']}, {config['dtype']}, rows of {job['length']:,} tokens, {job['batch']} a step",
+        f"{JOBS[job['job']]}: {job['model']}, {config['dtype']}, rows of {job['length']:,} tokens, {rows}",
         "",
         "| | real tokens/s | Luthier is faster by | of the product limit | step, s | peak memory, GB (loaded) | first step after, s | loss at steps 1, 4, 8 |",
         "|---" * 8 + "|",

@@ -27,7 +27,7 @@ from luthier.batch import current_layout
 from luthier.config import AdapterConfig
 from luthier.errors import Failed, Refused
 from luthier.layers import dense_weight, features, is_double, is_linear, is_transposed
-from luthier.parts import Part, both
+from luthier.parts import Part, Stretch, both
 from luthier.registry import Registry
 from luthier.stacks import linear_of
 
@@ -114,6 +114,9 @@ class Adapter(nn.Module):
 
     beside: Beside | None = None
     """What of the update a rank adds to its part of the layer, where the update is whole."""
+
+    tokens: tuple[int, int] = (0, 1)
+    """Which stretch of a row's tokens a rank's whole layers see, where these are cut between the layers."""
 
     heads_here: Part | None = None
     """What of the heads of keys and values [P, K, D] a rank's attention has (`by_heads`)."""
@@ -264,17 +267,20 @@ class Adapter(nn.Module):
             return F.dropout(x, p)
         batch, width = layout.shape
         flat = x.shape[0] != batch
-        if flat and x.shape[0] != batch * width:
+        stretch = Stretch(width, *self.tokens)
+        length = x.shape[0] / batch if flat else x.shape[1]
+        if flat and length not in (width, stretch.length):
             raise Failed(
                 f"adapter.dropout={p} on layer '{self.name}'",
                 f"the model regroups the tokens before it ({x.shape[0]} of {batch * width})",
                 "set adapter.dropout=0, or leave this layer out of adapter.targets",
             )
-        x = x.unflatten(0, (batch, width)) if flat else x
+        x = x.unflatten(0, (batch, -1)) if flat else x
         rows = layout.rows or tuple(range(batch))
         part = self.entering
         if part is not None and x.shape[-1] == sum(part.sizes):
             part = None  # gathered for an update that is whole
+        part = both(part, stretch if length == stretch.length != width else None)
         part = both(part, layout.share)
         name = f"{self.name}.adapter"
         x = seeding.dropout(x, p, seed=self.seed, name=name, rows=rows, part=part)

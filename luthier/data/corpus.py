@@ -16,16 +16,25 @@ import numpy as np
 from luthier.batch import IGNORE
 from luthier.config import RunConfig
 from luthier.data.blocks import Drawn, FilePart, Mixture, Span, TextPart
+from luthier.data.encode import Positions, Renderer
 from luthier.data.indexed import TokenFile
 from luthier.data.ledger import Ledger
+from luthier.data.pose import pose_of
 from luthier.data.shards import Shards
 from luthier.data.sources import Split
 from luthier.data.streaming import Row, Step
 from luthier.errors import Failed
 
+LOOKED = 64  # rows with blanks that are counted to tell how long they are
+
 
 class Corpus:
-    """The rows of one split. `lazy`: shards are still being made, and the number of rows is not known."""
+    """The rows of one split. `lazy`: shards are still being made, and the number of rows is not known.
+
+    In families with two position axes a row is one text in their form, made of a run of tokens by
+    `Renderer.piece`; `positions` are those of such a row. A row takes `length` tokens of the text, and has
+    `width` at most.
+    """
 
     def __init__(
         self,
@@ -35,9 +44,13 @@ class Corpus:
         vocab_size: int,
         ledger: Ledger,
         shards: Shards | None,
+        renderer: Renderer,
     ) -> None:
         self.split, self.parts, self.ledger, self.shards = split, parts, ledger, shards
-        self.length, self.borders = config.data.length, config.data.borders
+        self.borders = config.data.borders
+        self.positions: Positions | None = renderer.positions
+        self._renderer = None if self.positions is None else renderer
+        self.length, self.width = run_length(renderer), config.data.length
         self.lazy = config.data.lazy and split == "train"
         self.vocab_size = vocab_size
         seed = config.train.seed
@@ -45,13 +58,17 @@ class Corpus:
         self._in_order = [Drawn(part, p, seed, shuffle=False) for p, part in enumerate(parts)]
         names, weights = [part.name for part in parts], [part.weight for part in parts]
         self.mixture = Mixture(names, weights, seed)
+        # of training rows alone: evaluation has ordinary positions
+        self._pose = pose_of(config.data, seed) if split == "train" else None
         self._booked: set[tuple[int, int]] = set()  # shards whose ledger is in ours
 
     @property
     def fingerprint(self) -> str:
         """What must be equal for row n to be the same."""
         keys = [f"{part.key[:16]} (weight {part.weight:g})" for part in self.parts]
-        return f"rows of {self.length} tokens of {', '.join(keys)}"
+        blanks = self._renderer and self._renderer.blanks
+        form = f" with blanks ({blanks.kind})" if blanks else ""
+        return f"rows of {self.length} tokens{form} of {', '.join(keys)}"
 
     @property
     def num_rows(self) -> int | None:
@@ -63,6 +80,10 @@ class Corpus:
         """Mean tokens of a row; while shards are being made, those of a full one."""
         if self.lazy:
             return float(self.length)
+        if self._renderer is not None:  # as long as their blanks make them
+            total = self.num_rows or 0
+            some = np.linspace(0, total - 1, min(LOOKED, total)).astype(np.int64)
+            return float(np.mean([len(self.row_in_order(int(n))[0][0]) for n in some]))
         spans = [s for part in self.parts for s in _spans(part) if s.num_rows(self.length)]
         rows = [span.num_rows(self.length) for span in spans]
         # each row but the last of a span shares a token with the next
@@ -72,14 +93,15 @@ class Corpus:
     def row(self, n: int) -> Row:
         """Row n of the run, as its documents."""
         part, before = self.mixture.place(n)
-        return self._read(*self.drawn[part].place(before))
+        return self._read(*self.drawn[part].place(before), n)
 
     def row_in_order(self, n: int) -> Row:
         """Row n of all parts as they lie, one after the other."""
+        rest = n
         for drawn in self._in_order:
-            if n < drawn.count():
-                return self._read(*drawn.place(n))
-            n -= drawn.count()
+            if rest < drawn.count():
+                return self._read(*drawn.place(rest), n)
+            rest -= drawn.count()
         raise IndexError(n)
 
     def epoch(self, n: int) -> int:
@@ -114,15 +136,24 @@ class Corpus:
         if self.shards is not None:
             self.shards.close()
 
-    def _read(self, span: Span, number: int) -> Row:
+    def _read(self, span: Span, number: int, n: int) -> Row:
+        """Row `number` of a span, which is row n of the run: what PoSE draws is new in each epoch."""
         start, stop = span.row(number, self.length)
         ids = span.file.tokens[start:stop].astype(np.int64)
         check_ids(span.file, ids, start, self.vocab_size)
+        if self._renderer is not None:
+            # a row's first token has been in the row before it; here it would be trained again
+            made = self._renderer.piece(ids[1 if number else 0 :].tolist())
+            return [(made.input_ids.astype(np.int64), made.labels)]
         pieces = [ids]
         if self.borders == "keep":
             cuts = [at - start for at in span.file.borders(start, stop)]
             pieces = np.split(ids, cuts)
-        return [(piece, np.append(piece[1:], IGNORE)) for piece in pieces]
+        row = [(piece, np.append(piece[1:], IGNORE)) for piece in pieces]
+        if self._pose is None:
+            return row
+        places = [self._pose.places(len(ids), n, i) for i, (ids, _) in enumerate(row)]
+        return [(*document, place) for document, place in zip(row, places, strict=True)]
 
 
 class Steps:
@@ -154,7 +185,12 @@ class Steps:
         """Rows, tokens and slots of an epoch."""
         rows = self.num_rows or 0
         tokens = round(rows * self.corpus.tokens_per_row)
-        return {"rows": rows, "tokens": tokens, "slots": rows * self.corpus.length}
+        return {"rows": rows, "tokens": tokens, "slots": rows * self.corpus.width}
+
+
+def run_length(renderer: Renderer) -> int:
+    """Tokens of the text in a row, the one that it shares with the row before it among them."""
+    return renderer.length if renderer.positions is None else renderer.piece_size
 
 
 def _spans(part: FilePart | TextPart) -> list[Span]:

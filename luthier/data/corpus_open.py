@@ -14,7 +14,7 @@ import numpy as np
 
 from luthier.config import DataPart, RunConfig
 from luthier.data.blocks import FilePart, Span, TextPart, first_blocks
-from luthier.data.corpus import Corpus, check_ids
+from luthier.data.corpus import Corpus, check_ids, run_length
 from luthier.data.dataset import Encoder, Progress, open_rows
 from luthier.data.encode import Renderer
 from luthier.data.indexed import TokenFile, find_prefixes, read_facts
@@ -36,12 +36,12 @@ def prepare_corpus(
     """The corpus of `split`; None where the data has no such part. Text is tokenised now, or with `data.lazy`
     by a thread that has made the first shards when this returns. Raises Refused for data that cannot be
     trained."""
-    if renderer.positions is not None:
+    if renderer.positions is not None and config.data.borders == "keep":
         raise Refused(
-            "train.mode=pretrain with a model of two position axes (ChatGLM, GLM)",
-            "its documents begin with special tokens that a row cut out of the middle has not",
-            "give train.mode=sft with data.format=text and data.overlong=split, which repeats them "
-            "(data.blanks=mixed makes GLM's blanks in each piece)",
+            "train.mode=pretrain with data.borders=keep and a model of two position axes (ChatGLM, GLM)",
+            "a row of such a model is one text, with its special tokens and blanks around",
+            "give data.borders=ignore; or train.mode=sft with data.format=text and data.overlong=split, "
+            "where each document is a text of its own",
         )
     files, texts = _given(config, split)
     vocab_size = max(renderer.tokens.tokenizer.get_vocab().values()) + 1
@@ -53,18 +53,18 @@ def prepare_corpus(
         ledger.note(note)
     parts: list[FilePart | TextPart] = []
     for part in files:
-        made = _file_part(config, part, split, renderer.tokens, vocab_size, ledger)
+        made = _file_part(config, part, split, renderer, vocab_size, ledger)
         parts += [made] if made else []
     shards = None
     if source is not None:
         shards = _shards(config, renderer, source, split)
         made = [
-            TextPart(p.weight, shards, n, config.data.length) for n, p in enumerate(source.parts)
+            TextPart(p.weight, shards, n, run_length(renderer)) for n, p in enumerate(source.parts)
         ]
         parts += [part for part in made if part.num_blocks]
     if not parts:
         return None
-    corpus = Corpus(split, parts, config, vocab_size, ledger, shards)
+    corpus = Corpus(split, parts, config, vocab_size, ledger, shards, renderer)
     try:
         _start(corpus, progress)
     except BaseException:
@@ -100,6 +100,10 @@ def _start(corpus: Corpus, progress: Progress | None) -> None:
             )
     if corpus.borders == "ignore":
         corpus.ledger.note("data.borders=ignore: tokens see the documents before theirs in the row")
+    if corpus.positions is not None:
+        corpus.ledger.note(
+            f"each row is one text of at most {corpus.length} tokens, in the form of its family"
+        )
 
 
 def _given(config: RunConfig, split: Split) -> tuple[list[DataPart], tuple[DataPart, ...]]:
@@ -164,13 +168,13 @@ def _file_part(
     config: RunConfig,
     given: DataPart,
     split: Split,
-    tokens: Tokens,
+    renderer: Renderer,
     vocab_size: int,
     ledger: Ledger,
 ) -> FilePart | None:
     """Token files as a part, checked against the model's tokenizer and booked; None where the split has
     none of their documents."""
-    spans = []
+    spans, tokens = [], renderer.tokens
     for prefix in find_prefixes(Path(given.path).expanduser()):
         file = TokenFile(prefix)
         check_made_by(prefix, read_facts(prefix), tokens.fingerprint)
@@ -181,7 +185,7 @@ def _file_part(
         if last > first:
             spans.append(Span(file, file.start(first), file.start(last)))
             _book_file(file, first, last, tokens, ledger)
-    return FilePart(given.path, given.weight, spans, config.data.length) if spans else None
+    return FilePart(given.path, given.weight, spans, run_length(renderer)) if spans else None
 
 
 def _look_at_ids(file: TokenFile, vocab_size: int) -> None:
@@ -222,6 +226,9 @@ def _shards(config: RunConfig, renderer: Renderer, source: Source, split: Split)
     """The shards of all sources of text; with `data.lazy` they begin to be made."""
     whole = copy.copy(renderer)
     whole.length = sys.maxsize  # a document is tokenised as one, and cut into rows where it is read
+    if renderer.positions is not None:  # what is around a text, and its blanks, come with the row
+        whole.blanks, whole.tokens = None, copy.copy(renderer.tokens)
+        whole.tokens.opening = []
     if whole.tokens.end is None:
         raise Refused(
             "train.mode=pretrain",
@@ -238,6 +245,6 @@ def _shards(config: RunConfig, renderer: Renderer, source: Source, split: Split)
         rows = np.arange(raw, raw + part.num_rows)
         if source.selection is not None:
             rows = source.selection[begin : begin + size]
-        plans.append(plan_shards(cache, part, begin, rows - raw, data.columns, whole.tokens))
+        plans.append(plan_shards(cache, part, begin, rows - raw, data.columns, renderer.tokens))
         begin, raw = begin + size, raw + part.num_rows
     return Shards(plans, encoder, split, data.workers)

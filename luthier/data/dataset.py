@@ -43,6 +43,18 @@ class Outcome:
     examples: tuple[Example, ...] = ()
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """What some rows became, as a few arrays: so they go quickly from process to process."""
+
+    ledger: Ledger
+    ids: np.ndarray  # int32 [T]
+    labels: np.ndarray  # int32 [T]
+    lengths: np.ndarray  # int64 [N], tokens of each example
+    rows: np.ndarray  # int64 [N], ascending
+    positions: np.ndarray | None  # int32 [T] where they are not 0, 1, ...
+
+
 class Encoder:
     """Row index -> `Outcome`. Picklable, and without state: the order of calls does not matter."""
 
@@ -62,6 +74,23 @@ class Encoder:
 
     def __call__(self, indices: Iterable[int]) -> list[Outcome]:
         return [self.outcome(int(i)) for i in indices]
+
+    def together(self, indices: Iterable[int]) -> Encoded:
+        """The rows of `indices`, booked in a ledger of their own."""
+        outcomes = self(indices)
+        ledger = Ledger("train", "")  # its name is that of the ledger it is merged into
+        for outcome in outcomes:
+            ledger.add(outcome.record)
+        found = [(e, o.record.row) for o in outcomes for e in o.examples]
+        lengths = np.array([len(e.input_ids) for e, _ in found], dtype=np.int64)
+        ids, labels = (
+            np.concatenate([np.zeros(0, np.int32), *arrays], dtype=np.int32, casting="same_kind")
+            for arrays in ([e.input_ids for e, _ in found], [e.labels for e, _ in found])
+        )
+        skipping = [e.positions for e, _ in found if e.positions is not None]
+        positions = np.concatenate(skipping) if skipping else None
+        rows = np.array([row for _, row in found], dtype=np.int64)
+        return Encoded(ledger, ids, labels, lengths, rows, positions)
 
     def outcome(self, index: int) -> Outcome:
         place = self.source.name
@@ -258,38 +287,37 @@ def _read(
 ) -> Dataset:
     """Encode all rows into memory."""
     total = len(encoder.source)
-    ids, labels, rows, positions = [], [], [], []
-    for outcomes in _encoded(encoder, total, workers):
-        for outcome in outcomes:
-            ledger.add(outcome.record)
-            for example in outcome.examples:
-                ids.append(example.input_ids.astype(np.int32))
-                labels.append(example.labels.astype(np.int32))
-                rows.append(outcome.record.row)
-                positions += [] if example.positions is None else [example.positions]
+    parts: list[Encoded] = []
+    for part in _encoded(encoder, total, workers):
+        ledger.merge(part.ledger)
+        parts.append(part)
         if ledger.rows["invalid"]:
             break  # it is going to be refused: do not let the user wait for the rest
         if progress:
             progress(ledger.num_rows, total)
     ledger.check(training=split == "train")
     ledger.reconcile(total)
-    offsets = np.cumsum([0, *map(len, ids)])
-    arrays = (np.concatenate(ids), np.concatenate(labels), offsets, np.array(rows))
+    ids, labels, lengths, rows = (
+        np.concatenate([getattr(part, name) for part in parts])
+        for name in ("ids", "labels", "lengths", "rows")
+    )
+    offsets = np.append(0, np.cumsum(lengths))
+    positions = [part.positions for part in parts if part.positions is not None]
     skipping = np.concatenate(positions) if positions else None
-    return Dataset(split, encoder, ledger, *arrays, skipping)
+    return Dataset(split, encoder, ledger, ids, labels, offsets, rows, skipping)
 
 
-def _encoded(encoder: Encoder, total: int, workers: int) -> Iterator[list[Outcome]]:
+def _encoded(encoder: Encoder, total: int, workers: int) -> Iterator[Encoded]:
     """All rows in order: in this process while that is quick, the rest in `workers` processes."""
     chunks = [range(i, min(i + CHUNK_ROWS, total)) for i in range(0, total, CHUNK_ROWS)]
     begin = time.perf_counter()
     for done, chunk in enumerate(chunks):
         rest = (time.perf_counter() - begin) / max(done, 1) * (len(chunks) - done)
         if workers and rest > WORTH_SECONDS:
-            with Workers(encoder, workers) as pool:
+            with Workers(encoder.together, workers) as pool:
                 yield from pool.encode(chunks[done:])
             return
-        yield encoder(chunk)
+        yield encoder.together(chunk)
 
 
 def open_rows(config: RunConfig, split: Split) -> tuple[Source | None, list[str]]:

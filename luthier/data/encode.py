@@ -186,7 +186,7 @@ class Renderer:
         """Whether the last supervised token is a stop token."""
         trained = example.labels[example.labels != IGNORE]
         last = trained[-1:] if self.marks is None else trained[-2:]  # a line end may follow
-        return bool(np.isin(last, self.stop_ids).any())
+        return any(token in self.stop_ids for token in last.tolist())
 
     def _conversation(self, messages: Sequence[Message]) -> Conversation:
         conversation = _conversation(messages)
@@ -216,6 +216,23 @@ class Renderer:
         """The example of a text that is learnt as a whole: ids that begin with `tokens.opening`."""
         opening = len(self.tokens.opening)
         return self._example(Rendered((Round(ids[:opening], ids[opening:]),), [], [], cut), "")
+
+    def piece(self, ids: Ids) -> Example:
+        """The example of a run of tokens out of a text, in families with two axes: behind their opening, or with
+        blanks. What stands for a blank or opens an answer, written in the text itself, is left out."""
+        own = {*self.tokens.opening, *self.tokens.tokenizer.blank_ids} - {self.tokens.eos}
+        ids = [i for i in ids if i not in own] or self.tokens.ended("")
+        rounds = (Round(self.tokens.opening, ids),)
+        if self.blanks is not None:
+            rounds = self.blanks.rounds(ids)
+        return self._example(Rendered(rounds, [], []), "")
+
+    @property
+    def piece_size(self) -> int:
+        """The most tokens of a run whose `piece` has `length`."""
+        if self.blanks is not None:
+            return self.blanks.room(self.length)
+        return self.length - len(self.tokens.opening)
 
     def _encode_blanks(self, blanks: Blanks, ids: Ids) -> list[Example]:
         """Pieces of a text, with blanks that are a function of each piece alone."""
@@ -291,26 +308,29 @@ class Renderer:
 
     def _example(self, rendered: Rendered, note: str) -> Example:
         ids: Ids = list(rendered.head)
-        trained = [False] * len(ids)
+        spans: list[slice] = []  # of trained tokens
         for part in rendered.rounds:
-            ids += part.prompt + part.answer
-            before = min(self.tokens.trained_before, len(part.prompt))
-            trained += [False] * (len(part.prompt) - before)
-            trained += [part.supervised] * (before + len(part.answer))
+            begin = len(ids) + max(len(part.prompt) - self.tokens.trained_before, 0)
+            ids += part.prompt
+            ids += part.answer
+            if part.supervised:
+                spans.append(slice(begin, len(ids)))
         if rendered.tail and len(ids) + len(rendered.tail) <= self.length:
             ids += rendered.tail
-            trained += [False] * len(rendered.tail)
         if ids[:2] == [self.tokens.bos] * 2 and self.tokens.bos is not None:
             raise BadRow(
                 f"it begins with two {self.tokens.tokenizer.bos_token}: the text or the template "
                 "already holds the one that the tokenizer puts in front"
             )
-        if self.marks is not None:
-            trained = [a or b for a, b in zip(trained, self.marks(ids), strict=True)]
         tokens = np.asarray(ids, dtype=np.int32)
-        labels = np.full(len(ids), IGNORE, dtype=np.int64)
-        labels[:-1] = np.where(trained[1:], tokens[1:], IGNORE)
-        if not (labels != IGNORE).any():
+        following = np.full(len(ids), IGNORE, dtype=np.int64)  # each token as a label of its own
+        for span in spans:
+            following[span] = tokens[span]
+        if self.marks is not None:
+            marked = np.asarray(self.marks(ids))
+            following[marked] = tokens[marked]
+        labels = np.append(following[1:], IGNORE)
+        if labels.max() == IGNORE:
             raise Dropped("no token of it is supervised")
         return Example(tokens, labels, rendered.cut, note)
 

@@ -95,8 +95,10 @@ def detect(row: Row) -> str:
     )
 
 
-def rename(row: Row, columns: Mapping[str, str]) -> dict[str, Any]:
+def rename(row: Row, columns: Mapping[str, str]) -> Row:
     """The row with the format's field names. `columns`: the format's name -> the name in the file."""
+    if not columns:
+        return row
     out = {name: value for name, value in row.items() if name not in columns.values()}
     return out | {name: row[source] for name, source in columns.items() if source in row}
 
@@ -248,16 +250,16 @@ def _messages(
         raise BadRow("there is no assistant turn, nothing to train")
     if turns[-1][0] == "assistant" and not turns[-1][1].strip():
         turns = turns[:-1]
+    silent, kinds = set(muted), metadata or {}
     out = [
-        Message(
-            role, text, role == "assistant" and i not in set(muted), {}, (metadata or {}).get(i, "")
-        )
+        Message(role, text, role == "assistant" and i not in silent, {}, kinds.get(i, ""))
         for i, (role, text) in enumerate(turns)
     ]
     if system:
         out.insert(0, Message("system", system, False))
-    first = out[0]
-    return [replace(first, context=dict(context or {})), *out[1:]]
+    if context:
+        out[0] = replace(out[0], context=dict(context))
+    return out
 
 
 def _strange_role(where: str, key: str, item: Mapping[str, Any]) -> str:

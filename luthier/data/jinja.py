@@ -13,6 +13,8 @@ from dataclasses import replace
 from typing import Any
 
 import jinja2
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from luthier.data.formats import BadRow
 from luthier.data.tokens import Tokens
@@ -41,6 +43,9 @@ class Jinja(Template):
             lambda call: repr(CLOCK.strftime(call[2])),
             source,
         )
+        known = tokens.tokenizer
+        own = type(known).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template
+        self._special = None if own else dict(known.special_tokens_map)
         try:
             question = [{"role": "user", "content": "Q"}]
             prompt = self._text(question, True)
@@ -127,6 +132,15 @@ class Jinja(Template):
                 f"'context' holds {sorted(taken)}, names that the chat template needs itself"
             )
         try:
+            if self._special is not None and not context:
+                # what apply_chat_template does with plain strings, without the copies that it makes first
+                return _compile_jinja_template(self.source).render(
+                    messages=messages,
+                    tools=None,
+                    documents=None,
+                    add_generation_prompt=to_answer,
+                    **self._special,
+                )
             return self.tokens.tokenizer.apply_chat_template(
                 messages,
                 chat_template=self.source,

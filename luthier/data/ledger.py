@@ -96,7 +96,8 @@ class Ledger:
             mine = self.reasons.setdefault(status, {})
             for reason, count in counts.items():
                 mine[reason] = mine.get(reason, 0) + count
-        self.first = {**later.first, **self.first}
+        for reason, place in later.first.items():
+            self.first.setdefault(reason, place)
         for entry in later.entries:
             moved = dict(entry)
             if "examples" in entry:

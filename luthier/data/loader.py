@@ -61,6 +61,7 @@ class Loader:
         self.rank, self.ranks = rank, ranks
         self._positions: Positions | None = None
         if isinstance(dataset, Corpus):
+            self._positions = dataset.positions
             self._feed: Stream | _Memory | Steps = Steps(dataset, batch=batch)
         else:
             self._positions = dataset.encoder.renderer.positions
@@ -73,6 +74,7 @@ class Loader:
         self._next: list[tuple[Step, list[Batch]]] = []  # a step that was looked at
         self._padding = {"rows": 0, "tokens": 0, "slots": 0}  # of the first epoch
         self._ledger_before = dataset.ledger.snapshot()  # as it was before the current buffer
+        self._ledger_now: dict[str, Any] | None = None  # as it is, once it was asked for
         method = "end to end" if isinstance(dataset, Corpus) else packing
         self._about = {"method": method, "length": length}
         if isinstance(self._feed, _Memory):
@@ -154,8 +156,10 @@ class Loader:
         """The position behind the last step handed out, as plain values for JSON."""
         state = {"data": self._feed.fingerprint, "position": dict(self._position)}
         if isinstance(self.dataset, LazyDataset):
-            now = self.dataset.ledger.snapshot()
-            ledger = self._ledger_before if self._inside_buffer else now
+            # long, and asked for after every step: copied where it changed
+            if self._ledger_now is None and not self._inside_buffer:
+                self._ledger_now = self.dataset.ledger.snapshot()
+            ledger = self._ledger_before if self._inside_buffer else self._ledger_now
             state |= {"padding": dict(self._padding), "ledger": ledger}
         return state
 
@@ -171,7 +175,7 @@ class Loader:
         self._position = dict(state["position"])
         if isinstance(self.dataset, LazyDataset):
             self._padding = dict(state["padding"])
-            self._ledger_before = state["ledger"]
+            self._ledger_before, self._ledger_now = state["ledger"], None
             self.dataset.ledger.restore(state["ledger"])
 
     def origin(self, serial: int) -> list[str]:
@@ -219,6 +223,7 @@ class Loader:
             self._ledger_before = ledger.snapshot()
             ledger.merge(later)
         if isinstance(self.dataset, LazyDataset) and self._position["epoch"] == 0:
+            self._ledger_now = None
             sizes = [sum(len(ids) for ids, *_ in row) for row in step.rows]
             self._padding["rows"] += len(sizes)
             self._padding["tokens"] += sum(sizes)
@@ -251,8 +256,8 @@ class CorpusBatches:
 
     def __iter__(self) -> Iterator[Batch]:
         for i in range(0, len(self._rows), self.micro_batch):
-            chosen = self._rows[i : i + self.micro_batch]
-            yield collate([self.corpus.row_in_order(int(n)) for n in chosen], self.pad_id, i)
+            rows = [self.corpus.row_in_order(int(n)) for n in self._rows[i : i + self.micro_batch]]
+            yield collate(rows, self.pad_id, i, self.corpus.positions)
 
     @cached_property
     def _rows(self) -> Order:

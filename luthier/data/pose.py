@@ -47,9 +47,15 @@ class Pose:
         return random.Random(derive(self.seed, "pose", row, piece)).randint
 
     def _skipping(self, example: Example, draw: Draw) -> Example:
-        n = len(example.input_ids)
-        _, positions = paper(range(n), n, self.window, draw)
-        return replace(example, positions=np.asarray(positions, dtype=np.int32))
+        places = self._places(len(example.input_ids), draw)
+        return replace(example, positions=places.astype(np.int32))
+
+    def places(self, size: int, row: int, piece: int) -> np.ndarray:
+        """Positions [size] of the document `piece` of row number `row`, all of whose tokens stay."""
+        return self._places(size, self._draw(row, piece))
+
+    def _places(self, size: int, draw: Draw) -> np.ndarray:
+        return np.asarray(paper(range(size), size, self.window, draw)[1], dtype=np.int64)
 
     def _text(self, renderer: Renderer, text: str, draw: Draw) -> Example:
         tokens = renderer.tokens

@@ -12,6 +12,7 @@ import logging
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
@@ -50,7 +51,7 @@ class JsonRows:
     def __init__(
         self, path: Path, starts: np.ndarray, lines: np.ndarray | None, *, array: bool
     ) -> None:
-        self.path = path
+        self.path, self.name = path, str(path)
         self.starts = starts  # int64 [n + 1]; row i lies in bytes starts[i] to starts[i + 1]
         self.lines = lines  # int64 [n], 1-based; None where row i is line i + 1
         self.array = array  # elements of one array: a comma or bracket may follow a row
@@ -61,7 +62,7 @@ class JsonRows:
     def row(self, index: int) -> tuple[dict[str, Any], str]:
         start, stop = int(self.starts[index]), int(self.starts[index + 1])
         # opened for each row: safe in threads and forked processes, and cheap beside tokenising
-        with self.path.open("rb", buffering=0) as handle:
+        with FileIO(self.name) as handle:
             handle.seek(start)
             data = handle.read(stop - start)
         line = index + 1 if self.lines is None else int(self.lines[index])
@@ -73,7 +74,7 @@ class JsonRows:
                 f"{self.path}:{line}:{column}",
                 f"malformed JSON: more text after the row, near {_near(text, column - 1)}",
             )
-        place = f"{self.path}:{line}"
+        place = f"{self.name}:{line}"
         if not isinstance(value, dict):
             raise Unreadable(place, f"the row is {type(value).__name__}, not an object {{...}}")
         if "\\ud" in text.lower():

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import os
 import re
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
@@ -57,25 +59,25 @@ class Source:
         self.parts = tuple(parts)
         self.selection = selection  # sorted indices into all rows of the parts
         self._files = [file for part in parts for file in part.files]
-        self._file_ends = np.cumsum([len(file) for file in self._files])
-        self._part_ends = np.cumsum([part.num_rows for part in parts])
+        self._file_ends = list(accumulate(len(file) for file in self._files))
+        self._part_ends = list(accumulate(part.num_rows for part in parts))
 
     @property
     def name(self) -> str:
         return ", ".join(part.name for part in self.parts)
 
     def __len__(self) -> int:
-        return int(self._part_ends[-1]) if self.selection is None else len(self.selection)
+        return self._part_ends[-1] if self.selection is None else len(self.selection)
 
     def row(self, index: int) -> tuple[dict[str, Any], str]:
         """Row `index` and where it stands, "file:line". Raises `Unreadable`."""
         raw = self._raw(index)
-        file = int(np.searchsorted(self._file_ends, raw, side="right"))
-        before = int(self._file_ends[file - 1]) if file else 0
+        file = bisect_right(self._file_ends, raw)
+        before = self._file_ends[file - 1] if file else 0
         return self._files[file].row(raw - before)
 
     def part_of(self, index: int) -> int:
-        return int(np.searchsorted(self._part_ends, self._raw(index), side="right"))
+        return bisect_right(self._part_ends, self._raw(index))
 
     def take(self, selection: Order) -> Source:
         """The rows `selection` (sorted indices) of this source."""
@@ -85,7 +87,7 @@ class Source:
 
     def sizes(self) -> list[int]:
         """Number of rows of each part."""
-        ends = self._part_ends
+        ends = np.array(self._part_ends)
         if self.selection is not None:
             ends = np.searchsorted(self.selection, ends)
         return np.diff(ends, prepend=0).tolist()

@@ -20,7 +20,20 @@ from luthier.data.truncation import Ids
 from luthier.errors import Refused
 
 PROBE = "a"
-SHORT = 8  # characters: what templates print between turns is short and always the same
+KNOWN = 1000  # pieces of text whose ids are remembered: what templates print around turns is always the same
+SHORT = 500  # characters of such a piece, or of a word, at most
+WORDS = 50_000  # remembered in the same way
+FEW = 5000  # so many are remembered whatever text they stand in
+# pre-tokenizers that do with a piece of text what they do with it beside a special token
+LOCAL = {"ByteLevel", "Split", "Digits", "Punctuation", "Whitespace", "WhitespaceSplit"}
+# Before a single space a pre-token ends, in GPT-2's way of cutting texts (ByteLevel's own) and in those of Llama 3
+# and Qwen 2: whatever holds a space begins with it, or is nothing but white space
+WORD = re.compile(r"(?<=\S)(?= \S)")
+SPLITS = {
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+    rf"\p{{N}}{number}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    for number in ("", "{1,3}")
+}
 
 
 def is_plain(tokenizer: Any) -> bool:
@@ -29,6 +42,44 @@ def is_plain(tokenizer: Any) -> bool:
         return False
     kind, names = type(tokenizer), ("__call__", "_encode_plus")
     return all(getattr(kind, name) is getattr(PreTrainedTokenizerFast, name) for name in names)
+
+
+def borders(tokenizer: Any) -> re.Pattern[str] | None:
+    """What finds the added tokens in a text, if the ids of a text are those of the pieces between them, one after the
+    other; None where a piece may depend on what stands beside it."""
+    rust = tokenizer.backend_tokenizer
+    added = [token for token in rust.get_added_tokens_decoder().values() if token.content]
+    wide = any(token.lstrip or token.rstrip or token.single_word for token in added)
+    # tokens that are looked for in the text as it is; then each piece is normalised by itself
+    if not added or wide or any(token.normalized for token in added):
+        return None
+    steps = _steps(rust)
+    if any(step["type"] not in LOCAL or step.get("add_prefix_space") for step in steps):
+        return None
+    names = sorted((token.content for token in added), key=len, reverse=True)
+    return re.compile(f"({'|'.join(map(re.escape, names))})") if steps else None
+
+
+def has_words(tokenizer: Any) -> bool:
+    """Whether the ids of a text, if it has `borders`, are those of its words cut by `WORD`."""
+    rust = tokenizer.backend_tokenizer
+    steps = _steps(rust)
+    ways = [
+        step.get("use_regex") or step.get("pattern", {}).get("Regex") in SPLITS for step in steps
+    ]
+    known = all(w or s["type"] in ("ByteLevel", "Digits") for w, s in zip(ways, steps, strict=True))
+    normal = rust.normalizer is None or type(rust.normalizer).__name__ == "NFC"
+    splits = (step for step in steps if step["type"] == "Split")
+    apart = all(step["behavior"] == "Isolated" and not step["invert"] for step in splits)
+    return known and any(ways) and apart and normal
+
+
+def _steps(rust: Any) -> list[dict[str, Any]]:
+    """What the pre-tokenizer does; empty where texts may become other ids at other times."""
+    if getattr(rust.model, "dropout", None) or rust.pre_tokenizer is None:
+        return []
+    first = json.loads(rust.pre_tokenizer.__getstate__())
+    return first["pretokenizers"] if first["type"] == "Sequence" else [first]
 
 
 def has_own_prompts(tokenizer: Any) -> bool:
@@ -45,7 +96,10 @@ class Tokens:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self._plain = is_plain(tokenizer)
-        self._short: dict[str, Ids] = {}
+        self._borders = borders(tokenizer) if self._plain else None
+        self._words = self._borders is not None and has_words(tokenizer)
+        self._known: dict[str, Ids] = {}
+        self._known_words: dict[str, Ids] = {}
         self.eos: int | None = tokenizer.eos_token_id
         self.bos: int | None = tokenizer.bos_token_id
         bare = self(PROBE)
@@ -84,19 +138,42 @@ class Tokens:
 
     def __call__(self, text: str) -> Ids:
         """Ids of a text that stands alone, without special tokens of its own."""
-        if len(text) > SHORT:
-            return self._ids(text)
-        if text not in self._short and len(self._short) < 1000:
-            self._short[text] = self._ids(text)
-        return list(self._short.get(text) or self._ids(text))
+        if not self._plain:
+            return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        if self._borders is None:
+            return list(self._piece(text))
+        return [i for piece in self._borders.split(text) if piece for i in self._piece(piece)]
 
-    def _ids(self, text: str) -> Ids:
-        if self._plain:
-            rust = self.tokenizer.backend_tokenizer
-            # a call for a padded or cut batch, anywhere, leaves these switched on
-            if not (rust.truncation or rust.padding or rust.encode_special_tokens):
-                return rust.encode_batch_fast([text], add_special_tokens=False)[0].ids
-        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    def _piece(self, text: str) -> Ids:
+        """Ids that nobody may change."""
+        found = self._known.get(text)
+        if found is None:
+            found = self._of_words(text) if self._words else self._encode([text])[0]
+            if len(text) <= SHORT:
+                if len(self._known) >= KNOWN:
+                    self._known.clear()
+                self._known[text] = found
+        return found
+
+    def _of_words(self, text: str) -> Ids:
+        words, known = WORD.split(text), self._known_words
+        new = [word for word in words if word not in known]
+        if 2 * len(new) > len(words) and len(known) > FEW:
+            return self._encode([text])[0]  # of rare words: word by word would be slower
+        if len(known) > WORDS:
+            known.clear()
+            new = words
+        fresh = dict(zip(new, self._encode(new), strict=True)) if new else {}
+        known.update((word, ids) for word, ids in fresh.items() if len(word) <= SHORT)
+        return [i for word in words for i in known.get(word) or fresh[word]]
+
+    def _encode(self, texts: list[str]) -> list[Ids]:
+        rust = self.tokenizer.backend_tokenizer
+        # a call for a padded or cut batch, anywhere, leaves these switched on
+        if rust.truncation or rust.padding or rust.encode_special_tokens:
+            given = self.tokenizer(texts, add_special_tokens=False, verbose=False)
+            return [list(ids) for ids in given["input_ids"]]
+        return [found.ids for found in rust.encode_batch_fast(texts, add_special_tokens=False)]
 
     def ended(self, text: str) -> Ids:
         """Ids of an answer or document, ending in exactly one end token."""

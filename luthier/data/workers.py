@@ -7,6 +7,7 @@ parent does, however it ends. What they compute is `dataset.Encoder`.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -26,7 +27,7 @@ CHUNK_ROWS = 64  # rows per task; has no influence on any result
 AHEAD = 2  # tasks per process that may wait for being fetched
 
 Chunk = Iterable[int]
-Encode = Callable[[Chunk], list[Any]]
+Encode = Callable[[Chunk], Any]
 
 _encode: Encode | None = None  # in a worker process: what it does
 
@@ -38,12 +39,12 @@ class Workers:
         self.encode_here, self.number = encode, number
         self._pool = _start(encode, number) if number else None
 
-    def encode(self, chunks: Iterable[Chunk]) -> Iterator[list[Any]]:
+    def encode(self, chunks: Iterable[Chunk]) -> Iterator[Any]:
         """`encode(chunk)` of each chunk, in order. Reads at most a few chunks ahead."""
         if self._pool is None:
             yield from map(self.encode_here, chunks)
             return
-        waiting: deque[Future[list[Any]]] = deque()
+        waiting: deque[Future[Any]] = deque()
         try:
             for chunk in chunks:
                 waiting.append(self._pool.submit(_work, chunk))
@@ -87,6 +88,7 @@ def _start(encode: Encode, number: int) -> ProcessPoolExecutor:
 def _begin(encode: Encode, parent: int) -> None:
     global _encode
     _encode = encode
+    gc.freeze()  # what was forked is not looked through, nor its memory copied, for garbage
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
@@ -101,6 +103,6 @@ def _follow(parent: int) -> None:
     os._exit(1)
 
 
-def _work(chunk: Chunk) -> list[Any]:
+def _work(chunk: Chunk) -> Any:
     assert _encode is not None
     return _encode(chunk)

@@ -47,7 +47,9 @@ def layout(t: Translation, a: Arguments, processes: int) -> None:
             t.put("parallel.context_method", METHODS[name], name)
     # it acts with tensor parallelism alone
     if t.values.get("parallel.tensor", 1) > 1 and "sequence_parallel" in a:
-        t.put("parallel.sequence", _on("sequence_parallel", a), "sequence_parallel")
+        # on, it means where it can be: their pipelines have it, ours hand whole rows over
+        value = "auto" if _on("sequence_parallel", a) else False
+        t.put("parallel.sequence", value, "sequence_parallel")
     _pipeline(t, a)
     words = str(a.values["sharding"]).split() if "sharding" in a else []
     stages = [word for word in words if word in ("stage1", "stage2", "stage3")]

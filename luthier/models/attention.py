@@ -6,7 +6,7 @@ Inside a stage there is a current `Layout`: no mask is built, and a kernel works
 (a plain call, `generate`) the masks are transformers' own and the result is that of the plain model.
 A layer with an attribute `keys_values`, a function of its index that gives `PrefixKeys`, sees those keys
 first, in a layout or outside one. The kernels are in `kernels.py`, families that do not call here by
-themselves in `bloom.py` and `falcon.py`.
+themselves in `bloom.py`, `falcon.py` and `mpt.py`.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from luthier.batch import capture as capture
 from luthier.batch import current_capture, current_layout
 from luthier.errors import Refused
-from luthier.models import across, bloom, cpu_attention, falcon, kernels, rotary
+from luthier.models import across, bloom, cpu_attention, falcon, kernels, mpt, rotary
 from luthier.models.cpu_attention import why_torch as why_torch
-from luthier.models.families import TESTED
+from luthier.models.families import TESTED, nearest
 from luthier.models.kernels import KERNELS, LACKS, Scores, features
 
 NAME = "luthier"
@@ -36,7 +36,8 @@ FEATURES = ("softcap", "s_aux", "alibi_slopes", "alibi")  # arguments beyond pla
 # arguments that change what is attended to, in families that no kernel here covers
 FOREIGN = ("position_bias", "indices", "block_indices", "sinks", "head_mask")
 # model_type -> what makes such a model's layers call the attention interface
-REPAIRS = {"bloom": bloom.repair, "falcon": falcon.repair}
+REPAIRS = {"bloom": bloom.repair, "falcon": falcon.repair, "mpt": mpt.repair}
+MASKED = ("mpt",)  # families that convert the mask they are given, so that it cannot be None
 
 
 def install(model: PreTrainedModel, kernel: str, *, train: bool = False) -> str:
@@ -113,6 +114,7 @@ def attend(
         and not (dropout or any(more.get(name) is not None for name in (*FEATURES, *FOREIGN)))
         and attention_mask is None
         and getattr(module, "keys_values", None) is None
+        and not getattr(module, "across_ranks", False)
         and (native or (sliding_window is None and query.shape[-1] == value.shape[-1]))
     ):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -254,9 +256,11 @@ def _after_prefix(
 
 def _mask(**arguments: Any) -> Tensor | None:
     """transformers asks here for the mask of a forward: none inside a layout, else that of `sdpa`."""
+    masked = getattr(arguments.get("config"), "model_type", "") in MASKED
     if current_layout() is not None:
-        return None
-    return AttentionMaskInterface()["sdpa"](**arguments)
+        return torch.empty(0, dtype=torch.bool) if masked else None
+    skip = arguments.get("allow_is_causal_skip", True) and not masked
+    return AttentionMaskInterface()["sdpa"](**{**arguments, "allow_is_causal_skip": skip})
 
 
 def _refuse_foreign(
@@ -346,10 +350,12 @@ def _refuse_native(device: torch.device, dtype: torch.dtype) -> None:
 
 
 def _unsupported(family: str, why: str) -> Refused:
+    near = nearest(family)
     return Refused(
         f"model family '{family}' was asked for",
         f"it {why}, which packed rows need here",
-        f"tested families: {', '.join(TESTED)}",
+        (f"the nearest family that is tested is {near}; " if near else "")
+        + f"tested families: {', '.join(TESTED)}",
     )
 
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from luthier import seeding
 from luthier.batch import current_layout
 from luthier.models.families import family_of
+from luthier.parts import Stretch, both
 
 
 class RowDropout(nn.Dropout):
@@ -38,17 +39,9 @@ class RowDropout(nn.Dropout):
         flat = input.shape[0] != batch
         x = input.unflatten(0, (batch, -1)) if flat else input
         rows = layout.rows or tuple(range(batch))
-        i, n = self.tokens
-        if n > 1 and x.shape[1] != width:
-            shape = (batch, width, *x.shape[2:])
-            keep = seeding.kept(
-                shape, self.p, seed=self.seed, name=self.name, rows=rows, device=x.device
-            )
-            keep = nn.functional.pad(keep, (0, 0, 0, n * x.shape[1] - width))
-            out = x * keep.chunk(n, 1)[i] / (1 - self.p)
-        else:
-            part = layout.share
-            out = seeding.dropout(x, self.p, seed=self.seed, name=self.name, rows=rows, part=part)
+        stretch = Stretch(width, *self.tokens)
+        part = both(stretch if x.shape[1] == stretch.length != width else None, layout.share)
+        out = seeding.dropout(x, self.p, seed=self.seed, name=self.name, rows=rows, part=part)
         return out.flatten(0, 1) if flat else out
 
 

@@ -20,6 +20,7 @@ TESTED = (
     "llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "gpt2", "gpt_neox",
     "gpt_oss", "opt", "phi", "phi3", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "granite",
     "cohere", "cohere2", "olmo2", "seed_oss", "smollm3", "starcoder2", "bloom", "deepseek_v3", "falcon",
+    "mpt",
 )  # fmt: skip
 
 
@@ -58,6 +59,7 @@ _FAMILIES: dict[str, Family] = {
             "BloomMLP": ("hidden_dropout", ("dense_4h_to_h",)),
         }
     ),
+    "mpt": Family(functional_dropout={"MptMLP": ("hidden_dropout", ("down_proj",))}),
     "glm_legacy": Family(explicit_mask=True, aligned_labels=True),
     "opt": Family(functional_dropout={"OPTDecoderLayer": ("dropout", ("self_attn", "fc2"))}),
     "seed_oss": Family(
@@ -76,14 +78,24 @@ _FAMILIES: dict[str, Family] = {
 }
 
 
+# families that are refused -> the tested one that computes most alike, where names do not tell
+_ALIKE = {"gptj": "gpt_neox", "codegen": "gpt_neox", "xglm": "opt", "biogpt": "opt"}
+
+
+def nearest(model_type: str) -> str:
+    """The tested family most like `model_type`: by what it computes where that is known, else by name; or nothing."""
+    near = get_close_matches(model_type, TESTED, n=1, cutoff=0.5)
+    return _ALIKE.get(model_type) or (near[0] if near else "")
+
+
 def untested(model_type: str) -> list[str]:
     """What to tell the user of a family that no row of the support table covers; nothing for the others."""
     if model_type in (*TESTED, *MODEL_TYPES, "chatglm2", "glm_legacy"):
         return []
-    near = get_close_matches(model_type, TESTED, n=1)
+    near = nearest(model_type)
     return [
         f"the model family '{model_type}' is in no row of the support table (docs/reference/families.md)"
-        + (f"; the nearest that is: {near[0]}" if near else "")
+        + (f"; the nearest that is: {near}" if near else "")
         + ". Its packed rows and logits were compared with its plain forward just now, and agree"
     ]
 
@@ -226,6 +238,19 @@ _PLANS: dict[str, Plan] = {
         adds=("transformer.wpe",),
         first=("transformer.drop",),
         counts=("split_size",),
+    ),
+    "mpt": Plan(
+        cuts={
+            "attn.Wqkv": _STACKED,
+            "attn.out_proj": _IN_HEADS,
+            "ffn.up_proj": _INNER,
+            "ffn.down_proj": _IN_INNER,
+        },
+        embedding="transformer.wte",
+        layers="transformer.blocks",
+        norm="transformer.norm_f",
+        by_head=("attn.alibi_slopes",),
+        tuples=True,
     ),
     "opt": Plan(
         cuts={

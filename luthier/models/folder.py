@@ -16,6 +16,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -108,6 +109,9 @@ def read_config(folder: Path, *, code: bool = False) -> dict[str, Any]:
     asked = f"model '{folder}' was asked for"
     if not isinstance(model_type, str):
         raise Refused(asked, "its config.json has no model_type", "give a Hugging Face folder")
+    if not isinstance(config.get("quantization_config", {}), dict | NoneType):
+        found = "quantization_config in its config.json is no JSON object"
+        raise Refused(asked, found, "mend the file")
     ours = model_type in MODEL_TYPES  # code that comes with them is not needed
     remote = not ours and "AutoModelForCausalLM" in config.get("auto_map", {})
     if model_type not in CONFIG_MAPPING:
@@ -196,7 +200,8 @@ def read_header(file: Path) -> dict[str, dict[str, Any]]:
 def read_tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a weight file, one at a time, sorted by name; nothing is unpickled but arrays."""
     if file.suffix == ".safetensors":
-        with safe_open(file, framework="pt") as handle:
+        # read, not mapped: pages of a mapping stay resident when their tensor is done with
+        with safe_open(file, framework="pt", backend="pread") as handle:
             for name in sorted(handle.keys()):
                 yield name, handle.get_tensor(name)
         return

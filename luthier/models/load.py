@@ -30,7 +30,7 @@ from luthier.files import write_json
 from luthier.models import attention, folder, misfits, rotary
 from luthier.models.folder import fingerprint as fingerprint
 from luthier.models.folder import quiet as quiet
-from luthier.models.reading import LeaveOut, Reading
+from luthier.models.reading import LeaveOut, Reading, unmapped
 from luthier.seeding import derive
 
 ADAPTER = ".adapter."  # in the name of every tensor that an adapter adds
@@ -103,16 +103,15 @@ def build_model(
     files = folder.weight_files(path) if config.init == "pretrained" else []
     remote = {"trust_remote_code": config.trust_remote_code}
     with quiet():
-        classes = cast(Any, AutoModelForCausalLM._model_mapping)
-        if type(made) in classes:
-            attention.check_family(classes[type(made)], made)
+        check_family(made)
         if made.dtype is None and files:
             made.dtype = _stored_dtype(files[0])
         _check_quantised(path, made, quantization)
         dtype = resolve_dtype(config.dtype, made, device)
         layers = _shorten(made, config.num_layers)
         part = leave_out and Reading(leave_out)
-        if config.init == "random" or quantization is not None or type(made) not in classes:
+        known = type(made) in cast(Any, AutoModelForCausalLM._model_mapping)
+        if config.init == "random" or quantization is not None or not known:
             part = None
         if config.init == "random":
             model = _random(made, seed, dtype, remote)
@@ -139,6 +138,14 @@ def blueprint(config: PretrainedConfig, name: str) -> PreTrainedModel:
             f"no model can be built by its config.json: {folder.first_line(error)}",
             "correct the file",
         ) from error
+
+
+def check_family(config: PretrainedConfig) -> None:
+    """Refuse a family that this house's attention cannot serve, by its config alone. Remote code is looked at when
+    it is there."""
+    classes = cast(Any, AutoModelForCausalLM._model_mapping)
+    if type(config) in classes:
+        attention.check_family(classes[type(config)], config)
 
 
 def load_config(path: str | Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
@@ -209,21 +216,26 @@ def _pretrained(
     """Read the weights; `layers` is the checkpoint's number of layers where fewer are built. `accept`: the seed of
     tensors that the checkpoint has not, which are refused without it."""
     maker: Any = AutoModelForCausalLM
-    kind: Any = None if part is None else cast(Any, maker._model_mapping)[type(config)]
+    kind: Any = cast(Any, maker._model_mapping).get(type(config), None)
     if part is not None:
         maker, remote = part.class_of(kind), {}
+    source: dict[str, Any] = {"pretrained_model_name_or_path": path, **remote}
     try:
+        files = folder.weight_files(path)
+        own = kind is not None and not remote.get("trust_remote_code")  # no code of the folder
+        if quantization is not None and own and files[0].suffix == ".safetensors":
+            maker, source = kind, unmapped(path, files)
         made: Any = maker.from_pretrained(
-            path,
+            **source,
             config=config,
             dtype=dtype,
             attn_implementation=attention.NAME,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are refused below, by name
             quantization_config=quantization,
-            **remote,
         )
         model, info = made
+        model.name_or_path = model.config.name_or_path = str(path)
     except (RuntimeError, ValueError, OSError, SafetensorError) as error:
         raise Refused(
             f"the weights of '{path}' were asked for",
@@ -340,6 +352,7 @@ def _stored_dtype(file: Path) -> torch.dtype | None:
 
 
 def _finite(tensor: Tensor) -> bool:
-    """One pass without a temporary; a sum that overflows is looked at again."""
-    total = tensor.detach().sum(dtype=torch.promote_types(tensor.dtype, torch.float32))
-    return bool(total.isfinite()) or bool(tensor.isfinite().all())
+    """One pass without a temporary: a sum of bfloat16 would be of a float32 copy. NaN is its own least and greatest."""
+    if not tensor.numel():
+        return True
+    return all(bool(end.isfinite()) for end in torch.aminmax(tensor.detach()))

@@ -1,23 +1,42 @@
-"""Reading only some layers of a model's weights, as a pipeline stage needs them.
+"""Reading a model's weights otherwise than transformers' loader does by itself.
 
-transformers' loader reads the tensors that the model it made has parameters for. So a model of some layers is made:
-the other ones are put aside, on the meta device, before it looks, and put back, still there, at the end. Which
-layers are read is told by `partial.py`.
+Only some layers, as a pipeline stage needs them: the loader reads the tensors that the model it made has parameters
+for, so the other layers are put aside, on the meta device, before it looks, and put back, still there, at the end.
+Which layers are read is told by `partial.py`. And each tensor into memory of its own, for a base that is quantised.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from luthier.models.stage import decoder_layers
 
 LeaveOut = Callable[[PreTrainedModel], Collection[int]]
 """A model without values -> the numbers of layers that are not read."""
+
+
+def unmapped(folder: Path, files: Sequence[Path]) -> dict[str, Any]:
+    """Arguments of `from_pretrained` in place of the folder whose safetensors are `files`.
+
+    By itself the loader maps them: whatever was read stays resident for as long as one tensor of the file is kept.
+    Here each tensor is read when its turn comes, and is gone when it was quantised. Raises what safetensors and
+    transformers raise.
+    """
+    state: dict[str, Any] = {}
+    for file in files:
+        opened = safe_open(file, framework="pt", backend="pread")
+        state |= {name: opened.get_slice(name) for name in sorted(opened.keys())}
+    found: dict[str, Any] = {"pretrained_model_name_or_path": None, "state_dict": state}
+    if (folder / "generation_config.json").is_file():  # it is looked for beside a path only
+        found["generation_config"] = GenerationConfig.from_pretrained(folder)
+    return found
 
 
 class Reading:

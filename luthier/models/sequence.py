@@ -1,8 +1,8 @@
 """Which modules of a model see whole rows when its decoder layers hold a rank's own tokens (sequence parallelism).
 
 The module that holds a pair of cut layers, attention or MLP, needs all tokens and gives back the rank's own; where
-such layers stand in the decoder layer itself (opt), the layer cut by its outputs does. All else in a
-decoder layer acts on single tokens. The hooks are `parallel/sequence.py`'s.
+such layers stand in the decoder layer itself (opt), the layer cut by its outputs does. So do experts, which are
+told their own way. All else in a decoder layer, a router too, acts on single tokens. The hooks are `parallel/sequence.py`'s.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from luthier.models.stage import decoder_layers
 
 @dataclass(frozen=True)
 class TokenCut:
-    """`entries`: paths of modules that gather tokens; `shares`: of parameters that see a rank's own tokens."""
+    """`entries`: paths of modules that gather tokens. `shares`: of parameters whose gradient is a rank's share: they see
+    its own tokens; or all of them, but what they give is read by the rank's own heads alone (latents)."""
 
     entries: list[str] = field(default_factory=list)
     shares: list[str] = field(default_factory=list)
@@ -25,8 +26,6 @@ class TokenCut:
 
 def tokens_of(model: PreTrainedModel, cuts: Cuts) -> TokenCut | str:
     """How the tokens of `model` are cut, adapters and all; or in words what stands in the way."""
-    if cuts.experts:
-        return "its experts have the tokens of all rows regrouped"
     paths = {id(module): path for path, module in model.named_modules()}
     entries: dict[str, None] = {}
     shares: list[str] = []
@@ -42,20 +41,18 @@ def tokens_of(model: PreTrainedModel, cuts: Cuts) -> TokenCut | str:
         for entry in [entry for entry in entries if entry.startswith(f"{top}.")]:
             if entry not in cuts.layers and entry not in scattered:
                 return f"its '{entry}' has no layer that is cut by its inputs"
-        blocks = [entry for entry in entries if entry.startswith(f"{top}.")]
+        experts = [path for path in cuts.experts if path.startswith(f"{top}.")]
+        if any(path.startswith(f"{entry}.") for path in experts for entry in entries):
+            return "its experts lie in a module that gathers tokens"
         for name, _ in layer.named_parameters():
             path = f"{top}.{name}"
-            if name.startswith("adapter."):
+            if name.startswith("adapter.") or any(path.startswith(f"{p}.") for p in experts):
                 continue  # it sees whole rows
             cut = next((p for p in inside if path.startswith(f"{p}.")), None)
             if cut is not None:
                 if path == f"{cut}.bias" and cuts.layers[cut].along == "inputs":
                     shares.append(path)
                 continue
-            if path in cuts.rows:
-                continue
-            if not any(path.startswith(f"{block}.") for block in blocks):
+            if path not in cuts.rows:
                 shares.append(path)
-            elif not any(path.startswith(f"{shared}.") for shared in cuts.shares):
-                return f"its '{path}' is whole on each process, inside of a module that is cut"
     return TokenCut(list(entries), shares)

@@ -23,6 +23,7 @@ from luthier.batch import IGNORE, PADDING, Batch, Layout, layout_scope
 from luthier.errors import Failed, Refused
 from luthier.models import cpu_attention as cpu_attention  # registers the operator
 from luthier.models.families import family_of
+from luthier.models.head import is_plain, logits_less
 from luthier.models.zoo.glm_generation import context_mask, infilling_positions
 from luthier.positions import position_axes
 
@@ -105,6 +106,15 @@ class Stage(nn.Module):
             logits = logits / getattr(config, family.divide)
         softcap = getattr(config, family.softcap) if family.softcap else None
         return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+    def relative_logits(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """As `head`, but rows may be less a number each, which the softmax does not see; targets [N]."""
+        layer, family = _output_layer(self.model), self._family
+        after = family.multiply or family.divide or family.softcap
+        whole = self.vocabulary is None and self.autocast is None and not after
+        if not whole or not is_plain(layer, hidden):
+            return self.head(hidden)
+        return logits_less(hidden, layer.weight, targets)  # pyright: ignore[reportArgumentType]
 
     @property
     def has_head(self) -> bool:

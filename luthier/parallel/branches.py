@@ -15,8 +15,17 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from luthier.batch import current_layout
 from luthier.layers import is_quantized
-from luthier.parallel.collectives import Axis, all_parts, sum_backward, sum_forward, total
+from luthier.parallel.collectives import (
+    Axis,
+    all_parts,
+    sum_backward,
+    sum_forward,
+    sum_rows,
+    total,
+    whole_rows,
+)
 from luthier.parallel.tensor import SIDES, LayerCut, cut_adapter, put_part
 from luthier.parts import Part, mark_share
 
@@ -35,9 +44,15 @@ class Cuts(Protocol):
 
 
 def cut_branches(
-    model: nn.Module, cuts: Cuts, adapters: Mapping[str, nn.Module], axis: Axis
+    model: nn.Module,
+    cuts: Cuts,
+    adapters: Mapping[str, nn.Module],
+    axis: Axis,
+    *,
+    by_tokens: bool = False,
 ) -> None:
-    """Cut all of `cuts` that is no linear layer, and the adapters on experts, to this rank's part."""
+    """Cut all of `cuts` that is no linear layer, and the adapters on experts, to this rank's part; `by_tokens` as of
+    `tensor.cut_layers`."""
     rank, ranks = axis.rank, axis.ranks
     for path, stacks in cuts.experts.items():
         experts: Any = model.get_submodule(path)
@@ -45,7 +60,7 @@ def cut_branches(
             _cut_stack(experts, name, how, rank, ranks)
             if (adapter := adapters.get(f"{path}.{name}")) is not None:
                 cut_adapter(adapter, how, axis)
-        hooks = _Experts(axis)
+        hooks = _Experts(axis, by_tokens)
         experts.register_forward_pre_hook(hooks.enter)
         experts.register_forward_hook(hooks.leave, always_call=True)
     for path, how in cuts.rows.items():
@@ -56,7 +71,7 @@ def cut_branches(
         norm.register_forward_pre_hook(hooks.enter)
         norm.register_forward_hook(hooks.leave)
     for path in cuts.branches:
-        model.get_submodule(path).register_forward_hook(_Branch(axis))
+        model.get_submodule(path).register_forward_hook(_Branch(axis, by_tokens))
 
 
 def _cut_stack(experts: Any, name: str, how: LayerCut, rank: int, ranks: int) -> None:
@@ -78,25 +93,32 @@ def _cut_stack(experts: Any, name: str, how: LayerCut, rank: int, ranks: int) ->
 class _Experts:
     """x [N, D], the experts of each token and their weights [N, K] -> the sum of what the ranks' parts give."""
 
-    def __init__(self, axis: Axis) -> None:
-        self.axis = axis
+    def __init__(self, axis: Axis, by_tokens: bool) -> None:
+        self.axis, self.by_tokens = axis, by_tokens
 
+    @torch.compiler.disable()
     def enter(self, experts: Any, args: tuple[Any, ...]) -> Any:
         hidden, chosen, weights = args
         if experts.has_bias:
             # an instance's own attribute comes before its parameter
             bias = experts._parameters["down_proj_bias"]
             vars(experts)["down_proj_bias"] = bias * float(self.axis.rank == 0)
-        return (
-            sum_backward(hidden, self.axis),
-            chosen,
-            sum_backward(weights, self.axis),
-        )
+        layout = current_layout() if self.by_tokens else None
+        if layout is None:
+            return sum_backward(hidden, self.axis), chosen, sum_backward(weights, self.axis)
+        return tuple(whole_rows(x, self.axis, layout.shape, shares=True) for x in args)
 
+    @torch.compiler.disable()
     def leave(self, experts: Any, args: tuple[Any, ...], output: Tensor | None) -> Any:
         vars(experts).pop("down_proj_bias", None)
-        # none if the forward was left early: an error, or all is recomputed that is needed
-        return None if output is None else sum_forward(output, self.axis)
+        if (
+            output is None
+        ):  # the forward was left early: an error, or all is recomputed that is needed
+            return None
+        layout = current_layout() if self.by_tokens else None
+        if layout is None:
+            return sum_forward(output, self.axis)
+        return sum_rows(output, self.axis, layout.shape[0])
 
 
 class _Width:
@@ -115,10 +137,13 @@ class _Width:
 class _Branch:
     """Outputs that the heads of every rank read."""
 
-    def __init__(self, axis: Axis) -> None:
-        self.axis = axis
+    def __init__(self, axis: Axis, by_tokens: bool) -> None:
+        self.axis, self.by_tokens = axis, by_tokens
 
+    @torch.compiler.disable()
     def __call__(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Any:
+        if self.by_tokens and current_layout() is not None:
+            return None  # the gradient is summed where the tokens were gathered
         return sum_backward(output, self.axis)
 
 

@@ -125,6 +125,21 @@ def whole_tokens(x: Tensor, axis: Axis, width: int, *, shares: bool) -> Tensor:
     return _WholeTokens.apply(x, axis, width, shares)  # pyright: ignore[reportReturnType]
 
 
+def whole_rows(x: Tensor, axis: Axis, shape: tuple[int, int], *, shares: bool) -> Tensor:
+    """`whole_tokens` of x [B, S/n, D] or [B*S/n, D], with `shape` (B, S)."""
+    if x.ndim > 2:
+        return whole_tokens(x, axis, shape[1], shares=shares)
+    rows = x.unflatten(0, (shape[0], -1))
+    return whole_tokens(rows, axis, shape[1], shares=shares).flatten(0, 1)
+
+
+def sum_rows(y: Tensor, axis: Axis, rows: int) -> Tensor:
+    """`sum_tokens` of y [B, S, D] or [B*S, D] of `rows` B."""
+    if y.ndim > 2:
+        return sum_tokens(y, axis)
+    return sum_tokens(y.unflatten(0, (rows, -1)), axis).flatten(0, 1)
+
+
 class _SplitTokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:

@@ -56,6 +56,17 @@ def mesh_sizes(parallel: ParallelConfig, processes: int) -> dict[str, int]:
     return sizes
 
 
+def without_effect(parallel: ParallelConfig, sizes: Mapping[str, int]) -> list[str]:
+    """Remarks on what was asked for and changes nothing on this mesh. Refused it would keep a run that lost a
+    process for good from going on in one."""
+    found = []
+    if sizes["shard"] == 1 and parallel.stage != type(parallel).model_fields["stage"].default:
+        found.append(f"parallel.stage={parallel.stage} cuts nothing: parallel.shard is 1")
+    if sizes["tensor"] == 1 and parallel.sequence is True:
+        found.append("parallel.sequence=true cuts nothing: parallel.tensor is 1")
+    return found
+
+
 def check_pipeline(parallel: ParallelConfig, ranks: int) -> None:
     """Refuse schedules and virtual stages that say nothing or do not go together."""
     for key in ("virtual_stages", "schedule"):
@@ -102,24 +113,15 @@ def check_sharding(config: RunConfig, sizes: Mapping[str, int]) -> None:
                 "its moments are shared by rows of a tensor that would lie on different ranks",
                 f"use optim.name=adamw, or parallel.replicate in place of parallel.{axis}",
             )
-    stages = sizes.get("pipeline", 1)
-    if config.parallel.schedule == "zero_bubble" and sizes["shard"] > 1:
+    if (
+        config.parallel.schedule == "zero_bubble"
+        and sizes["shard"] > 1
+        and config.parallel.stage == 3
+    ):
         raise Refused(
-            f"parallel.schedule=zero_bubble with parallel.shard={sizes['shard']}",
-            "it takes the gradients of weights past the place where those of shards are added up",
-            "give parallel.schedule=1f1b or interleaved, or parallel.replicate in place of parallel.shard",
-        )
-    if stages > 1 and config.train.compile:
-        raise Refused(
-            f"train.compile=true with parallel.pipeline={stages}",
-            "layers of a pipeline's stages are not compiled in this version",
-            "leave train.compile out",
-        )
-    if sizes["context"] > 1 and config.train.compile:
-        raise Refused(
-            f"train.compile=true with parallel.context={sizes['context']}",
-            "attention that exchanges tokens with other ranks is not compiled in this version",
-            "leave train.compile out",
+            f"parallel.schedule=zero_bubble with parallel.stage=3 and parallel.shard={sizes['shard']}",
+            "it takes the gradients of weights when their layers are no longer gathered",
+            "give parallel.schedule=1f1b or interleaved, or parallel.stage=2",
         )
 
 

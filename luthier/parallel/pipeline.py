@@ -45,9 +45,12 @@ class Passes(Protocol):
 
 
 class Rhythm(Protocol):
-    """`shard.Sharding`: is told before the backward of each micro-batch whether it is the last one."""
+    """`shard.Sharding`: is told before the backward of each micro-batch whether it is the last one; or to hold the
+    gradients of all of them, and then to sum these."""
 
     def micro_batch(self, last: bool) -> None: ...
+    def hold(self) -> None: ...
+    def sum_held(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,13 @@ class Pipeline:
         schedule = self._schedule(number, tuple(self.batches[0].input_ids.shape))
         for stage in self._stages:
             stage.left = number
+        # zero bubble takes gradients of weights past the hooks that would sum those of shards
+        late = self.sharding if self.name == "zero_bubble" else None
+        if late is not None:
+            late.hold()
         schedule.step(number=index, target=index, return_outputs=False)
+        if late is not None:
+            late.sum_held()
         self.batches, self.passes = [], None
 
     def _schedule(self, number: int, shape: tuple[int, ...]) -> Any:
@@ -180,7 +189,7 @@ class _Stage(PipelineStage):
 
     def _around(self, work: Callable[..., None], *args: Any, last: bool, **options: Any) -> None:
         pipeline = self.pipeline
-        if pipeline.sharding is not None:
+        if pipeline.sharding is not None and pipeline.name != "zero_bubble":
             pipeline.sharding.micro_batch(last=last and self.left == 1)
         work(*args, **options)
         self._laid_out()
@@ -288,16 +297,9 @@ class Relay:
 
 
 def check_trained(number: int, world: World) -> None:
-    """Refuse, on every rank, stages of which nothing is trained. `number`: of trained tensors here."""
-    if world.sizes["pipeline"] == 1:
-        return
-    idle = sorted({i // world.stage_size for i, n in enumerate(world.gather(number)) if not n})
-    if idle:
-        raise Refused(
-            f"parallel.pipeline={world.sizes['pipeline']}",
-            f"on process {idle[0]} of the pipeline (from 0) nothing is trained: no target of the adapter is among its layers",
-            "give adapter.targets in all layers, or fewer stages",
-        )
+    """Refuse, on every rank, a model of which nothing is trained. `number`: of trained tensors here; stages may have none."""
+    if not any(world.gather(number)):
+        raise Refused("training", "no parameter is trainable", "check adapter.targets")
 
 
 # ---- tensors that are on several stages

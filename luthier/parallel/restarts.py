@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import signal
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -63,6 +64,15 @@ def leave_note(restart: Restart, rank: int, note: Note) -> None:
         path = Path(restart.notes) / f"rank-{rank}.json"
         if not path.exists():
             path.write_text(json.dumps(asdict(note)), "utf-8")
+
+
+def leave_record(path: str, text: str) -> None:
+    """Leave for torchrun what a process ends with, in the form of its `record`: it shows that last of all."""
+    more = {"py_callstack": text, "timestamp": str(int(time.time()))}
+    with contextlib.suppress(OSError):
+        Path(path).write_text(
+            json.dumps({"message": {"message": text, "extraInfo": more}}), "utf-8"
+        )
 
 
 def read_notes(folder: Path) -> dict[int, Note]:

@@ -1,10 +1,10 @@
 """Sequence parallelism: between the cut layers a rank holds its own tokens of the hidden states, not all of them.
 
-Each rank has one stretch of every row. The first decoder layer splits the tokens, the last one joins them again; what
-is before and behind (embedding, final norm, head) sees whole rows, as do attention and the MLPs, which gather tokens
-on entering and scatter their sums (`tensor.py`). So rotary tables, masks and the layout stay those of whole rows. All
-by hooks, inside a layout only: a plain call (`generate`) has whole rows everywhere. Which modules these are is told by
-`models/sequence.py`.
+Each rank has one stretch of every row. The first decoder layer of a pipeline stage splits the tokens, its last one joins
+them again; what is before and behind (embedding, final norm, head, other stages) sees whole rows, as do attention, MLPs and
+experts, which gather tokens on entering and scatter their sums (`tensor.py`, `branches.py`). So rotary tables, masks and the
+layout stay those of whole rows, or of a context rank's part of them. All by hooks, inside a layout only: a plain call
+(`generate`) has whole rows everywhere. Which modules these are is told by `models/sequence.py`.
 """
 
 from __future__ import annotations
@@ -13,33 +13,35 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from luthier.batch import current_layout
-from luthier.parallel.collectives import Axis, split_tokens, whole_tokens
+from luthier.parallel.collectives import Axis, split_tokens, whole_rows, whole_tokens
 from luthier.parts import mark_share
 
 
 def split_sequence(
     model: nn.Module,
-    layers: Sequence[nn.Module],
+    runs: Sequence[Sequence[nn.Module]],
     entries: Sequence[str],
     shares: Sequence[str],
     axis: Axis,
 ) -> None:
-    """Let the decoder `layers` of `model` hold a rank's own tokens.
+    """Let the decoder layers of `model` hold a rank's own tokens, in `runs`: the layers of each pipeline stage.
 
-    `entries`: modules that need all of them; `shares`: parameters that act on a rank's own tokens, so that their
-    gradients are summed. An adapter on a decoder layer itself (ReFT) sees whole rows.
+    `entries`: modules that need all of them; `shares`: parameters of whose gradient a rank has a share, which are
+    summed. An adapter on a decoder layer itself (ReFT) sees whole rows.
     """
     for path in shares:
         mark_share(model.get_parameter(path))
     for path in entries:
         hook = _Joining(axis)
         model.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
-    layers[0].register_forward_pre_hook(_Splitting(axis).enter, with_kwargs=True)
-    for layer in layers:
-        edited, last = hasattr(layer, "adapter"), layer is layers[-1]
+    for layers in runs:
+        layers[0].register_forward_pre_hook(_Splitting(axis).enter, with_kwargs=True)
+    ends = {id(layers[-1]) for layers in runs}
+    for layer in (layer for layers in runs for layer in layers):
+        edited, last = hasattr(layer, "adapter"), id(layer) in ends
         if edited or last:
             layer.register_forward_hook(_Rejoining(axis), prepend=True)
         if edited and not last:
@@ -76,15 +78,8 @@ class _Joining:
         layout = current_layout()
         if layout is None:
             return None
-        rows, width = layout.document_ids.shape
-
-        def join(x: Tensor) -> Tensor:
-            flat = x.ndim == 2  # [B*S/n, D]
-            x = x.unflatten(0, (rows, -1)) if flat else x
-            x = whole_tokens(x, self.axis, width, shares=True)
-            return x.flatten(0, 1) if flat else x
-
-        return _first(args, kwargs, join)
+        shape = layout.shape
+        return _first(args, kwargs, lambda x: whole_rows(x, self.axis, shape, shares=True))
 
 
 class _Rejoining:
@@ -98,7 +93,7 @@ class _Rejoining:
         layout = current_layout()
         if layout is None:
             return None
-        width = layout.document_ids.shape[1]
+        width = layout.shape[1]
         return _of_output(output, lambda x: whole_tokens(x, self.axis, width, shares=False))
 
 

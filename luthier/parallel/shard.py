@@ -26,6 +26,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
+from luthier.batch import current_capture
 from luthier.errors import Refused
 from luthier.parallel.collectives import all_parts
 from luthier.parallel.world import World
@@ -72,6 +73,7 @@ class Sharding:
             _check_types([p for p in group if p.requires_grad and p not in ignored])
         for layer in layers:
             fully_shard(layer, reshard_after_forward=stage == 3, **options)
+            layer.register_forward_hook(_gather_for_captured)
         fully_shard(root, reshard_after_forward=False, **options)
         for name, p in root.named_parameters():
             marked(p, names[name])
@@ -87,6 +89,21 @@ class Sharding:
             self.root.set_requires_gradient_sync(last)
         if self.stage < 3:
             self.root.set_reshard_after_backward(last)
+
+    def hold(self) -> None:
+        """Weights stay whole (below stage 3), and gradients are summed by `sum_held` alone."""
+        self.root.set_requires_gradient_sync(False)
+        self.root.set_reshard_after_backward(False)
+
+    def sum_held(self) -> None:
+        """Sum the gradients over the ranks and cut them, as the last backward would: torch's pipelines do the same."""
+        self.root.set_requires_gradient_sync(True)
+        self.root.set_reshard_after_backward(True)
+        state: Any = self.root._get_fsdp_state()
+        for inner in state._state_ctx.all_states:
+            for group in inner._fsdp_param_groups:
+                group.post_backward()
+        state._root_post_backward_final_callback()
 
     def settle(self) -> None:
         """Free what a forward without backward left gathered: weights may change from here on."""
@@ -106,6 +123,19 @@ class Sharding:
                 freed = self.stage == 3 and part is not self.root
                 part.set_reshard_after_forward(freed, recurse=False)
             self.settle()
+
+
+@torch.compiler.disable()
+def _gather_for_captured(layer: Any, args: Any, output: Any) -> None:
+    """Let keys and values that were taken out of a layer (virtual tokens') gather its weights in their backward.
+
+    FSDP2 does so when the gradient of the layer's output comes. Nobody uses the last layer's in such a forward.
+    """
+    found = current_capture()
+    if found:
+        for tensor in found[max(found)]:
+            if tensor.requires_grad:
+                tensor.register_hook(lambda gradient: layer.unshard())
 
 
 def _mesh(world: World) -> Any:
@@ -225,7 +255,8 @@ def reduce(parameters: Sequence[Parameter], world: World) -> None:
     sharded tensors were summed in their backward.
     """
     own = [p for p in parameters if not isinstance(p, DTensor)]
-    if world.data_size * world.sizes["context"] > 1 and own:
+    # a pipeline's stages ask together, also one that trains nothing
+    if world.data_size * world.sizes["context"] > 1 and (own or world.sizes["pipeline"] > 1):
         _fill(own, world)
         groups = [None]
         if (

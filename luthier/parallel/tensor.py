@@ -21,7 +21,7 @@ from torch.nn import Parameter
 from luthier.batch import current_layout
 from luthier.layers import is_quantized, is_transposed
 from luthier.parallel.beside import Columns, Rows
-from luthier.parallel.collectives import Axis, sum_backward, sum_forward, sum_tokens, total
+from luthier.parallel.collectives import Axis, sum_backward, sum_forward, sum_rows, total
 from luthier.parts import Part, mark_part, mark_share
 
 
@@ -200,11 +200,7 @@ class _Leaving:
             return None
         layout = current_layout() if self.by_tokens else None
         if layout is not None:
-            rows = (
-                output.unflatten(0, (len(layout.document_ids), -1)) if output.ndim == 2 else output
-            )
-            y = sum_tokens(rows, self.axis)
-            y = y.flatten(0, 1) if output.ndim == 2 else y
+            y = sum_rows(output, self.axis, layout.shape[0])
         else:
             y = sum_forward(output, self.axis)
         bias = layer._parameters.get("bias")

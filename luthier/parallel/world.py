@@ -24,7 +24,7 @@ from luthier.errors import Failed, LostPeer, LuthierError, NotFinite, Refused
 from luthier.parallel import joining, restarts
 from luthier.parallel.degrees import mesh_sizes
 from luthier.parallel.joining import Place
-from luthier.parallel.restarts import Note, Restart, leave_note
+from luthier.parallel.restarts import Note, Restart, leave_note, leave_record
 
 T = TypeVar("T")
 
@@ -92,19 +92,16 @@ def tells(error: BaseException) -> bool:
 
 
 def note(error: BaseException) -> None:
-    """Tell the launcher what this process ends with."""
+    """Tell the launcher, ours or torchrun, what this process ends with."""
     here = _place_or_alone()
-    if here.restart is None or not isinstance(error, Exception):
+    if not isinstance(error, Exception):
         return
-    leave_note(
-        here.restart,
-        here.rank,
-        Note(
-            str(error) if isinstance(error, LuthierError) else f"{type(error).__name__}: {error}",
-            lost=isinstance(error, LostPeer) or lost_peer(error),
-            final=isinstance(error, NotFinite),
-        ),
-    )
+    text = str(error) if isinstance(error, LuthierError) else f"{type(error).__name__}: {error}"
+    lost = isinstance(error, LostPeer) or lost_peer(error)
+    if here.restart is not None:
+        leave_note(here.restart, here.rank, Note(text, lost, final=isinstance(error, NotFinite)))
+    elif "TORCHELASTIC_ERROR_FILE" in os.environ and not lost:
+        leave_record(os.environ["TORCHELASTIC_ERROR_FILE"], text)
 
 
 def restarted() -> Restart | None:
@@ -155,7 +152,8 @@ class World:
     sizes: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(AXES, 1))
     mesh: Any = None  # DeviceMesh over AXES; None in a run of one process
     attempt: int = 0  # how often the launcher restarted the run
-    group: Any = None  # what values are exchanged over, beside the ranks' first group (`aside`)
+    group: Any = None  # what values are exchanged over; None: the ranks' first group
+    beside: Any = None  # a second group of the same ranks (`aside`)
 
     @classmethod
     def start(
@@ -202,6 +200,8 @@ class World:
         )
         mesh = init_device_mesh(device, tuple(sizes.values()), mesh_dim_names=AXES)
         at = dict(zip(AXES, mesh.get_coordinate() or [], strict=True))
+        # made now: ranks that make a group wait for one that is gone until the time-out, deaf to signals
+        beside = dist.new_group(backend="gloo", timeout=WAIT)
         return cls(
             rank=here.rank,
             size=here.size,
@@ -210,6 +210,7 @@ class World:
             sizes=sizes,
             mesh=mesh,
             attempt=here.attempt,
+            beside=beside,
         )
 
     def close(self) -> None:
@@ -372,12 +373,8 @@ class World:
         return [found["result"] for found in every]
 
     def aside(self) -> World:
-        """The same ranks with a group of their own, for what a thread exchanges beside the training. All must ask."""
-        if self.size == 1:
-            return self
-        import torch.distributed as dist
-
-        return replace(self, group=dist.new_group(backend="gloo", timeout=WAIT))
+        """The same ranks with a group of their own, for what one thread exchanges beside the training."""
+        return replace(self, group=self.beside)
 
 
 def _packed(error: Exception) -> list[str]:

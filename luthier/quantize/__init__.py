@@ -1,4 +1,4 @@
-"""Quantised frozen weights: their numbers are in `codes.py`, modules and products in `linears.py`."""
+"""Quantised frozen weights: their numbers are in `codes.py`, modules in `linears.py`, products in `products.py`."""
 
 from luthier.quantize.codes import Scheme, Spec, dequantize, make_spec, quantize
 from luthier.quantize.linears import QuantizedLinear, QuantizedTensor

@@ -4,7 +4,7 @@ A weight is cut into blocks of its flattened row-major numbers; each block has o
 nf4 and fp4 are bitsandbytes' code books (QLoRA, Dettmers et al. 2023, arXiv:2305.14314), int8 its
 vector-wise form (LLM.int8(), arXiv:2208.07339), int8 and int4 also weight-only per output channel or
 per group of inputs. Works on any device, in pieces that stay in a CPU's cache. Modules around the
-tensors, and products with them, are `linears.py`'s.
+tensors are `linears.py`'s, products with them `products.py`'s.
 """
 
 from __future__ import annotations

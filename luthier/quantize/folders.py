@@ -68,7 +68,7 @@ class Prequantized(QuantizationConfigMixin):
         def read(name: str) -> Tensor:
             file = self.files[name]
             if file not in opened:
-                opened[file] = stack.enter_context(safe_open(file, framework="pt"))
+                opened[file] = stack.enter_context(safe_open(file, "pt", backend="pread"))
             return opened[file].get_tensor(name)
 
         return read

@@ -2,27 +2,25 @@
 
 Codes and scales are parameters that need no gradient, not buffers, because FSDP shards parameters only.
 Where rows hold whole blocks they keep the weight's dimensions: what cuts a dense weight by outputs or
-inputs cuts them alike. A product dequantises tile by tile, forward and again backward; a dense
-weight is never kept. The numbers are `codes.py`'s; which layers are replaced is the caller's.
+inputs cuts them alike. Products are `products.py`'s, the numbers `codes.py`'s; which layers are replaced is
+the caller's.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from typing import Any, Self, cast
+from collections.abc import Callable
+from typing import Self, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from luthier.errors import Refused
 from luthier.parts import Part
 from luthier.quantize import codes
-from luthier.quantize.codes import Spec, make_spec
+from luthier.quantize.codes import make_spec
 from luthier.quantize.parts import check_part, take_part
-from luthier.quantize.tiles import tile_length
+from luthier.quantize.products import Product, times, times_transposed
 
 
 class QuantizedTensor(nn.Module):
@@ -116,24 +114,29 @@ class QuantizedTensor(nn.Module):
         lead = x.shape[:-1]
         if addend is not None:
             addend = addend.to(x.dtype)
-            addend = addend if addend.dim() == 1 else addend.reshape(-1, addend.shape[-1])
+            addend = addend if addend.dim() == 1 else addend.flatten(0, -2)
         x = x.reshape(-1, x.shape[-1])  # [N, in]
-        y = _Product.apply(x, addend, self.spec, rows, *self.tensors().values())
+        y = Product.apply(x, addend, self.spec, rows, *self.tensors().values())
         return cast(Tensor, y).view(*lead, rows[1] - rows[0])
 
     @torch.compiler.disable()
     def multiply(self, x: Tensor, addend: Tensor | None = None, index: int | None = None) -> Tensor:
-        """addend + x W^T, [N, out], for x [N, in], outside autograd: for nodes that compute more with it."""
-        return _times_transposed(
-            x, addend, self.spec, self._rows(index), list(self.tensors().values())
-        )
+        """addend + x W^T, [N, out], for x [N, in], outside autograd: for nodes that compute more with it.
+
+        An `addend` [N, out] becomes the result.
+        """
+        tensors = list(self.tensors().values())
+        return times_transposed(x, addend, self.spec, self._rows(index), tensors)
 
     @torch.compiler.disable()
     def multiply_back(
         self, g: Tensor, addend: Tensor | None = None, index: int | None = None
     ) -> Tensor:
-        """addend + g W, [N, in], for g [N, out], outside autograd: the gradient of x in such a node."""
-        return _times(g, addend, self.spec, self._rows(index), list(self.tensors().values()))
+        """addend + g W, [N, in], for g [N, out], outside autograd: the gradient of x in such a node.
+
+        `addend` [N, in] becomes the result.
+        """
+        return times(g, addend, self.spec, self._rows(index), list(self.tensors().values()))
 
     def check_part(self, how: Part, name: str, asked: str) -> None:
         """Refuse a cut (`keep`) of the layer `name` that would leave blocks too small."""
@@ -237,7 +240,7 @@ class QuantizedLinear(QuantizedTensor):
         block_size: int | None = None,
         double_quant: bool = False,
     ) -> Self:
-        """The form of `layer` on the meta device: no values yet, but its sizes, type and mode.
+        """The form of `layer` on the meta device: its sizes, type and mode.
 
         Refused: a layer that is quantised already, or is no linear layer; and what `make_spec` refuses.
         """
@@ -256,16 +259,9 @@ class QuantizedLinear(QuantizedTensor):
         weight = layer.weight
         transposed = isinstance(layer, Conv1D)
         num_out, num_in = weight.shape[::-1] if transposed else weight.shape
-        made = cls.meta(
-            num_in,
-            num_out,
-            scheme,
-            block_size,
-            double_quant,
-            bias=layer.bias is not None,
-            transposed=transposed,
-            dtype=weight.dtype if weight.is_floating_point() else None,
-        )
+        form = (num_in, num_out, scheme, block_size, double_quant)
+        dtype = weight.dtype if weight.is_floating_point() else None
+        made = cls.meta(*form, bias=layer.bias is not None, transposed=transposed, dtype=dtype)
         return made.train(layer.training)
 
     @classmethod
@@ -309,79 +305,3 @@ class QuantizedLinear(QuantizedTensor):
         """
         y = self.product(x, addend)
         return y if self.bias is None else y + self.bias.to(y.dtype)
-
-
-class _Product(torch.autograd.Function):
-    """addend + x W^T of rows of a quantised matrix. What it saves for backward is codes and scales."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,  # [N, in]
-        addend: Tensor | None,  # [N, out] or [out]
-        spec: Spec,
-        rows: tuple[int, int],
-        *tensors: Tensor,
-    ) -> Tensor:
-        ctx.save_for_backward(*tensors)
-        ctx.spec, ctx.rows = spec, rows
-        return _times_transposed(x, addend, spec, rows, tensors)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (g,) = grads  # [N, out]
-        rest = [None] * (2 + len(ctx.spec.layout))
-        for_x = None
-        if ctx.needs_input_grad[0]:
-            for_x = _times(g, None, ctx.spec, ctx.rows, ctx.saved_tensors)
-        # where the addend was [out], autograd sums
-        return for_x, g if ctx.needs_input_grad[1] else None, *rest
-
-
-def _times_transposed(
-    x: Tensor, addend: Tensor | None, spec: Spec, rows: tuple[int, int], tensors: Sequence[Tensor]
-) -> Tensor:
-    """addend + x W^T, [N, out], where W is the rows `rows` of the matrix that `tensors` store."""
-    scale = codes.scales(dict(zip(spec.layout, tensors, strict=True)), spec)
-    (first, last), width = rows, spec.shape[-1]
-    y = x.new_empty(len(x), last - first)  # [N, out]
-    step = tile_length(last - first, width, spec.unit // math.gcd(spec.unit, width), x.device)
-    buffer = x.new_empty(step, width)
-    for start in range(first, last if len(x) else first, step):
-        stop = min(start + step, last)
-        tile = buffer[: stop - start]  # [rows, in]
-        codes.dequantize_range(tensors[0], scale, spec, start * width, stop * width, tile)
-        part = slice(start - first, stop - first)
-        if addend is None:
-            torch.mm(x, tile.t(), out=y[:, part])
-        else:
-            torch.addmm(addend[..., part], x, tile.t(), out=y[:, part])
-    return y
-
-
-def _times(
-    g: Tensor, addend: Tensor | None, spec: Spec, rows: tuple[int, int], tensors: Sequence[Tensor]
-) -> Tensor:
-    """addend + g W, [N, in]: the other way."""
-    scale = codes.scales(dict(zip(spec.layout, tensors, strict=True)), spec)
-    (first, last), width = rows, spec.shape[-1]
-    if not spec.by_rows:
-        # blocks run on over the ends of rows: columns cannot be had alone, and summing over tiles of rows
-        # would round each time
-        tile = g.new_empty(last - first, width)
-        codes.dequantize_range(tensors[0], scale, spec, first * width, last * width, tile)
-        return g @ tile if addend is None else torch.addmm(addend, g, tile)
-    packed, scale = (t.flatten(0, -2)[first:last] for t in (tensors[0], scale))
-    step = tile_length(width, last - first, math.lcm(codes.column_step(spec), 64), g.device)
-    y = g.new_empty(len(g), width)  # [N, in]
-    buffer = g.new_empty((last - first) * step)
-    for start in range(0, width, step):
-        stop = min(start + step, width)
-        tile = buffer[: (last - first) * (stop - start)].view(-1, stop - start)  # [out, columns]
-        codes.dequantize_columns(packed, scale, spec, start, stop, tile)
-        if addend is None:
-            torch.mm(g, tile, out=y[:, start:stop])
-        else:
-            torch.addmm(addend[..., start:stop], g, tile, out=y[:, start:stop])
-    return y

@@ -77,7 +77,10 @@ def _spec(model: nn.Module, name: str, scheme: str, config: QuantizeConfig) -> S
         )
     shape = shape_of(owner, last) if last in own_stacks(owner) else features(layer)[::-1]
     double = config.double_quant and scheme not in ("int8", "int4")
-    return make_spec(scheme, shape, config.block_size, double)
+    try:
+        return make_spec(scheme, shape, config.block_size, double)
+    except Refused as refused:
+        raise Refused(f"{refused.asked} for layer '{name}'", refused.found, refused.do) from None
 
 
 class Quantization(QuantizationConfigMixin):

@@ -82,7 +82,11 @@ def evaluate_loss(
             hidden = stage(batch)  # [B, S, D]
             if own and stage.has_head:
                 loss, hits, count = token_stats(
-                    hidden, batch.labels, stage.head, vocabulary=stage.vocabulary
+                    hidden,
+                    batch.labels,
+                    stage.head,
+                    relative=stage.relative_logits,
+                    vocabulary=stage.vocabulary,
                 )
                 losses.append(loss)
                 correct += hits

@@ -81,7 +81,7 @@ class Trainer:
         self._saved_at = 0  # the step of our latest checkpoint
         self._previous: dict[str, Any] | None = None  # the best before the latest save
         self._unsupervised = False  # a step without supervised tokens was seen
-        self._finished: tuple[Any, Any] | None = None  # data's and updater's state at the last step
+        self._finished: tuple[Any, ...] = ()  # data's and updater's state at the last step
 
     def step(self, micro_batches: Sequence[Batch]) -> StepReport:
         """The next optimiser step; see `Updater.update`."""
@@ -264,13 +264,11 @@ class Trainer:
                 f"NaN or infinity in {', '.join(bad)}",
                 f"nothing was written; go on from {self.checkpoints.newest()} with a lower optim.lr",
             )
-        # of the last finished step: another one may have begun
-        finished = self._finished or (self.data.state(), self.updater.state())
         state = {
             "tokens": self.num_tokens,
             "seconds": self.seconds,
-            "data": finished[0],
-            "updater": finished[1],
+            "data": self._finished[0],  # of the last finished step: another one may have begun
+            "updater": self._finished[1],
             "epoch_ended": self._epoch_ended,
             "window": asdict(self._window),
             "evaluation": self.evaluation,
@@ -385,8 +383,9 @@ class Trainer:
         """Save the last finished step, where that can be, and say in `error` what is kept of the run."""
 
         def save(world: World) -> Path:
-            if world is not self.world:  # alone: the others may be gone
-                self.world, self.checkpoints.saver = world, Saver(world, background=False)
+            if world is not self.world:  # alone: the others are gone, or still at this checkpoint
+                by, self.world = f"rank-{self.world.rank}-", world
+                self.checkpoints.saver = Saver(world, background=False, by=by)
             path = self._save(wait=True)
             self._tell_saved()
             return path
@@ -395,6 +394,6 @@ class Trainer:
             self.checkpoints.saver.wait()
             self._tell_saved()
         there = self._saved_at == self.done and self.checkpoints.has(self.done)  # not only begun
-        if isinstance(error, Failed) and self.done and not there and self._finished is not None:
+        if isinstance(error, Failed) and self.done and not there and self._finished:
             whole = not self.updater.half_updated
             keep_last_step(error, save, self.world, step=self.done, whole=whole)

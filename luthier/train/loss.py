@@ -23,6 +23,9 @@ from luthier.errors import Failed
 from luthier.parallel.vocabulary import Vocabulary
 
 Head = Callable[[Tensor], Tensor]
+Relative = Callable[
+    [Tensor, Tensor], Tensor
+]  # rows and their targets -> logits less a number a row
 
 CHUNK_BYTES = 48 * 2**20  # one chunk's logits, counted as float32; 256 rows of 49,152 tokens
 MIN_ROWS = 64  # fewer rows would leave matrix units idle
@@ -35,6 +38,7 @@ def token_loss(
     head: Head,
     parameters: Sequence[Tensor] = (),
     *,
+    relative: Relative | None = None,
     chunk_rows: int | None = None,
     vocabulary: Vocabulary | None = None,
 ) -> Tensor:
@@ -42,7 +46,8 @@ def token_loss(
 
     `hidden` [B, S, D]; `labels` [B, S], already shifted, IGNORE where not supervised; `head` maps [N, D]
     to logits [N, V]; `parameters` are the tensors that `head` reads and that are to get a gradient (the
-    frozen among them are skipped). The gradient is computed with the loss, and scaled in backward.
+    frozen among them are skipped). The gradient is computed with the loss, and scaled in backward. `relative`
+    is called in the place of `head` where it is given (`Stage.relative_logits`); its logits may be shifted.
 
     Statistics, the sum, and the sum of parameter gradients over chunks are float32 (float64 for float64
     models). `chunk_rows` is the most rows per call of `head`. Default: what keeps float32 logits within
@@ -54,11 +59,13 @@ def token_loss(
     """
     trained = [p for p in parameters if p.requires_grad]
     if torch.is_grad_enabled() and (hidden.requires_grad or trained):
-        return _TokenLoss.apply(hidden, labels, head, chunk_rows, vocabulary, *trained)  # pyright: ignore[reportReturnType]
+        how = relative, chunk_rows, vocabulary
+        return _TokenLoss.apply(hidden, labels, head, *how, *trained)  # pyright: ignore[reportReturnType]
     loss = torch.zeros((), dtype=_wide(hidden.dtype), device=hidden.device)
     with torch.no_grad():
         for rows, targets in _chunks(hidden, labels, head, chunk_rows, CHUNK_BYTES, vocabulary):
-            logits = head(hidden.reshape(-1, hidden.shape[-1])[rows])
+            chunk = hidden.reshape(-1, hidden.shape[-1])[rows]
+            logits = head(chunk) if relative is None else relative(chunk, targets)
             loss += _losses(logits, targets, vocabulary).sum()
     return loss
 
@@ -69,18 +76,19 @@ def token_stats(
     labels: Tensor,
     head: Head,
     *,
+    relative: Relative | None = None,
     chunk_rows: int | None = None,
     vocabulary: Vocabulary | None = None,
 ) -> tuple[float, int, int]:
     """(summed loss, number of positions whose likeliest token is the label, number of supervised positions).
 
-    Shapes, chunks and `vocabulary` as in `token_loss`; nothing is differentiable. A tie counts for the
+    Shapes, chunks, `relative` and `vocabulary` as in `token_loss`; nothing is differentiable. A tie counts for the
     smallest token.
     """
     flat = hidden.reshape(-1, hidden.shape[-1])
     loss, correct, count = 0.0, 0, 0
     for rows, targets in _chunks(hidden, labels, head, chunk_rows, CHUNK_BYTES, vocabulary):
-        logits = head(flat[rows])  # [n, V]
+        logits = head(flat[rows]) if relative is None else relative(flat[rows], targets)  # [n, V]
         loss += float(_losses(logits, targets, vocabulary).sum(dtype=torch.float64))
         correct += _hits(logits, targets, vocabulary)
         count += len(targets)
@@ -108,6 +116,7 @@ class _TokenLoss(torch.autograd.Function):
         hidden: Tensor,
         labels: Tensor,
         head: Head,
+        relative: Relative | None,
         chunk_rows: int | None,
         vocabulary: Vocabulary | None,
         *trained: Tensor,
@@ -124,7 +133,7 @@ class _TokenLoss(torch.autograd.Function):
         for rows, targets in _chunks(hidden, labels, head, chunk_rows, budget, vocabulary):
             chunk = flat[rows].requires_grad_(wants_hidden)  # [n, D]
             with torch.enable_grad():
-                logits = head(chunk)  # [n, V]
+                logits = head(chunk) if relative is None else relative(chunk, targets)  # [n, V]
             if buffer is None:
                 buffer = torch.empty_like(logits)
             grad_logits = buffer[: len(rows)]
@@ -151,7 +160,7 @@ class _TokenLoss(torch.autograd.Function):
             for grad, (size, dtype) in zip(grads, like, strict=True)
         ]
         scaled = None if grad_hidden is None else (grad_hidden * scale).view(shape)
-        return scaled, None, None, None, None, *out
+        return scaled, None, None, None, None, None, *out
 
 
 def _add(total: Tensor | None, part: Tensor | None) -> Tensor | None:

@@ -47,17 +47,19 @@ def make_optimizer(
     lr_scales: Mapping[str, float] | None = None,
     *,
     head_dim: int | None = None,
+    idle: bool = False,
 ) -> Optimizer:
     """The optimiser `config.name` over all `named_parameters`, at rate `lr`.
 
     `lr_scales`: parameter name -> ratio to `lr` (LoRA+), 1 where absent. `head_dim`: size of an attention
-    head, which adamw_mini needs to give each query and key head its own block.
+    head, which adamw_mini needs to give each query and key head its own block. `idle`: there may be no parameters (a
+    stage of a pipeline on which nothing is trained).
     adamw (arXiv 1711.05101) runs torch's fused kernel. sgd takes betas[0] as momentum; its decay is decoupled
     too. In adafactor (torch.optim.Adafactor, arXiv 1804.04235) `lr` bounds the step relative to the
     RMS of each tensor and `eps` is the least root of the second moment.
     Moments have the type of the parameters given: hand in float32 (master) copies of half-precision weights.
     """
-    if not named_parameters:
+    if not named_parameters and not idle:
         raise Refused("training", "no parameter is trainable", "check adapter.targets")
     scales = dict(lr_scales or {})
     unknown = sorted(scales.keys() - {name for name, _ in named_parameters})
@@ -76,7 +78,7 @@ def make_optimizer(
             "lr_scale": scale,
             "lr": lr * scale,
         }
-        for (decay, scale, _), members in grouped.items()
+        for (decay, scale, _), members in (grouped or {(False, 1.0, False): []}).items()
     ]
     match config.name:
         case "adamw":

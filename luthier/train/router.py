@@ -20,23 +20,26 @@ from luthier.batch import PADDING, Batch
 from luthier.errors import Refused
 from luthier.models.routers import router_facts, watch_routers
 
+Join = Callable[[Tensor, Batch], Tensor]
+
 
 @dataclass(frozen=True)
 class RouterLoss:
     """`balance` and `z`: weights of the two losses. `top_k`: experts that a token is sent to. `num_routers`: of the
-    whole model, of which a pipeline stage has some."""
+    whole model, of which a pipeline stage has some. `join` makes logits of a rank's own tokens those of its batch."""
 
     top_k: int
     balance: float
     z: float = 0.0
     num_routers: int | None = None
+    join: Join | None = None
 
     def shares(self, logits: Sequence[Tensor], batch: Batch) -> Tensor:
         """How many of the batch's real tokens are sent to each expert, over all layers [E], float64."""
         real = _real(batch)
         width = logits[0].shape[-1] if logits else 0
         counts = torch.zeros(width, dtype=torch.float64, device=real.device)
-        for layer in logits:
+        for layer in self._whole(logits, batch):
             chosen = layer[real].topk(self.top_k, dim=-1).indices.flatten()
             counts += torch.bincount(chosen, minlength=len(counts))
         return counts
@@ -52,7 +55,7 @@ class RouterLoss:
         wide = torch.promote_types(logits[0].dtype, torch.float32)
         used = (shares / rows).to(wide)
         total = torch.zeros((), dtype=wide, device=real.device)
-        for layer in logits:
+        for layer in self._whole(logits, batch):
             scores = layer[real].to(wide)  # [n, E]
             if self.balance:
                 given = torch.softmax(scores, dim=-1).sum(0)  # [E]
@@ -61,9 +64,15 @@ class RouterLoss:
                 total = total + self.z * torch.logsumexp(scores, dim=-1).square().sum()
         return total / rows
 
+    def _whole(self, logits: Sequence[Tensor], batch: Batch) -> Sequence[Tensor]:
+        return logits if self.join is None else [self.join(layer, batch) for layer in logits]
+
 
 def router_loss(
-    model: PreTrainedModel, asked: float | None, over_stages: Callable[[int], int] = int
+    model: PreTrainedModel,
+    asked: float | None,
+    over_stages: Callable[[int], float] = float,
+    join: Join | None = None,
 ) -> RouterLoss | None:
     """The loss of the model's routers, hooked; `asked` replaces the checkpoint's weight of the balance.
 
@@ -80,8 +89,8 @@ def router_loss(
         facts["balance"] = asked
     if facts is None or not (facts["balance"] or facts["z"]):
         return None
-    number = over_stages(watch_routers(model))
-    return RouterLoss(**facts, num_routers=number) if number else None
+    number = int(over_stages(watch_routers(model)))
+    return RouterLoss(**facts, num_routers=number, join=join) if number else None
 
 
 def _real(batch: Batch) -> Tensor:

@@ -71,11 +71,14 @@ class _Save:
 class Saver:
     """Saves folders, one after the other; all ranks begin and wait together."""
 
-    def __init__(self, world: World | None = None, *, background: bool = True) -> None:
-        """`background`: write a copy while the training goes on; else `begin` returns when all is on disk."""
+    def __init__(
+        self, world: World | None = None, *, background: bool = True, by: str = ""
+    ) -> None:
+        """`background`: write a copy while the training goes on; else `begin` returns when all is on disk. `by`: a word in
+        temporary names, for a process that may save what another one is still saving."""
         self.world = world or World()
-        self.background = background
-        self._aside: World | None = None
+        self.background, self.by = background, by
+        self._aside = self.world.aside()
         self._shares = Shares(self.world)
         self._now: _Save | None = None
         self._done: list[Written] = []
@@ -97,8 +100,6 @@ class Saver:
         """
         start = time.perf_counter()
         self.wait()
-        if self._aside is None:
-            self._aside = self.world.aside()
         made = copy()
         pieces = self.copy(tensors)
         written = Written(folder, step, time.perf_counter() - start)
@@ -152,16 +153,15 @@ class Saver:
         except Exception as error:
             with contextlib.suppress(OSError):
                 if self.world.is_main:
-                    shutil.rmtree(partial_of(save.folder))
+                    shutil.rmtree(partial_of(save.folder, self.by))
             save.error = _told(save.folder, error)
         finally:
             save.pieces = {}
 
     def _write(self, save: _Save) -> None:
         world = self._aside
-        assert world is not None
-        folder, partial = save.folder, partial_of(save.folder)
-        world.lead(lambda: _told_of(folder, lambda: str(begin(folder))))
+        folder, partial = save.folder, partial_of(save.folder, self.by)
+        world.lead(lambda: _told_of(folder, lambda: str(begin(folder, self.by))))
 
         def state() -> tuple[dict[str, Entry], dict[str, Any]]:
             return _told_of(folder, lambda: write_pieces(partial, world.rank, save.pieces))
@@ -194,7 +194,7 @@ class Saver:
                 name = str(path.relative_to(partial))
                 if name not in entries:
                     entries[name] = flushed(path)
-            finish(folder, None if save.records is None else entries)
+            finish(folder, None if save.records is None else entries, self.by)
             save.after()
             return sum(entry["size"] for entry in entries.values())
 

@@ -56,6 +56,7 @@ class Stage(Protocol):
     def vocabulary(self) -> Any: ...
     def __call__(self, batch: Batch, /, *where: Any) -> Any: ...
     def head(self, hidden: Tensor, /) -> Tensor: ...
+    def relative_logits(self, hidden: Tensor, targets: Tensor, /) -> Tensor: ...
     def head_parameters(self) -> list[Parameter]: ...
 
 
@@ -199,6 +200,7 @@ class Updater:
             batch.labels,
             self.stage.head,
             self.stage.head_parameters(),
+            relative=self.stage.relative_logits,
             vocabulary=self.stage.vocabulary,
         )
 
@@ -343,8 +345,9 @@ class _Passes:
         updater = self.updater
         labels = batch.labels.to(updater.device)
         stage = updater.stage
-        parameters, vocabulary = stage.head_parameters(), stage.vocabulary
-        total = token_loss(hidden, labels, stage.head, parameters, vocabulary=vocabulary)
+        parameters = stage.head_parameters()
+        how: dict[str, Any] = {"relative": stage.relative_logits, "vocabulary": stage.vocabulary}
+        total = token_loss(hidden, labels, stage.head, parameters, **how)
         loss = total / self.report.num_supervised
         if not loss.requires_grad:
             raise Failed(

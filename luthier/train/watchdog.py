@@ -22,6 +22,7 @@ from pathlib import Path
 from luthier.errors import Failed
 
 FOLDER = "stacks"  # in the run's output
+FIRST, TRAINING = "in the first step", "training"  # what is going on but for announced phases
 LONG = 6  # times as long may a phase take that announced itself
 SLOW = 10  # times as long as the slowest step so far may a step always take
 STOP_SECONDS = 300.0  # from a signal to the end of the step
@@ -67,7 +68,7 @@ class Watchdog:
         if threading.current_thread() is threading.main_thread():
             # tells the thread of a signal also while the main thread is stuck in native code
             self._old_fd = signal.set_wakeup_fd(self._woken[1].fileno(), warn_on_full_buffer=False)
-        self._begin("in the first step", self.seconds * LONG * self.slack)  # it may compile
+        self._begin(FIRST, self.seconds * LONG * self.slack)  # it may compile
         self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
         self._thread.start()
         return self
@@ -97,7 +98,7 @@ class Watchdog:
         self._slowest = max(self._slowest, now - self._step_began) if self._done else 0.0
         self._step_began, self._done = now, done
         if self.seconds is not None:
-            self._begin("training", max(self.seconds, SLOW * self._slowest) * self.slack)
+            self._begin(TRAINING, max(self.seconds, SLOW * self._slowest) * self.slack)
 
     @contextmanager
     def phase(self, doing: str) -> Iterator[None]:
@@ -129,8 +130,8 @@ class Watchdog:
         )
 
     def _watch(self) -> None:
-        while self.seconds is not None:
-            pause = min(1.0, self.seconds / 10)
+        while (seconds := self.seconds) is not None:
+            pause = min(1.0, seconds / 10)
             if select.select([self._woken[0]], [], [], pause)[0]:
                 self._note(self._woken[0].recv(16))
             now = time.monotonic()
@@ -140,7 +141,8 @@ class Watchdog:
                 return
             if idle > limit:
                 self._end(f"nothing moved for {idle:.0f} seconds while {doing}", 1)
-            if self._stop_by is not None and now > self._stop_by and doing == "training":
+            late = self._stop_by is not None and now > self._stop_by
+            if late and doing in (FIRST, TRAINING):
                 name = signal.Signals(self._signal).name
                 self._end(f"the step did not end after {name}", 128 + self._signal)
 

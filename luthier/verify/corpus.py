@@ -67,7 +67,7 @@ def _check_rows(corpus: Corpus) -> tuple[int, int]:
     """Rows of one pass and the tokens they train. Raises Failed."""
     trained, rows = 0, corpus.num_rows or 0
     for n in range(rows):
-        for ids, labels in corpus.row_in_order(n):
+        for ids, labels, *_ in corpus.row_in_order(n):
             check_labels(ids, labels)
             trained += int((labels != IGNORE).sum())
     if corpus.borders == "keep" and trained != corpus.ledger.num_supervised:

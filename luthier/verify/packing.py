@@ -138,7 +138,8 @@ def _first_pass(config: RunConfig, data: Data, pad_id: int) -> tuple[Counted, Ba
             f"one has {counted.longest} tokens",
             "report this",
         )
-    positions = None if isinstance(data.train, Corpus) else data.train.encoder.renderer.positions
+    train = data.train
+    positions = train.positions if isinstance(train, Corpus) else train.encoder.renderer.positions
     return counted, collate(taken or lone, pad_id, positions_of=positions)
 
 

@@ -1,4 +1,8 @@
-"""What the conformance tests share: losses and gradients, of a stage and of plain transformers."""
+"""What the conformance tests share: losses and gradients, of a stage and of plain transformers.
+
+Of the four families of `models/zoo` the plain model is our own class without packing, whose numbers are compared with
+the original code's in tests/zoo.
+"""
 
 from __future__ import annotations
 
@@ -13,17 +17,25 @@ from torch.nn import functional as F
 
 from luthier.batch import IGNORE, Batch, Layout
 from luthier.models.stage import Stage
+from luthier.models.zoo.chatglm import position_ids_of
+from luthier.models.zoo.glm_generation import context_mask, infilling_positions
+from luthier.positions import position_axes
 from luthier.train.loss import token_loss
+from tests.zoo_configs import ZOO_CONFIGS
+from tests.zoo_folders import ZOO
 
 # CI runs the families of the first list, `make test-all` every one
 every_family = pytest.mark.parametrize(
-    "family", [*FAMILIES, *(pytest.param(name, marks=pytest.mark.long) for name in MORE)]
+    "family", [*FAMILIES, *(pytest.param(name, marks=pytest.mark.long) for name in (*MORE, *ZOO))]
 )
 # the longest document is longer than the windows, the shortest is one token; a row of three documents
 DOCUMENTS = [[5, 3, 7], [8, 4], [1, 13]]
 # rounding of float32, ||difference|| / ||reference||: what two orders of summation differ by in logits, and
 # in gradients, which go through every layer twice
 LOGITS, GRADIENTS = 2e-6, 2e-5
+ASKED = [ZOO_CONFIGS["chatglm"]["gmask_token_id"], ZOO_CONFIGS["chatglm"]["bos_token_id"]]
+# what Qwen v1 stretches it counts with padding and with what is in its cache, as its own code
+ANSWERING: dict[str, dict[str, Any]] = {"qwen": {"seq_length": 256}}
 
 
 def plain_model(family: str, **keys: Any) -> Any:
@@ -32,6 +44,46 @@ def plain_model(family: str, **keys: Any) -> Any:
     model = tiny_model_(family, attention="sdpa" if family == "falcon_alibi" else "eager", **keys)
     model.config._experts_implementation = "eager"
     return model
+
+
+def documents(family: str, random_batch: Any) -> Batch:
+    """Packed rows of `DOCUMENTS`. With two position axes each has a context that ends in a mask token, and
+    <sop> behind it."""
+    if position_axes(family) == 1:
+        return random_batch(lengths_per_row=DOCUMENTS)
+    batch = random_batch(lengths_per_row=[[max(n, 3) for n in row] for row in DOCUMENTS])
+    ids, labels = batch.input_ids % 300, batch.labels
+    places = torch.zeros(len(ids), 2, ids.shape[1], dtype=torch.long)
+    for s in Layout.of(batch).segments:
+        border = s.start + (s.stop - s.start) // 2
+        ids[s.row, border - 1 : border + 1] = torch.tensor(ASKED)
+        own = slice(s.start, s.stop)
+        places[s.row, :, own] = positions_of(family, ids[s.row : s.row + 1, own])
+    keep = labels[:, :-1] != IGNORE
+    labels[:, :-1][keep] = ids[:, 1:][keep]
+    return Batch(ids, labels, places, batch.document_ids, batch.rows)
+
+
+def positions_of(family: str, ids: Tensor) -> Tensor:
+    """The plain model's positions [B, 2, S] of one document."""
+    config: Any = tiny_model_(family).config
+    if family == "chatglm":
+        return position_ids_of(ids, config)
+    return infilling_positions(config, ids, None)
+
+
+def asking(family: str, prompts: list[list[int]]) -> list[list[int]]:
+    """Prompts, with two position axes such that ask for an answer behind them."""
+    return prompts if position_axes(family) == 1 else [[*prompt, *ASKED] for prompt in prompts]
+
+
+def plain_logits(model: Any, ids: Tensor) -> Tensor:
+    """[1, S] -> [S, V] of a plain call."""
+    inputs: dict[str, Any] = {"input_ids": ids}
+    if model.config.model_type == "glm_legacy":  # its code expects both from its tokenizer
+        inputs["position_ids"] = infilling_positions(model.config, ids, None)
+        inputs["attention_mask"] = context_mask(inputs["position_ids"], None)
+    return model(**inputs, use_cache=False).logits[0]
 
 
 def stage_loss(stage: Stage, batch: Batch) -> Tensor:
@@ -45,7 +97,7 @@ def plain_loss(model: Any, batch: Batch) -> Tensor:
     total = 0.0
     for s in Layout.of(batch).segments:
         ids, labels = (x[s.row, s.start : s.stop] for x in (batch.input_ids, batch.labels))
-        logits = model(input_ids=ids[None], use_cache=False).logits[0]
+        logits = plain_logits(model, ids[None])
         total = total + F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
     return total / batch.num_supervised  # pyright: ignore[reportReturnType]
 
@@ -82,8 +134,8 @@ def shuffled(batch: Batch, width: int) -> Batch:
     for s in Layout.of(batch).segments:
         part = []
         for name, fill in (("input_ids", 0), ("labels", IGNORE), ("position_ids", 0)):
-            cut = getattr(batch, name)[s.row, s.start : s.stop]
-            part.append(F.pad(cut, (0, width - len(cut)), value=fill))
+            cut = getattr(batch, name)[s.row, ..., s.start : s.stop]
+            part.append(F.pad(cut, (0, width - cut.shape[-1]), value=fill))
         ids = torch.full((width,), -1)
         ids[: s.stop - s.start] = 0
         rows.append([*part, ids])

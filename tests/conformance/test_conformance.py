@@ -12,13 +12,16 @@ from typing import Any
 
 import torch
 from family_checks import (
-    DOCUMENTS,
+    ANSWERING,
     GRADIENTS,
     LOGITS,
+    asking,
     assert_same,
+    documents,
     error,
     every_family,
     gradients,
+    plain_logits,
     plain_loss,
     plain_model,
     shuffled,
@@ -43,13 +46,13 @@ PROMPTS = [[7, 9, 4, 11, 30, 31, 8], [5], [200, 3, 17, 99]]
 def test_packed(family: str, tiny_model: Any, random_batch: Any) -> None:
     """Logits and all gradients of packed rows are those of each document alone in plain transformers."""
     ours, plain = tiny_model(family), plain_model(family)
-    stage, batch = Stage(ours), random_batch(lengths_per_row=DOCUMENTS)
+    stage, batch = Stage(ours), documents(family, random_batch)
     check_stage(stage)
     with torch.no_grad():
         hidden = stage(batch)
         for s in Layout.of(batch).segments:
             ids = batch.input_ids[s.row : s.row + 1, s.start : s.stop]
-            reference = plain(input_ids=ids, use_cache=False).logits[0]
+            reference = plain_logits(plain, ids)
             assert error(stage.head(hidden[s.row, s.start : s.stop]), reference) < LOGITS
     mine = gradients(ours, stage_loss(stage, batch))
     assert mine.keys() == {name for name, _ in ours.named_parameters()}
@@ -59,7 +62,7 @@ def test_packed(family: str, tiny_model: Any, random_batch: Any) -> None:
 @every_family
 def test_lora_gradients(family: str, tiny_model: Any, random_batch: Any) -> None:
     """LoRA's gradients, on every linear layer and expert, follow from plain transformers' of the folded weights."""
-    model, batch = tiny_model(family), random_batch(lengths_per_row=DOCUMENTS)
+    model, batch = tiny_model(family), documents(family, random_batch)
     config = AdapterConfig(method="lora", rank=4, alpha=6)
     attach(model, config, seed=1)
     with torch.no_grad():
@@ -87,7 +90,7 @@ def test_lora_gradients(family: str, tiny_model: Any, random_batch: Any) -> None
 @every_family
 def test_padded(family: str, tiny_model: Any, random_batch: Any) -> None:
     """Documents in padded rows of their own give the gradients of the packed rows."""
-    model, batch = tiny_model(family), random_batch(lengths_per_row=DOCUMENTS)
+    model, batch = tiny_model(family), documents(family, random_batch)
     stage = Stage(model)
     packed = gradients(model, stage_loss(stage, batch))
     assert_same(gradients(model, stage_loss(stage, shuffled(batch, 17))), packed, GRADIENTS)
@@ -96,22 +99,22 @@ def test_padded(family: str, tiny_model: Any, random_batch: Any) -> None:
 @every_family
 def test_generation(family: str, tiny_model: Any) -> None:
     """Greedy answers with a cache and left padding are those of plain transformers, token by token anew."""
-    model, plain = tiny_model(family), plain_model(family)
-    options = GenerateOptions(max_new_tokens=9)
-    answers = generate(model, PROMPTS, options, pad_id=0, stop_ids=(), micro_batch=2)
-    for prompt, answer in zip(PROMPTS, answers, strict=True):
+    keys = ANSWERING.get(family, {})
+    model, plain = tiny_model(family, **keys), plain_model(family, **keys)
+    prompts, options = asking(family, PROMPTS), GenerateOptions(max_new_tokens=9)
+    answers = generate(model, prompts, options, pad_id=0, stop_ids=(), micro_batch=2)
+    for prompt, answer in zip(prompts, answers, strict=True):
         ids = list(prompt)
         with torch.no_grad():
             for _ in range(9):
-                logits = plain(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
-                ids.append(int(logits.argmax()))
+                ids.append(int(plain_logits(plain, torch.tensor([ids]))[-1].argmax()))
         assert ids[len(prompt) :] == answer
 
 
 @every_family
 def test_saved(family: str, tiny_model: Any, tmp_path: Path) -> None:
     """What is saved loads in plain transformers and here, with the same logits; tied heads are tied."""
-    model, ids = tiny_model(family), torch.tensor([PROMPTS[0]])
+    model, ids = tiny_model(family), torch.tensor(asking(family, PROMPTS[:1]))
     save_model(model, tmp_path)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
     ours = build_model(ModelConfig(path=str(tmp_path), dtype="float32", device="cpu"), seed=0)
@@ -132,7 +135,7 @@ def test_saved(family: str, tiny_model: Any, tmp_path: Path) -> None:
 @every_family
 def test_recomputed(family: str, tiny_model: Any, random_batch: Any) -> None:
     """Recomputing layers changes no gradient, bit for bit."""
-    model, batch = tiny_model(family), random_batch(lengths_per_row=DOCUMENTS)
+    model, batch = tiny_model(family), documents(family, random_batch)
     stage = Stage(model.train())
     wanted = gradients(model, stage_loss(stage, batch))
     for mode in ("layer", "selective"):

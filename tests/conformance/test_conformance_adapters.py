@@ -10,7 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from family_checks import DOCUMENTS, LOGITS, error, every_family, gradients, stage_loss
+from family_checks import (
+    ANSWERING,
+    LOGITS,
+    asking,
+    documents,
+    error,
+    every_family,
+    gradients,
+    stage_loss,
+)
 
 from luthier.adapters import (
     adapter_parameters,
@@ -79,7 +88,8 @@ def test_adapter(
 ) -> None:
     given, folds, unchanged = {**METHODS, **FORMS}[method]
     config = AdapterConfig.model_validate({"method": method, **given})
-    model, batch = tiny_model(family), random_batch(lengths_per_row=DOCUMENTS)
+    keys = ANSWERING.get(family, {})
+    model, batch = tiny_model(family, **keys), documents(family, random_batch)
     stage = Stage(model)
     with torch.no_grad():
         base = stage(batch)
@@ -101,14 +111,14 @@ def test_adapter(
     with torch.no_grad():
         adapted = stage(batch)
     assert error(adapted, base) > 1e-3
-    options = GenerateOptions(max_new_tokens=4)
-    answers = generate(model, PROMPTS, options, pad_id=0, stop_ids=(), micro_batch=3)
+    prompts, options = asking(family, PROMPTS), GenerateOptions(max_new_tokens=4)
+    answers = generate(model, prompts, options, pad_id=0, stop_ids=(), micro_batch=3)
     alone = [
-        generate(model, [p], options, pad_id=0, stop_ids=(), micro_batch=1)[0] for p in PROMPTS
+        generate(model, [p], options, pad_id=0, stop_ids=(), micro_batch=1)[0] for p in prompts
     ]
     assert answers == alone
     save_adapter(model, tmp_path, config, "base", None)
-    again = tiny_model(family)
+    again = tiny_model(family, **keys)
     load_adapter(again, tmp_path)
     with torch.no_grad():
         assert torch.equal(Stage(again)(batch), adapted)

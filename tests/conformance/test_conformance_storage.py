@@ -7,7 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from family_checks import DOCUMENTS, GRADIENTS, assert_same, every_family, gradients, stage_loss
+from family_checks import (
+    GRADIENTS,
+    asking,
+    assert_same,
+    documents,
+    every_family,
+    gradients,
+    stage_loss,
+)
 
 from luthier.adapters import adapter_parameters, attach
 from luthier.config import AdapterConfig, QuantizeConfig
@@ -26,7 +34,7 @@ OFTEN = ("nf4",)  # CI; the others are `make test-all`'s
 )
 @every_family
 def test_storage(family: str, scheme: str, tiny_model: Any, random_batch: Any) -> None:
-    model, batch = tiny_model(family), random_batch(lengths_per_row=DOCUMENTS)
+    model, batch = tiny_model(family), documents(family, random_batch)
     dense = deepcopy(model)
     Quantization(QuantizeConfig.model_validate({"weights": scheme})).convert(model)
     stored = {name: layer for name, layer in model.named_modules() if is_quantized(layer)}
@@ -46,7 +54,7 @@ def test_storage(family: str, scheme: str, tiny_model: Any, random_batch: Any) -
         found.append(gradients(one, stage_loss(Stage(one), batch)))
     assert found[0].keys() == adapter_parameters(model).keys()
     assert_same(found[0], found[1], GRADIENTS)
-    prompts = [[7, 9, 4, 11, 30, 31, 8], [5, 6]]
+    prompts = asking(family, [[7, 9, 4, 11, 30, 31, 8], [5, 6]])
     options = GenerateOptions(max_new_tokens=3)
     answers = [
         generate(one.eval(), prompts, options, pad_id=0, stop_ids=(), micro_batch=2)

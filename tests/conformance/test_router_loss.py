@@ -93,6 +93,8 @@ def test_the_cut_into_micro_batches_changes_nothing(tiny_model: Any, random_batc
 
 @pytest.mark.long
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+# torch's own: dynamo asks every tensor for it and hides the warning where it would be shown, not where it becomes an error
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 def test_in_compiled_layers(
     tiny_model: Any, random_batch: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

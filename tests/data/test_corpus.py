@@ -108,6 +108,28 @@ def test_documents_of_a_row_have_positions_of_their_own(texts: Path, tmp_path: P
         assert torch.equal(starts & (batch.document_ids >= 0), changes & (batch.document_ids >= 0))
 
 
+@pytest.mark.parametrize("borders", ["keep", "ignore"])
+def test_positions_skip_up_to_the_window(texts: Path, tmp_path: Path, borders: str) -> None:
+    """PoSE, of training rows alone: two chunks a document, drawn anew in each epoch, the same for row n of a run."""
+    keys = {"data__borders": borders, "data__pose": "paper", "data__pose_window": 200}
+    corpus = corpus_of(texts, tmp_path, **keys)
+    bare = corpus_of(texts, tmp_path, data__borders=borders)
+    total, skips, far = corpus.num_rows or 0, [], 0
+    for n in range(2 * total):
+        row = corpus.row(n)
+        assert [d[0].tolist() for d in row] == [d[0].tolist() for d in bare.row(n)]
+        for _, labels, places in row:
+            steps = np.diff(places)
+            assert places[0] == 0 and places[-1] < 200 and (steps > 0).all()
+            assert (steps > 1).sum() <= 1 and len(labels) == len(places)
+            far = max(far, int(places[-1]))
+        skips.append([d[2].tolist() for d in row])
+        assert all(np.array_equal(a[2], b[2]) for a, b in zip(row, corpus.row(n), strict=True))
+    assert far > 150 and skips[:total] != skips[total:]
+    dev = corpus_of(texts, tmp_path, "dev", data__split="8,2,0", **keys)
+    assert all(len(document) == 2 for document in dev.row(0))
+
+
 # ---- order
 
 

@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import pickle
+import random
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import tiny_tokenizers as tiny
 import torch
+from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from luthier.batch import IGNORE, PADDING
@@ -26,7 +28,8 @@ from luthier.data.encode import (
     reference,
 )
 from luthier.data.formats import FORMATS, BadRow, Message
-from luthier.data.tokens import Tokens, is_plain
+from luthier.data.jinja import Jinja
+from luthier.data.tokens import SPLITS, Tokens, borders, has_words, is_plain
 from luthier.errors import Failed, Refused
 
 SAMPLES = Path(os.environ.get("LUTHIER_CONFIGS", "absent"), "paddlenlp", "_sample-data")
@@ -544,6 +547,17 @@ class TestChecks:
         assert not renderer.ends_in_stop(Example(example.input_ids, labels))
 
 
+def _split(pattern: str) -> Any:
+    return pre_tokenizers.Split(Regex(pattern), "isolated")
+
+
+WAYS = {
+    "GPT-2": [pre_tokenizers.ByteLevel(add_prefix_space=False)],
+    "SmolLM2": [pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)],
+    **{f"Split {i}": [_split(each)] for i, each in enumerate(sorted(SPLITS))},
+}
+
+
 class TestTheShortWayToIds:
     """`Tokens` asks the Rust tokenizer itself where transformers would add nothing."""
 
@@ -558,6 +572,101 @@ class TestTheShortWayToIds:
             assert is_plain(tokenizer)
             for text in (*self.TEXTS, *self.TEXTS):  # the second time short ones are remembered
                 assert tokens(text) == self.plainly(tokenizer, text)
+
+    @pytest.mark.parametrize(
+        ("change", "apart"),
+        [
+            ("nothing", True),
+            ("digits", True),
+            ("blanks", False),
+            ("prefix", False),
+            ("normalizer", True),
+            ("normalized", False),
+        ],
+    )
+    def test_pieces_between_special_tokens(self, change: str, apart: bool) -> None:
+        """They are encoded one by one only where that cannot matter; the ids are those of the whole text."""
+        tokenizer = copy.deepcopy(tiny.byte_level())
+        core = tokenizer.backend_tokenizer
+        match change:
+            case "digits":
+                steps = [pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(False)]
+                core.pre_tokenizer = pre_tokenizers.Sequence(steps)
+            case "blanks":
+                core.add_special_tokens([AddedToken("<x>", lstrip=True, normalized=False)])
+            case "prefix":
+                core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+            case "normalizer":
+                core.normalizer = normalizers.Prepend(" ")
+            case "normalized":
+                core.normalizer = normalizers.Lowercase()
+                core.add_tokens([AddedToken("<x>", normalized=True)])
+        assert (borders(tokenizer) is not None) == apart
+        tokens = Tokens(tokenizer)
+        for text in (
+            *self.TEXTS,
+            "a  <x> b",
+            "a<X>",
+            "a1</s>\n",
+            "<|im_end|><|im_end|>",
+            "<|im_end",
+        ):
+            assert tokens(text) == self.plainly(tokenizer, text)
+
+    @pytest.mark.parametrize("way", WAYS)
+    def test_words_are_encoded_one_by_one(self, way: str) -> None:
+        """Over texts made of all that may stand around a blank; the second time the words are known."""
+        tokenizer = copy.deepcopy(tiny.byte_level())
+        steps = WAYS[way]
+        if way.startswith("Split"):
+            steps = [*steps, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+        assert has_words(tokenizer)
+        tokens, draw = Tokens(tokenizer), random.Random(0)
+        pieces = [
+            " ",
+            " ",
+            "  ",
+            "\n",
+            " \n",
+            "\t",
+            "\r\n",
+            "\x1c",
+            "\u3000",
+            "a",
+            "ab",
+            "A",
+            "b",
+            "1",
+            "23",
+        ]
+        pieces += ["'s", "'S", "'", ".", "...", "é", "e\u0301", "你", "<s>", "_", "\u200b"]
+        for _ in range(400):
+            text = "".join(draw.choices(pieces, k=draw.randint(1, 12)))
+            assert tokens(text) == self.plainly(tokenizer, text), repr(text)
+        assert tokens._known_words
+
+    def test_other_ways_have_no_words(self) -> None:
+        for step in (_split(" a+"), pre_tokenizers.ByteLevel(False, use_regex=False)):
+            tokenizer = copy.deepcopy(tiny.byte_level())
+            tokenizer.backend_tokenizer.pre_tokenizer = step
+            assert not has_words(tokenizer)
+
+    def test_a_template_renders_as_transformers_renders_it(self) -> None:
+        names = ("CHATML", "LLAMA2", "PHI3", "QWEN3", "R1", "MARKED", "DATED")
+        talked = [{"role": "user", "content": " a\n<b>& "}, {"role": "assistant", "content": "c "}]
+        for name in names:
+            tokenizer = tiny.byte_level(True, getattr(tiny, name))
+            template = Jinja(Tokens(tokenizer), tokenizer.chat_template, 99, None)
+            for messages in (talked[:1], talked, [{"role": "system", "content": "s"}, *talked]):
+                for asked in (True, False):
+                    wanted = tokenizer.apply_chat_template(
+                        messages,
+                        chat_template=template.source,
+                        add_generation_prompt=asked,
+                        tokenize=False,
+                    )
+                    assert template._text(messages, asked) == wanted, name
 
     def test_what_is_remembered_cannot_be_changed_from_outside(self) -> None:
         tokens = Tokens(tiny.byte_level())

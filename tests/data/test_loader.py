@@ -23,7 +23,7 @@ from small_data import config, random_rows, renderer, write_lines
 from luthier.assemble import Data, expected_steps
 from luthier.batch import IGNORE, PADDING, TENSORS, Batch
 from luthier.data.dataset import SAMPLE_ROWS, Dataset, Encoder, LazyDataset, Outcome, prepare
-from luthier.data.ledger import Record
+from luthier.data.ledger import Ledger, Record
 from luthier.data.loader import Loader, collate, evaluation_batches
 from luthier.data.packing import Method
 from luthier.data.workers import Workers
@@ -318,6 +318,22 @@ def test_going_on_from_every_step_equals_not_stopping(
         assert same([*take(again, 1), *take(again, len(rest) - 1)], rest)
         assert again.state() == states[-1]
         assert again.dataset.ledger.to_dict() == whole.dataset.ledger.to_dict()
+
+
+def test_a_ledger_is_copied_where_it_changed_not_at_every_step(
+    opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("luthier.data.packing.STREAM_BUFFER", 12)
+    loader = opened(random_rows(36), lazy=True, packing="none")
+    copied, copy = [], Ledger.snapshot
+    monkeypatch.setattr(Ledger, "snapshot", lambda own: copied.append(own) or copy(own))
+    steps = 0
+    for _ in loader.step_batches():
+        loader.state()
+        steps += 1
+        if loader.epoch == 3:
+            break
+    assert len(copied) <= 3 + 3 < steps  # at both ends of a buffer, in the first epoch alone
 
 
 def test_a_position_in_memory_is_found_without_going_through_the_steps(

@@ -20,19 +20,30 @@ from luthier.adapters import fold_into
 from luthier.adapters.placing import build, install
 from luthier.config import AdapterConfig
 
-FOLDER = Path(os.environ.get("LUTHIER_GOLDEN", Path(__file__).parent / "data")) / "peft"
+VARIABLE = "LUTHIER_GOLDEN"  # another golden folder, of the same files
+ROOT = Path(os.environ.get(VARIABLE) or Path(__file__).parent / "data")
+FOLDER = ROOT / "peft"
 
 
-def cases(method: str, prefix: str = "") -> list[Any]:
-    """Parameters of a test: the cases of this method whose id starts so; skipped with a reason if absent."""
+def absent(path: Path) -> Any:
+    """The one parameter of a test whose file is not in the golden folder: skipped, with the reason."""
+    return pytest.param(None, id="absent", marks=skip_absent(path))
+
+
+def skip_absent(path: Path) -> Any:
+    return pytest.mark.skip(reason=f"{path} is absent: the golden folder is {VARIABLE}, or {ROOT}")
+
+
+def cases(*methods: str, prefix: str = "") -> list[Any]:
+    """Parameters of a test: the cases of these methods whose id starts so; skipped with a reason if absent."""
     path = FOLDER / "manifest.json"
     if not path.is_file():
-        return [pytest.param(None, id="absent", marks=pytest.mark.skip(reason=f"{path} is absent"))]
+        return [absent(path)]
     params = []
     for case in json.loads(path.read_text("utf-8"))["cases"]:
-        if case["method"] == method and case["id"].startswith(prefix):
-            absent = not (FOLDER / case["file"]).is_file()
-            marks = pytest.mark.skip(reason=f"{case['file']} is absent") if absent else ()
+        if case["method"] in methods and case["id"].startswith(prefix):
+            file = FOLDER / case["file"]
+            marks = () if file.is_file() else skip_absent(file)
             params.append(pytest.param(case, id=case["id"], marks=marks))
     return params
 

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from golden_cases import ROOT, absent
 
 from luthier.batch import Layout
 
-PATH = (
-    Path(os.environ.get("LUTHIER_GOLDEN", Path(__file__).parent / "data")) / "data/flashmask.json"
-)
+PATH = ROOT / "data/flashmask.json"
 
 
 def cases() -> list[Any]:
     if not PATH.is_file():
-        return [pytest.param(None, id="absent", marks=pytest.mark.skip(reason=f"{PATH} is absent"))]
+        return [absent(PATH)]
     params = []
     for i, case in enumerate(json.loads(PATH.read_text("utf-8"))["cases"]):
         documents = case["causal"] and "document" in case["name"]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from golden_cases import FOLDER, adapted, cases, compare, layer_of, results, tensors_of
+from golden_cases import FOLDER, VARIABLE, adapted, cases, compare, layer_of, results, tensors_of
 
 from luthier.adapters.lokr import split
 
@@ -15,14 +15,14 @@ TABLE = FOLDER / "lokr_factorization.json"
 ALL = cases("lokr")
 
 
-@pytest.mark.skipif(not TABLE.is_file(), reason=f"{TABLE} is absent")
+@pytest.mark.skipif(not TABLE.is_file(), reason=f"{TABLE} is absent: see {VARIABLE}")
 def test_splits() -> None:
     for dimension, pairs in json.loads(TABLE.read_text("utf-8"))["table"].items():
         for factor, pair in pairs.items():
             assert split(int(dimension), int(factor)) == tuple(pair), (dimension, factor)
 
 
-@pytest.mark.parametrize("case", cases("lokr", "hf.") + cases("lokr", "paddlenlp."))
+@pytest.mark.parametrize("case", cases("lokr", prefix="hf.") + cases("lokr", prefix="paddlenlp."))
 def test_layer(case: dict[str, Any]) -> None:
     tensors, hyper = tensors_of(case), case["hyper"]
     if paddle := case["id"].startswith("paddlenlp"):
@@ -39,7 +39,7 @@ def test_layer(case: dict[str, Any]) -> None:
     compare(ours, tensors, case)
 
 
-@pytest.mark.parametrize("case", cases("lokr", "lycoris."))
+@pytest.mark.parametrize("case", cases("lokr", prefix="lycoris."))
 def test_lycoris(case: dict[str, Any]) -> None:
     """On the weights and inputs of PaddleNLP's case of the same number."""
     same = case["id"].replace("lycoris", "paddlenlp")

@@ -3,14 +3,11 @@
 
 from __future__ import annotations
 
-import json
-import os
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from golden_cases import cases, tensors_of
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -19,28 +16,6 @@ from luthier.adapters.lora import MAGNITUDE
 from luthier.adapters.placing import build, install
 from luthier.config import AdapterConfig, OptimConfig
 from luthier.train.optim import make_optimizer
-
-FOLDER = Path(os.environ.get("LUTHIER_GOLDEN", Path(__file__).parent / "data")) / "peft"
-
-
-def cases(*methods: str) -> Any:
-    path = FOLDER / "manifest.json"
-    if not path.is_file():
-        absent = pytest.param(None, id="absent", marks=pytest.mark.skip(reason=f"{path} is absent"))
-        return pytest.mark.parametrize("case", [absent])
-    params = []
-    for case in json.loads(path.read_text("utf-8"))["cases"]:
-        if case["method"] not in methods:
-            continue
-        there = (FOLDER / case["file"]).is_file()
-        marks = () if there else pytest.mark.skip(reason=f"{case['file']} is absent")
-        params.append(pytest.param(case, id=case["id"], marks=marks))
-    return pytest.mark.parametrize("case", params)
-
-
-def tensors_of(case: dict[str, Any]) -> dict[str, Tensor]:
-    stored = load_file(FOLDER / case["file"])
-    return {name: stored[entry["key"]] for name, entry in case["tensors"].items()}
 
 
 def is_paddle(case: dict[str, Any]) -> bool:
@@ -63,7 +38,7 @@ def close(ours: dict[str, Tensor | None], stored: dict[str, Tensor], case: dict[
         )
 
 
-@cases("lora", "rslora", "moslora", "dora")
+@pytest.mark.parametrize("case", cases("lora", "rslora", "moslora", "dora"))
 def test_layer(case: dict[str, Any]) -> None:
     stored, hyper, paddle = tensors_of(case), case["hyper"], is_paddle(case)
     layer = _layer(hyper, stored, paddle)
@@ -102,7 +77,7 @@ def test_layer(case: dict[str, Any]) -> None:
     close(found, stored, case)
 
 
-@cases("pissa")
+@pytest.mark.parametrize("case", cases("pissa"))
 def test_pissa(case: dict[str, Any], relative: Any) -> None:
     stored, hyper, paddle = tensors_of(case), case["hyper"], is_paddle(case)
     layer = _layer(hyper, stored, paddle)
@@ -150,7 +125,7 @@ def test_pissa(case: dict[str, Any], relative: Any) -> None:
         )
 
 
-@cases("loraplus")
+@pytest.mark.parametrize("case", cases("loraplus"))
 def test_lora_plus(case: dict[str, Any]) -> None:
     """Parameter groups and optimiser steps."""
     stored, hyper = tensors_of(case), case["hyper"]

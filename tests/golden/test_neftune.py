@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from golden_cases import FOLDER, cases
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -16,24 +14,8 @@ from luthier.adapters import add_noise
 from luthier.batch import PADDING, Layout, layout_scope
 from luthier.config import AdapterConfig
 
-FOLDER = Path(os.environ.get("LUTHIER_GOLDEN", Path(__file__).parent / "data")) / "peft"
 
-
-def cases() -> list[Any]:
-    path = FOLDER / "manifest.json"
-    if not path.is_file():
-        return [pytest.param(None, id="absent", marks=pytest.mark.skip(reason=f"{path} is absent"))]
-    params = []
-    for case in json.loads(path.read_text("utf-8"))["cases"]:
-        if case["method"] != "neftune":
-            continue
-        reason = None if (FOLDER / case["file"]).is_file() else f"{case['file']} is absent"
-        marks = pytest.mark.skip(reason=reason) if reason else ()
-        params.append(pytest.param(case, id=case["id"], marks=marks))
-    return params
-
-
-@pytest.mark.parametrize("case", cases())
+@pytest.mark.parametrize("case", cases("neftune"))
 def test_noise(case: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     stored = load_file(FOLDER / case["file"])
     tensors = {name: stored[entry["key"]] for name, entry in case["tensors"].items()}

@@ -7,25 +7,24 @@ a row (or crash on them), which is a defect of theirs: there ours must give what
 from __future__ import annotations
 
 import json
-import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from golden_cases import ROOT, absent
 
 from luthier.batch import Layout
 from luthier.data.loader import collate
 from luthier.data.packing import Method, pack, stream
 
-FOLDER = Path(os.environ.get("LUTHIER_GOLDEN", Path(__file__).parent / "data")) / "data"
+FOLDER = ROOT / "data"
 KEEPS_OVERLONG = ("iterable", "intokens_map", "intokens_iterable")
 
 
 def cases(name: str) -> list[Any]:
     path = FOLDER / name
     if not path.is_file():
-        return [pytest.param(None, id="absent", marks=pytest.mark.skip(reason=f"{path} is absent"))]
+        return [absent(path)]
     found = json.loads(path.read_text("utf-8"))["cases"]
     return [
         pytest.param(

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from golden_cases import ROOT, VARIABLE, skip_absent
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -17,11 +16,7 @@ from luthier.adapters import fold_into, load_adapter
 from luthier.errors import Refused
 from luthier.models.attention import install
 
-FOLDER = (
-    Path(os.environ.get("LUTHIER_GOLDEN", Path(__file__).parent / "data"))
-    / "peft"
-    / "peft-adapters"
-)
+FOLDER = ROOT / "peft" / "peft-adapters"
 SUPPORTED = {"LOKR", "LORA", "PREFIX_TUNING", "VERA"}
 TOLERANCE = {"rtol": 1e-3, "atol": 1e-4}  # the spec's for whole models
 
@@ -29,7 +24,7 @@ TOLERANCE = {"rtol": 1e-3, "atol": 1e-4}  # the spec's for whole models
 def folders() -> list[Any]:
     path = FOLDER / "manifest.json"
     if not path.is_file():
-        mark = pytest.mark.skip(reason=f"{path} is absent")
+        mark = skip_absent(path)
         return [pytest.param("", {}, id="absent", marks=mark)]
     params = []
     for name, entry in json.loads(path.read_text("utf-8"))["adapters"].items():
@@ -37,7 +32,7 @@ def folders() -> list[Any]:
         if "expected" not in entry:
             marks = pytest.mark.skip(reason="a stage of a conversion, no test target")
         elif not (FOLDER / entry["folder"]).is_dir() or not (FOLDER / entry["base"]).is_dir():
-            marks = pytest.mark.skip(reason=f"{name} or its base is absent")
+            marks = pytest.mark.skip(reason=f"{name} or its base is absent: see {VARIABLE}")
         params.append(pytest.param(name, entry, id=name, marks=marks))
     return params
 

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
-from pathlib import Path
 
 import pytest
+from golden_cases import ROOT, absent
 
 from luthier.data.pose import paddlenlp, paper
 
-PATH = Path(os.environ.get("LUTHIER_GOLDEN", Path(__file__).parent / "data")) / "data" / "pose.json"
+PATH = ROOT / "data" / "pose.json"
 
 
 def cases():
     if not PATH.is_file():
-        return [pytest.param(None, marks=pytest.mark.skip(reason=f"{PATH} is absent"))]
+        return [absent(PATH)]
     return json.loads(PATH.read_text("utf-8"))["cases"]
 
 

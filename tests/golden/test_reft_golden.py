@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from golden_cases import FOLDER, cases, tensors_of
+from golden_cases import FOLDER, VARIABLE, cases, tensors_of
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -23,9 +23,9 @@ from luthier.config import AdapterConfig
 
 POSITIONS = FOLDER.parent / "data" / "reft_positions.json"
 SOURCES = ("authors", "paddlenlp")
-EDITS = [c for s in SOURCES for c in cases("loreft", f"{s}.loreft.")] + cases("tinyreft")
-IN_ROWS = [c for s in SOURCES for c in cases("loreft", f"{s}.loreft_positions.")]
-MODELS = cases("loreft", "paddlenlp.reft_model.")
+EDITS = [c for s in SOURCES for c in cases("loreft", prefix=f"{s}.loreft.")] + cases("tinyreft")
+IN_ROWS = [c for s in SOURCES for c in cases("loreft", prefix=f"{s}.loreft_positions.")]
+MODELS = cases("loreft", prefix="paddlenlp.reft_model.")
 # the golden names of our parameters
 NAMES = {
     "subspace": "rotate",
@@ -146,7 +146,7 @@ def test_whole_model(case: dict[str, Any]) -> None:
         close(case, pairs)
 
 
-@pytest.mark.skipif(not POSITIONS.is_file(), reason=f"{POSITIONS} is absent")
+@pytest.mark.skipif(not POSITIONS.is_file(), reason=f"{POSITIONS} is absent: see {VARIABLE}")
 def test_table_of_positions() -> None:
     for entry in json.loads(POSITIONS.read_text("utf-8"))["table"]:
         first, last = find_positions(entry["positions"], entry["last_position"])

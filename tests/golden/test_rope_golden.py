@@ -8,11 +8,10 @@ is no behaviour to match: `after_long` is left out.
 from __future__ import annotations
 
 import json
-import os
-from pathlib import Path
 
 import pytest
 import torch
+from golden_cases import ROOT, VARIABLE, absent, skip_absent
 from safetensors.torch import load_file
 from transformers import BloomConfig, BloomForCausalLM, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -20,7 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from luthier.config import RopeScaling
 from luthier.models import bloom, rotary
 
-FOLDER = Path(os.environ.get("LUTHIER_GOLDEN", Path(__file__).parent / "data")) / "data"
+FOLDER = ROOT / "data"
 TYPES = {
     "linear": "linear",
     "llama_linear": "linear",
@@ -44,12 +43,12 @@ def stretched(**keys):
 def cases():
     path = FOLDER / "manifest.json"
     if not path.is_file():
-        return [pytest.param(None, id="absent", marks=pytest.mark.skip(reason=f"{path} is absent"))]
+        return [absent(path)]
     params = []
     for case in json.loads(path.read_text("utf-8"))["cases"]:
         if case["id"].rpartition(".")[0] in TYPES:
-            absent = not (FOLDER / case["file"]).is_file()
-            marks = pytest.mark.skip(reason=f"{case['file']} is absent") if absent else ()
+            file = FOLDER / case["file"]
+            marks = () if file.is_file() else skip_absent(file)
             params.append(pytest.param(case, id=case["id"], marks=marks))
     return params
 
@@ -109,7 +108,7 @@ def test_yarn_with_options(number):
     """`yarn_opts`: beta and attention factor by their keys; PaddleNLP's extrapolation factor has none."""
     path = FOLDER / "rope.safetensors"
     if not path.is_file():
-        pytest.skip(f"{path} is absent")
+        pytest.skip(f"{path} is absent: see {VARIABLE}")
     manifest = json.loads((FOLDER / "manifest.json").read_text("utf-8"))["cases"]
     (case,) = [c for c in manifest if c["id"] == f"yarn_opts.{number}"]
     hyper, stored = case["hyper"], load_file(path)
@@ -132,7 +131,7 @@ def test_papers_yarn_is_not_paddlenlps():
     """They differ in the ramp, and the default is the paper's: cos differs by more than 1."""
     ids = {c.id: c.values[0] for c in cases()}
     if "yarn.2" not in ids:
-        pytest.skip("the golden cases are absent")
+        pytest.skip(f"the golden cases are absent: see {VARIABLE}")
     hyper = ids["yarn.2"]["hyper"]
     paper, theirs = (table(rotary_of(hyper, t), 96)[0] for t in ("yarn", "yarn_paddlenlp"))
     assert float((paper - theirs).abs().max()) > 1
@@ -142,7 +141,7 @@ def test_alibi_slopes():
     """Powers of two as PaddleNLP's; for other counts, which it refuses, BLOOM's own rule."""
     path = FOLDER / "alibi.json"
     if not path.is_file():
-        pytest.skip(f"{path} is absent")
+        pytest.skip(f"{path} is absent: see {VARIABLE}")
     for heads, wanted in json.loads(path.read_text("utf-8"))["slopes"].items():
         n = int(heads)
         model = BloomForCausalLM(BloomConfig(vocab_size=8, hidden_size=4 * n, n_head=n, n_layer=1))

@@ -8,13 +8,13 @@ answer upstream's row is too long; ours is dropped.
 from __future__ import annotations
 
 import json
-import os
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from golden_cases import ROOT, VARIABLE, absent
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -25,7 +25,7 @@ from luthier.data.loader import collate
 from luthier.models.zoo.chatglm import visible
 from luthier.models.zoo.tokenization_chatglm import two_axes
 
-FOLDER = Path(os.environ.get("LUTHIER_GOLDEN", Path(__file__).parent / "data"))
+FOLDER = ROOT
 FILE = FOLDER / "data" / "tokenization.json"
 TESTED = {"single_turn", "multi_round", "prefix_lm_chatglm"}
 LATER = {
@@ -35,8 +35,7 @@ LATER = {
 
 def cases(table: str) -> list[Any]:
     if not FILE.is_file():
-        reason = pytest.mark.skip(reason=f"{FILE} is absent")
-        return [pytest.param(None, id="absent", marks=reason)]
+        return [absent(FILE)]
     found = json.loads(FILE.read_text("utf-8")).get(table, [])
     return [pytest.param(case, id=f"{table}-{i}") for i, case in enumerate(found)]
 
@@ -156,7 +155,7 @@ def test_prefix_lm_chatglm(case: dict[str, Any]) -> None:
     assert ["".join(str(int(mark)) for mark in row) for row in seen] == rows
 
 
-@pytest.mark.skipif(not FILE.is_file(), reason=f"{FILE} is absent")
+@pytest.mark.skipif(not FILE.is_file(), reason=f"{FILE} is absent: see {VARIABLE}")
 def test_no_table_is_overlooked() -> None:
     tables = {k for k, v in json.loads(FILE.read_text("utf-8")).items() if isinstance(v, list)}
     assert tables - set(LATER) <= TESTED

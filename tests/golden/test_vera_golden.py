@@ -12,7 +12,7 @@ from luthier.adapters import attach
 from luthier.config import AdapterConfig
 
 
-@pytest.mark.parametrize("case", cases("vera", "hf."))
+@pytest.mark.parametrize("case", cases("vera", prefix="hf."))
 def test_paper(case: dict[str, Any]) -> None:
     tensors, hyper = tensors_of(case), case["hyper"]
     options = {"method": "vera", "rank": hyper["r"], "d_initial": hyper["d_initial"]}
@@ -34,7 +34,7 @@ def test_paper(case: dict[str, Any]) -> None:
     compare(ours, tensors, case)
 
 
-@pytest.mark.parametrize("case", cases("vera", "paddlenlp."))
+@pytest.mark.parametrize("case", cases("vera", prefix="paddlenlp."))
 def test_paddlenlp(case: dict[str, Any]) -> None:
     tensors, hyper = tensors_of(case), case["hyper"]
     options = {"method": "vera", "form": "paddlenlp", "rank": hyper["r"]}

@@ -55,13 +55,13 @@ def test_degrees_hold_in_several_processes(
 @pytest.mark.parametrize(
     ("arguments", "sequence", "asked"),
     [
-        ({}, True, False),
+        ({}, "auto", False),
         ({"sequence_parallel": False}, False, True),
-        ({"sequence_parallel": True, "tensor_parallel_output": True}, True, True),
+        ({"sequence_parallel": True, "tensor_parallel_output": True}, "auto", True),
     ],
 )
 def test_tensor_parallel_keys(
-    tmp_path: Path, arguments: dict[str, Any], sequence: bool, asked: bool
+    tmp_path: Path, arguments: dict[str, Any], sequence: bool | str, asked: bool
 ) -> None:
     """`tensor_parallel_output`, whether logits are gathered for the loss, changes no result: they are not."""
     parallel = config(tmp_path, 4, tensor_parallel_degree=2, **arguments).config.parallel

@@ -258,3 +258,33 @@ def test_any_number_of_heads_reaches_any_length(heads, random_batch, relative):
     for (name, a), b in zip(ours.named_parameters(), plain.parameters(), strict=True):
         if float(b.grad.norm()) > 1e-9:
             assert relative(a.grad, b.grad) < 1e-6, name
+
+
+# ---- MPT
+
+
+def test_mpt_reaches_beyond_its_table(tiny_model, random_batch, relative):
+    """transformers' table of ALiBi ends at max_seq_len; ours gives what a longer one would, packed and answering."""
+    ours = tiny_model("mpt", max_seq_len=16)
+    plain = tiny_model("mpt", max_seq_len=64, attention="eager")
+    assert num_positions(ours.config) is None
+    batch = random_batch(lengths_per_row=[[40, 25]])
+    stage = Stage(ours)
+    with torch.no_grad():
+        logits = stage.head(stage(batch)[0])
+        alone = [plain(input_ids=i[None]).logits[0] for i in batch.input_ids[0].split([40, 25])]
+    assert relative(logits, torch.cat(alone)) < 2e-6
+    prompts = [batch.input_ids[0, :30].tolist(), [5, 6, 7]]
+    expected = []
+    for prompt in prompts:
+        ids = list(prompt)
+        while len(ids) < len(prompt) + 4:
+            with torch.no_grad():
+                found = plain(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
+            ids.append(int(found.argmax()))
+        expected.append(ids[len(prompt) :])
+    options = GenerateOptions(4)
+    assert generate(ours, prompts, options, pad_id=0, stop_ids=(), micro_batch=2) == expected
+    before = ours(batch.input_ids[:, :12]).logits
+    ours.set_attn_implementation("eager")
+    assert relative(ours(batch.input_ids[:, :12]).logits, before) < 2e-6

@@ -106,7 +106,7 @@ def _refusal(family: str, layout: str) -> str | None:
             check_heads(config.num_attention_heads, sizes["context"])
         if sizes["tensor"] > 1:
             tokens = _tokens(family, sizes["tensor"])
-            if isinstance(tokens, str) and "sequence" in degrees_of(layout) and parallel.sequence:
+            if isinstance(tokens, str) and parallel.sequence is True:
                 return tokens
     except Refused as error:
         return str(error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import hashlib
 import multiprocessing
 import os
@@ -32,31 +33,40 @@ PRELOAD = [
     "transformers.models.llama.modeling_llama",
 ]
 LIMIT = "TEST_FILE_LIMIT"  # bytes that a rank may write into a file: a full disk
+DIES = "TEST_DIES_SAVING"  # a rank that is gone when its first save begins
+HANG = 300.0  # seconds that no end takes, on two cores that have much else to do
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(PRELOAD)
 
 
 def rank_child(words: list[str], env: dict[str, str], log: str) -> None:
-    """One rank: the command line, its output in a file."""
+    """One rank: the command line, its output in a file, in whose folder it works."""
     import torch
 
     from luthier.cli import main
 
     torch.set_num_threads(1)
     os.environ.update(env)
+    os.chdir(Path(log).parent)
     if LIMIT in env:
         _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(env[LIMIT]), hard))
     with open(log, "ab") as file:  # noqa: PTH123
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    faulthandler.register(signal.SIGUSR1)
+    if DIES in env:
+        from luthier.train.saving import Saver
+
+        setattr(Saver, "begin", lambda *_: os.kill(os.getpid(), signal.SIGKILL))  # noqa: B010
     code = main(words)
     sys.stdout.flush()
     os._exit(code)
 
 
 class Ranks:
-    """One attempt of a run in `size` processes; `number` counts the attempts, `limits` are files' by rank."""
+    """One attempt of a run in `size` processes; `number` counts the attempts, `limits` are files' by rank, `dies`
+    is a rank that is gone when its first save begins."""
 
     def __init__(
         self,
@@ -65,8 +75,9 @@ class Ranks:
         folder: Path,
         number: int = 0,
         limits: Mapping[int, int] = MappingProxyType({}),
+        dies: int | None = None,
     ) -> None:
-        self.log, notes = folder / "log.txt", folder / f"notes-{number}"
+        self.log, notes = folder / f"log-{number}.txt", folder / f"notes-{number}"
         notes.mkdir()
         self.notes_folder = notes
         port, told = free_port(), Restart(number, "a test", time.time(), size, str(notes))
@@ -82,6 +93,7 @@ class Ranks:
                 env |= {"TORCHELASTIC_USE_AGENT_STORE": "True"}
                 env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), VARIABLE: told.text}
                 env |= {LIMIT: str(limits[rank])} if rank in limits else {}
+                env |= {DIES: "1"} if rank == dies else {}
                 process = _context.Process(target=rank_child, args=(words, env, str(self.log)))
                 process.start()
                 self.processes.append(process)
@@ -93,17 +105,22 @@ class Ranks:
     def text(self) -> str:
         return self.log.read_text("utf-8", "replace") if self.log.exists() else ""
 
-    def wait(self, seconds: float = 120) -> list[int | None]:
-        """Exit codes; what does not end by itself is an error."""
+    def wait(self, seconds: float = HANG) -> list[int | None]:
+        """Exit codes; what does not end by itself is an error, which shows its stack."""
         until = time.monotonic() + seconds
         for process in self.processes:
             process.join(max(0.0, until - time.monotonic()))
         codes = [p.exitcode for p in self.processes]
+        if None in codes:
+            for process in self.processes:
+                if process.is_alive() and process.pid:
+                    os.kill(process.pid, signal.SIGUSR1)
+            time.sleep(2)  # to write its stack
         self.end()
         assert None not in codes, f"a rank did not end by itself: {codes}\n{self.text()}"
         return codes
 
-    def wait_for(self, happened: Any, seconds: float = 120) -> None:
+    def wait_for(self, happened: Any, seconds: float = HANG) -> None:
         """Until `happened()` or the end of a rank."""
         until = time.monotonic() + seconds
         while not happened() and self.alive:
@@ -118,7 +135,7 @@ class Ranks:
         for process in self.processes:
             if process.is_alive() and process.pid:
                 os.kill(process.pid, signal.SIGTERM)
-        return self.wait(60)
+        return self.wait()
 
     def notes(self) -> dict[int, Note]:
         return read_notes(self.notes_folder)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
+import torch
 from tiny_runs import tiny_config
 
 from luthier.assemble import build, make_updater, open_data, open_text
@@ -63,6 +65,12 @@ def steps(
     found["weights"] = {name: w.detach().numpy().copy() for name, w in weights.items()}
     found["gradients"] = gradients
     return found
+
+
+def steps_in_double(world: World, *args: Any) -> Found:
+    """`steps` of a family whose routers compute in float32 in any model (`logits.float()`): here in double precision too."""
+    with patch.object(torch.Tensor, "float", torch.Tensor.double):
+        return steps(world, *args)
 
 
 def with_layout(keys: dict[str, Any], layout: dict[str, Any]) -> dict[str, Any]:

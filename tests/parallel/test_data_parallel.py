@@ -28,6 +28,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "ia3": {"adapter__method": "ia3", "adapter__rank": None},
     "prefix": {"adapter__method": "prefix", "adapter__rank": None},
     "prompt": {"adapter__method": "prompt", "adapter__rank": None},
+    # trained weights that virtual tokens go through, in a forward whose last output nobody uses
+    "prompt-whole": {
+        "adapter__method": "prompt",
+        "adapter__rank": None,
+        "adapter__modules_to_save": ["k_proj", "down_proj"],
+    },
     "reft": {"adapter__method": "reft"},
     "qlora": {"adapter__method": "lora", "quantize__weights": "nf4"},
     "whole": {"adapter__method": "lora", "adapter__modules_to_save": ["lm_head"]},
@@ -43,6 +49,7 @@ OFTEN = {  # the pairs that every run of the tests sees: each method and each la
     *(("mora", "shard2-2"), ("lokr", "shard2-1"), ("prefix", "shard2-3"), ("whole", "shard2-2")),
     *(("qlora", "dp2"), ("qlora", "shard2-3")),
     *(("prompt", "dp2"), ("ia3", "shard2-2"), ("mixer", "shard2-1"), ("reft", "dp2")),
+    *(("prompt", "shard2-3"), ("prompt-whole", "shard2-2")),
 }
 
 

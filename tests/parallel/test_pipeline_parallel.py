@@ -24,6 +24,16 @@ METHODS["noise"] = {
     "adapter__neftune_alpha": 5.0,
     "train__recompute": "selective",
 }
+# what is trained lies on one of the stages
+METHODS["early"] = {**METHODS["lora"], "adapter__layers": "0"}
+METHODS["late"] = {
+    **METHODS["full"],
+    "adapter__method": "lora",
+    "adapter__rank": 2,
+    "adapter__targets": ["lm_head"],
+}
+METHODS["compiled"] = {**METHODS["full"], "train__compile": True}
+METHODS["compiled lora"] = {**METHODS["lora"], "train__compile": True, "train__recompute": "layer"}
 PP2: dict[str, Any] = {"pipeline": 2}
 LOOP: dict[str, Any] = {"pipeline": 2, "virtual_stages": 2, "schedule": "interleaved"}
 ZERO: dict[str, Any] = {"pipeline": 2, "schedule": "zero_bubble"}
@@ -50,6 +60,9 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("gpt2", "noise", PP2),
     ("llama", "qlora", PP2),
     ("llama", "vera", PP2),
+    ("llama", "early", PP2),
+    ("llama", "late", PP2),
+    ("qwen2", "full", {**ZERO, "shard": 2, "stage": 2}),
 ]
 SLOW: list[tuple[str, str, dict[str, Any]]] = [
     ("qwen2", "full", {"pipeline": 2, "replicate": 2, "shard": 1}),
@@ -66,6 +79,19 @@ SLOW: list[tuple[str, str, dict[str, Any]]] = [
     ("qwen2", "full", {**LOOP, "shard": 2, "stage": 1}),
     ("llama", "lora", {"pipeline": 2, "shard": 2, "stage": 2}),
     ("llama", "lora", {**ZERO, "replicate": 2, "shard": 1}),
+    ("llama", "full", {**ZERO, "shard": 2, "stage": 1}),
+    ("llama", "lora", {**ZERO2, "shard": 2, "stage": 2}),
+    ("llama", "full", {**ZERO, "shard": 2, "context": 2, "stage": 2}),
+    ("llama", "early", ZERO),
+    ("llama", "late", LOOP),
+    ("llama", "early", {"pipeline": 2, "replicate": 2, "shard": 1}),
+    ("llama", "late", {"pipeline": 2, "shard": 2, "stage": 3}),
+    *(
+        ("llama", method, where)
+        for method in ("compiled", "compiled lora")
+        for where in (PP2, LOOP)
+    ),
+    ("llama", "compiled", ZERO),
 ]
 DEPTH = {"gpt2": "n_layer", "bloom": "n_layer", "chatglm2": "num_layers"}
 

@@ -159,12 +159,12 @@ def test_dropout_of_the_model_drops_the_same_units(
             same_run(ours, theirs)
 
 
-def remarks_of(world: World, folders: Any, keys: dict[str, Any]) -> str:
+def remarks_of(world: World, folders: Any, keys: dict[str, Any], train: bool = True) -> str:
     """What a family says that cannot cut tokens."""
     reason = "its 'gate' is whole on each process"
     with patch.object(luthier.built, "tokens_of", lambda model, cuts: reason):
         try:
-            built = build(config_of(folders, keys, "float32"), train=True, world=world)
+            built = build(config_of(folders, keys, "float32"), train=train, world=world)
         except Refused as error:
             return str(error)
     return " ".join(built.remarks)
@@ -174,6 +174,7 @@ def test_a_family_that_cannot_is_told_once_or_refused(alone: Callable[..., Any])
     folders, keys, _ = alone("llama", "full")
     for told in run_ranks(TP2, remarks_of, folders, with_layout(keys, TP2)):
         assert told == "parallel.sequence is off: its 'gate' is whole on each process"
+    assert run_ranks(TP2, remarks_of, folders, with_layout(keys, TP2), False) == ["", ""]
     for told in run_ranks(TP2, remarks_of, folders, with_layout(keys, {**TP2, "sequence": True})):
         assert told.startswith("parallel.sequence=true for the model family 'llama'. its 'gate'")
 
@@ -190,11 +191,19 @@ def test_modules_that_see_whole_rows(model_folder: Callable[[str], Path]) -> Non
     assert "transformer.h.1.ln_1.weight" in tokens.shares
     assert "transformer.h.1.mlp.c_fc.bias" not in tokens.shares
     assert found("opt")[2].entries[:2] == ["model.decoder.layers.0.self_attn", "model.decoder.layers.0.fc1"]  # fmt: skip
-    # what is whole inside of a module that gathers would have its gradient summed once too often
+    # what is whole inside of a module that gathers is read by the rank's own heads alone
     attention: Any = decoder_layers(model)[0].get_submodule("attn")
     attention.gate = torch.nn.Linear(4, 4)
-    assert "'transformer.h.0.attn.gate.weight' is whole" in str(tokens_of(model, cuts))
+    assert "transformer.h.0.attn.gate.weight" in tokens_of(model, cuts).shares  # pyright: ignore[reportAttributeAccessIssue]
     del attention.gate
+    # routers see own tokens; experts take care of themselves
+    tokens = found("qwen2_moe")[2]
+    assert "model.layers.1.mlp.shared_expert" in tokens.entries
+    assert {"model.layers.1.mlp.gate.weight", "model.layers.1.mlp.shared_expert_gate.weight"} <= {
+        *tokens.shares
+    }
+    assert not [path for path in (*tokens.shares, *tokens.entries) if ".experts" in path]
+    assert "model.layers.1.self_attn.kv_a_proj_with_mqa.weight" in found("deepseek_v3")[2].shares
     lone = {path: cut for path, cut in cuts.layers.items() if not path.endswith("attn.c_proj")}
     cuts.layers.clear()
     cuts.layers.update(lone)

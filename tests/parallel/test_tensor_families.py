@@ -280,7 +280,8 @@ def test_a_wrong_cut_is_refused_at_the_start(
 def test_a_fault_that_only_gradients_show(alone: Callable[..., Any]) -> None:
     """The keys' turned part, one for all heads, without the other ranks' gradient: no loss is another."""
     folders, keys, theirs = alone("deepseek_v3", "full")
-    for found in run_ranks(TP2, with_fault, no_branch, folders, {**keys, "parallel__tensor": 2}):
+    given = with_layout(keys, {**TP2, "sequence": False})
+    for found in run_ranks(TP2, with_fault, no_branch, folders, given):
         error, name = worst(found, theirs["gradients"][0])
         assert error > 1e-2, (error, name)
 

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
 from tiny_runs import resolved
 
 from luthier.config_parallel import ParallelConfig
-from luthier.errors import Refused
+from luthier.errors import LostPeer, Refused
 from luthier.parallel import world as module
-from luthier.parallel.degrees import check_sharding, check_stages, fit_batch, mesh_sizes
+from luthier.parallel.degrees import (
+    check_sharding,
+    check_stages,
+    fit_batch,
+    mesh_sizes,
+    without_effect,
+)
 from luthier.parallel.joining import Place
 from luthier.parallel.world import OTHERS, World, place
 
@@ -42,6 +50,25 @@ def test_torchrun_says_where_this_process_is(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("WORLD_SIZE", "four")
     with pytest.raises(Refused, match=r"no number.*four"):
         place()
+
+
+def test_torchrun_is_told_what_a_process_ends_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What follows another process's end is no cause."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    path = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(path))
+    module.note(LostPeer("training", "another process of the run is gone"))
+    module.note(RuntimeError("Connection closed by peer"))
+    assert not path.exists()
+    module.note(Refused("data.path=nowhere", "there is no such file", "check data.path"))
+    failure = ProcessFailure(local_rank=1, pid=1, exitcode=2, error_file=str(path))
+    told = str(ChildFailedError("luthier", {3: failure}))
+    assert "traceback : data.path=nowhere. there is no such file. check data.path.\n" in told
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -101,6 +128,15 @@ def test_meshes_that_cannot_be_are_refused(
 ) -> None:
     with pytest.raises(Refused, match=message):
         mesh_sizes(parallel(**keys), processes)
+
+
+def test_what_was_asked_for_and_changes_nothing_is_told() -> None:
+    asked = {"stage": 3, "sequence": True}
+    stage, sequence = without_effect(parallel(**asked), World().sizes)
+    assert stage == "parallel.stage=3 cuts nothing: parallel.shard is 1"
+    assert sequence == "parallel.sequence=true cuts nothing: parallel.tensor is 1"
+    assert without_effect(parallel(**asked, tensor=2), mesh_sizes(parallel(tensor=2), 4)) == []
+    assert without_effect(parallel(), World().sizes) == []
 
 
 def test_only_one_axis_takes_what_is_left() -> None:
@@ -172,6 +208,18 @@ def test_a_batch_that_cannot_be_shared_out_is_refused(
 ) -> None:
     with pytest.raises(Refused, match=rf"{ranks} data ranks.*train.batch={near}"):
         fit_batch(config(train=train), ranks)
+
+
+def test_zero_bubble_needs_layers_that_stay_gathered() -> None:
+    sizes = {"shard": 2, "tensor": 1}
+    for stage in (1, 2, 3):
+        given = {"pipeline": 2, "schedule": "zero_bubble", "stage": stage}
+        with (
+            pytest.raises(Refused, match=r"zero_bubble with parallel.stage=3")
+            if stage == 3
+            else nullcontext()
+        ):
+            check_sharding(config(parallel=given), sizes)
 
 
 @pytest.mark.parametrize("name", ["adamw_mini", "adafactor"])

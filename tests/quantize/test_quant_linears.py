@@ -16,8 +16,7 @@ from torch.utils._pytree import tree_leaves
 from transformers.pytorch_utils import Conv1D
 
 from luthier.errors import Refused
-from luthier.quantize import QuantizedLinear, QuantizedTensor, codes, make_spec, quantize
-from luthier.quantize import tiles as tiling
+from luthier.quantize import QuantizedLinear, QuantizedTensor, codes, make_spec, products, quantize
 from luthier.seeding import generator
 
 # scheme, block size, double quantisation
@@ -56,7 +55,7 @@ def linear(num_in: int, num_out: int, bias: bool = True, dtype: Any = torch.floa
 def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """With many tiles, a tile of these small layers is far less than the layer."""
     if request.param:
-        monkeypatch.setattr(tiling, "_TILE", 2**10)
+        monkeypatch.setattr(products, "TILE", 2**10)
     return request.param
 
 
@@ -86,9 +85,13 @@ def test_values_and_gradients_are_those_of_the_dense_layer(
         assert relative(ours, reference) < bound
     with torch.no_grad():  # the parts, for autograd nodes of others
         rows, back, flat = (t.flatten(0, 1) for t in (x, upstream, addend))
-        assert relative(layer.multiply(rows, flat), (exact[0] - bias).flatten(0, 1)) < bound
-        more = layer.multiply_back(back, rows)
+        taken = flat.clone()
+        sums = layer.multiply(rows, taken)
+        assert relative(sums, (exact[0] - bias).flatten(0, 1)) < bound
+        given = rows.clone()
+        more = layer.multiply_back(back, given)
         assert relative(more, (exact[1] + x).flatten(0, 1)) < bound
+        assert (sums.data_ptr(), more.data_ptr()) == (taken.data_ptr(), given.data_ptr())
     plain = layer(x)
     assert relative(plain, F.linear(x.double(), wide, bias)) < bound
     (grad,) = torch.autograd.grad(plain, x, upstream)
@@ -214,7 +217,7 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_no_dense_weight_is_made_or_kept(form: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiling, "_TILE", 2**19)
+    monkeypatch.setattr(products, "TILE", 2**19)
     num_in, num_out = 2048, 2048
     dense = 2 * num_in * num_out  # bytes in bfloat16
     layer = QuantizedLinear.from_linear(linear(num_in, num_out, dtype=torch.bfloat16), *form)

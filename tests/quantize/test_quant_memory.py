@@ -1,7 +1,8 @@
-"""Memory of quantising: neither the model in full precision nor a second dense copy of a layer (Linux for the first)."""
+"""Memory of quantising: neither the model in full precision nor a second dense copy of a layer (Linux for the former)."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -11,29 +12,32 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import luthier
 from luthier.compress import PIECE, Cost
-from luthier.models.load import save_model
+from luthier.models.load import fingerprint, save_model
 from luthier.quantize import QuantizedLinear
+
+LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 
 MEASURE = """
 import sys, threading, time
 import luthier
 
-def private():  # pages of files that are mapped are the system's to drop
+def resident():  # with pages of files that are mapped
     for line in open("/proc/self/status"):
-        if line.startswith("RssAnon"):
+        if line.startswith("VmRSS"):
             return 1024 * int(line.split()[1])
 
 small, large, out, scheme = sys.argv[1:]
 asked = {"quantize": {"weights": scheme}}
 luthier.quantize_model({"model": {"path": small}, "output": out + "-small", **asked})
-before = most = private()
+before = most = resident()
 done = threading.Event()
 
 def watch():
     global most
     while not done.is_set():
-        most = max(most, private())
+        most = max(most, resident())
         time.sleep(0.001)
 
 thread = threading.Thread(target=watch)
@@ -73,10 +77,36 @@ def test_the_error_of_a_layer_is_measured_in_pieces(scheme: str) -> None:
     assert cost.row(scheme)["error"] == pytest.approx(expected, rel=1e-5)  # float32 within a row
 
 
+@LINUX
+def test_no_file_of_a_quantised_base_stays_mapped(tiny_model: Any, tmp_path: Path) -> None:
+    """What was read of a mapping is resident for as long as one tensor of the file is kept. And reading otherwise
+    than transformers by itself still finds what it finds."""
+    dense, small = tmp_path / "dense", tmp_path / "small"
+    save_model(tiny_model("llama"), dense)
+    told = json.loads((dense / "generation_config.json").read_text("utf-8"))
+    (dense / "generation_config.json").write_text(json.dumps(told | {"num_beams": 3}), "utf-8")
+    luthier.quantize_model(
+        {"model": {"path": str(dense)}, "quantize": {"weights": "nf4"}, "output": str(small)}
+    )
+    read, _ = luthier.load(dense, quantize="nf4")
+    kept, _ = luthier.load(small)
+    hashed = fingerprint(dense)
+    maps = Path("/proc/self/maps").read_text("utf-8")
+    assert hashed and str(tmp_path) not in maps
+    whole, _ = luthier.load(dense)
+    assert str(dense) in Path("/proc/self/maps").read_text(
+        "utf-8"
+    )  # a mapping would have been seen
+    for model, folder in ((read, dense), (kept, small), (whole, dense)):
+        assert model.name_or_path == model.config.name_or_path == str(folder)
+        assert model.generation_config.num_beams == 3
+
+
 @pytest.mark.long
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@LINUX
 def test_the_model_in_full_precision_never_exists(tiny_model: Any, tmp_path: Path) -> None:
-    """Private memory of the whole command: the codes and a layer's work. Without giving freed memory back: the model."""
+    """Resident memory of the whole command: the codes and a layer's work. Without giving freed memory back, and with
+    its file mapped: the model."""
     save_model(tiny_model("llama"), tmp_path / "small")
     sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 20}
     large = tiny_model("llama", **sizes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -17,7 +18,7 @@ from small_run import Changed, Rows, everything, fit, same, small_run
 import luthier.train.ending
 from luthier.batch import Batch, Layout
 from luthier.errors import Failed, NotFinite, Unwritten
-from luthier.files import damage
+from luthier.files import damage, partial_of
 from luthier.parallel.pieces import pieces_of
 from luthier.parallel.world import World
 from luthier.train.bad_rows import keep_rows
@@ -265,6 +266,41 @@ def test_a_save_that_was_begun_is_not_a_save(tmp_path: Path) -> None:
     saved = tmp_path / "checkpoints/step-4"
     assert begun and damage(saved) is None
     assert f"the last finished step, 4, was saved as {saved}" in str(caught.value)
+
+
+def test_last_words_are_written_beside_what_another_copy_still_saves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 2 of three copies; rank 0 is at the same step's checkpoint, and removes its files when it notices."""
+    theirs = partial_of(tmp_path / "checkpoints/step-4")
+
+    def lose(at: int, batch: Batch) -> Batch:
+        if at == 4:
+            theirs.mkdir(parents=True)
+            trainer.world = World(rank=2, size=3, data_size=3)
+            raise RuntimeError("Connection closed by peer")
+        return batch
+
+    trainer = small_run(tmp_path, every="never", evaluate_every="never", data=Changed(lose))
+    copy = trainer.copy_model
+
+    def full(world: World) -> Any:
+        made = copy(world)
+        write = made.write
+
+        def between(*args: Any) -> Any:
+            told = write(*args)
+            shutil.rmtree(theirs)
+            return told
+
+        made.write = between  # pyright: ignore[reportAttributeAccessIssue]
+        return made
+
+    trainer.copy_model = full
+    monkeypatch.setattr(World, "first", lambda *_: True)
+    with pytest.raises(Failed, match=r"the last finished step, 4, was saved as"):
+        trainer.fit()
+    assert damage(tmp_path / "checkpoints/step-4") is None
 
 
 def test_metrics_that_cannot_be_written_wait_for_a_better_time(

@@ -49,8 +49,12 @@ def hang_in_native_code(watchdog: Watchdog) -> None:
 
 
 def hang_after_a_signal(watchdog: Watchdog) -> None:
-    signal.signal(signal.SIGTERM, lambda number, frame: None)
     watchdog.stepped(7)
+    hang_in_the_first_step_after_a_signal(watchdog)
+
+
+def hang_in_the_first_step_after_a_signal(watchdog: Watchdog) -> None:
+    signal.signal(signal.SIGTERM, lambda number, frame: None)
     os.kill(os.getpid(), signal.SIGTERM)
     while True:
         time.sleep(0.05)
@@ -126,10 +130,13 @@ def test_native_code_that_never_returns_is_ended_too(run: Any) -> None:
     assert code == 1 and "hang_in_native_code" in said
 
 
-def test_a_step_that_does_not_end_after_a_signal_has_a_bound(run: Any) -> None:
-    code, said, (stack,) = run(hang_after_a_signal, 100.0)
+@pytest.mark.parametrize("work", [hang_after_a_signal, hang_in_the_first_step_after_a_signal])
+def test_a_step_that_does_not_end_after_a_signal_has_a_bound(
+    run: Any, work: Callable[[Watchdog], Any]
+) -> None:
+    code, said, (stack,) = run(work, 100.0)
     assert code == 143 and "the step did not end after SIGTERM" in said
-    assert "hang_after_a_signal" in stack.read_text()
+    assert "first_step_after_a_signal" in stack.read_text()
 
 
 @pytest.mark.parametrize("work", [evaluate_for_long, slow_steps])
