@@ -45,6 +45,7 @@ from luthier.interop.read import read_config
 from luthier.models.load import resolve_device
 from luthier.parallel.degrees import check_sharding, fit_batch, with_batch, without_effect
 from luthier.parallel.world import World, note, restarted, speaks, tells
+from luthier.positions import position_axes
 from luthier.predicted import Prediction
 from luthier.rehearsal import rehearse, wanted
 from luthier.summary import facts_of
@@ -181,7 +182,8 @@ def _finetune(
         )
     first = data.loader.peek()
     for batch in first:
-        check_batch(batch, skips=config.data.pose != "off")
+        axes = position_axes(text.model_config.model_type)
+        check_batch(batch, skips=config.data.pose != "off", axes=axes)
 
     if config.adapter.method == "reft" and config.adapter.positions != "all":
         lengths = [n for batch in first for n in Layout.of(batch).prompt_lengths]

@@ -20,9 +20,10 @@ from torch.optim import Optimizer
 from luthier.batch import TENSORS, Batch
 from luthier.errors import Failed, NotFinite, Refused
 from luthier.models.routers import router_logits
+from luthier.parallel.extremes import peaks
 from luthier.parallel.pieces import pieces_of
 from luthier.parallel.pipeline import OneStage, Passes, sum_copies
-from luthier.parallel.shard import peaks, reduce
+from luthier.parallel.shard import reduce
 from luthier.parallel.world import World
 from luthier.parts import marked
 from luthier.train.gates import check_finite, num_seeing_several_keys
