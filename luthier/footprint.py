@@ -90,6 +90,7 @@ class Footprint:
     length: int
     flops: float  # of forward and backward of the micro-batch
     kernels: int = 0  # that the library of matrix products keeps
+    tried: int = 0  # of them, those of a forward of one more length
     on_cpu: bool = True
     waiting: int = 0  # in `saved`: of micro-batches on their way through later stages
 
@@ -179,7 +180,8 @@ def _rehearse(
             curve = alive.events, between, gradients
             found = _read(config, sizes, *curve, hidden, dtype, device)
             kernels = (CHECKED * products + len(alive.products)) * KERNEL_BYTES
-            return replace(found, kernels=kernels if found.on_cpu else 0)
+            here = int(found.on_cpu)
+            return replace(found, kernels=here * kernels, tried=here * products * KERNEL_BYTES)
     except RuntimeError as error:  # torch's, where a forward asks a fake tensor for its values
         raise Refused(
             f"planning a run of '{config.model.path}'",
@@ -299,7 +301,7 @@ def _read(
     rows, length = config.micro_batch, config.data.length
     width = hidden.element_size()
     quantized: list[Any] = [m for m in model.modules() if is_quantized(m)]
-    peak += max((tile_bytes(m.spec, device, width) for m in quantized), default=0)
+    peak += max((tile_bytes(m, device, width) for m in quantized), default=0)
     vocabulary, trained = head.weight.shape[0], head.weight.requires_grad
     numbers = head.weight.numel() * trained
     budget = max(CHUNK_BYTES, numbers * 4)

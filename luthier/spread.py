@@ -146,6 +146,8 @@ def device_share(
         waiting=int(saved - one),
         peak=int(saved + working),
         hidden=int(found.hidden / c),
+        # the cut is tried before the run: a forward of the whole model, and one of what is cut
+        kernels=found.kernels + 2 * found.tried * (t > 1),
         logits=int(found.logits * heads),
         head_gradient=int(found.head_gradient * heads),
         tied_gradient=int(found.tied_gradient / t) if p == 1 else 0,
