@@ -209,6 +209,7 @@ def _moments(
         "weights, trained": weights,
         "float32 copies": wide * total.trained // cut if masters else 0,
         "optimiser": optimizer_bytes(config, total.trained, round(kept)) // cut,
+        "compiled matrix products": found.kernels,
     }
     copy = {COPY: _copied(config, found, way) if saving and found.on_cpu else 0}
     beside = copy if config.checkpoint.every != "end" else {}
