@@ -195,14 +195,8 @@ def part_of(tensor: Tensor, like: Tensor) -> Tensor:
             mine = parts[at] if at < len(parts) else mine.narrow(dim, 0, 0)
     there = like.to_local()
     mine = mine.to(there.device, copy=True, memory_format=torch.contiguous_format)
-    return DTensor.from_local(
-        mine,
-        like.device_mesh,
-        like.placements,
-        run_check=False,
-        shape=like.shape,
-        stride=like.stride(),
-    )
+    size: dict[str, Any] = {"shape": like.shape, "stride": like.stride(), "run_check": False}
+    return DTensor.from_local(mine, like.device_mesh, like.placements, **size)
 
 
 @torch.no_grad()
@@ -259,9 +253,8 @@ def reduce(parameters: Sequence[Parameter], world: World) -> None:
     if world.data_size * world.sizes["context"] > 1 and (own or world.sizes["pipeline"] > 1):
         _fill(own, world)
         groups = [None]
-        if (
-            world.size > world.data_size
-        ):  # those that see other tokens, not those that cut the layers
+        if world.size > world.data_size:
+            # those that see other tokens, not those that cut the layers
             axes = [a for a in ("replicate", "shard", "context") if world.sizes[a] > 1]
             groups = [world.mesh.get_group(axis) for axis in axes]
         for group in groups:
