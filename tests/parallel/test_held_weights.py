@@ -81,7 +81,8 @@ def deep(model_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathF
         num_attention_heads=4, num_key_value_heads=4, tie_word_embeddings=True,
     )  # fmt: skip
     folder = tmp_path_factory.mktemp("deep")
-    save_model(LlamaForCausalLM(config), folder)
+    # what is read in another type than it is stored in cannot stay a view of the file
+    save_model(LlamaForCausalLM(config), folder, dtype=torch.bfloat16)
     for file in model_folder("llama").glob("*token*"):
         (folder / file.name).write_bytes(file.read_bytes())
     return folder
@@ -104,7 +105,9 @@ def test_no_rank_ever_holds_the_model(
 ) -> None:
     given = keys | {f"parallel__{axis}": size for axis, size in LAYOUTS[layout].items()}
     llama = model_folder("llama")
-    whole = (deep / "model.safetensors").stat().st_size  # 84 MB, of which a layer is 4
+    whole = (
+        2 * (deep / "model.safetensors").stat().st_size
+    )  # in float32 84 MB, of which a layer is 4
     for most, kept in run_ranks(LAYOUTS[layout], building, (deep,) * 3, (llama,) * 3, given):
         assert kept < 0.6 * whole
         assert most < kept + 0.25 * whole
