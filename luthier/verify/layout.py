@@ -102,7 +102,7 @@ def _first_step(config: RunConfig, world: World) -> tuple[Measured, float, Built
         0.0,
     )  # clipped, gradients of any wrong scale would be the same
     still = OptimConfig.model_validate({"name": "sgd", "betas": (0.0, 0.0)})
-    updater.optimizer = make_optimizer(updater.master.named, still, 0.0)
+    updater.optimizer = make_optimizer(updater.master.named, still, 0.0, idle=True)
     kept: dict[str, Tensor] = {}
 
     def keep(*_: Any) -> None:
