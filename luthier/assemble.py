@@ -35,7 +35,7 @@ from luthier.bases import quantization_of, refuse_training
 from luthier.batch import Batch
 from luthier.built import Built as Built
 from luthier.built import copy_model as copy_model
-from luthier.built import cut, cut_stages, cut_tensor, plan_stages, share_tokens
+from luthier.built import cut, cut_stages, cut_tensor, plan_stages, reading_ways, share_tokens
 from luthier.built import name_of as name_of
 from luthier.config import MINIMISED, RunConfig
 from luthier.data.corpus import Corpus
@@ -168,6 +168,7 @@ def build(
     quantization = quantization_of(config.quantize, adapter, new, config.train.seed, model=chosen)
     stages = plan_stages(config.parallel, world or World(), None if adapter else new)
     how: dict[str, Any] = {"quantization": quantization, "leave_out": stages and stages.leave_out}
+    how["ways"] = reading_ways(config, world or World(), train=train)
     model = build_model(chosen, seed=config.train.seed, train=train, **how)
     built = Built(
         model, Stage(model), device, chosen.path, num_layers=chosen.num_layers, init=chosen.init

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from luthier.batch import Batch
 from luthier.config import AdapterConfig, RopeScaling
 from luthier.config_parallel import ParallelConfig
 from luthier.errors import Refused
+from luthier.heap import return_freed_memory
+from luthier.held import release
 from luthier.layers import count
 from luthier.models.absent import present
 from luthier.models.cuts import cuts_of
@@ -43,6 +46,7 @@ from luthier.parallel.pipeline import OneStage, Pipeline, Relay
 from luthier.parallel.sequence import split_sequence
 from luthier.parallel.shard import Sharding, collected, whole
 from luthier.parallel.tensor import by_heads, cut_layers
+from luthier.parallel.together import reading_ways as reading_ways
 from luthier.parallel.vocabulary import cut_vocabulary
 from luthier.parallel.world import World
 from luthier.parts import Copy, mark_copy, whole_numel
@@ -78,9 +82,10 @@ class Built:
     full: FullModel | None = None  # how it is written, once that was asked for
 
     def settle(self) -> None:
-        """Free what a forward without backward left gathered."""
+        """Free what reading the weights left behind (tens of MB), or a forward without backward gathered."""
         if self.sharding is not None:
             self.sharding.settle()
+        return_freed_memory()
 
     def gathered(self) -> AbstractContextManager[None]:
         """Every rank has the whole model inside, and computes on its own."""
@@ -215,6 +220,7 @@ def cut_tensor(
                 adapter.tokens = built.tokens
             built.join = partial(_joined, axis)
         found.settle(model, axis.rank, axis.ranks)
+        release(model, "tensor")  # what every tensor rank has whole
 
 
 def _joined(axis: Axis, x: Tensor, batch: Batch) -> Tensor:
@@ -225,9 +231,6 @@ def _joined(axis: Axis, x: Tensor, batch: Batch) -> Tensor:
 def share_tokens(built: Built, method: str) -> None:
     """Let the context ranks share each row's tokens; refused where something beside attention looks at several."""
     built.context = Context(built.world, method)
-    for module in built.model.modules():
-        if hasattr(module, "attention_kernel"):
-            vars(module)["across_ranks"] = True  # no operator of a compiled graph
     check_shared(built.stage, built.context.split)
 
 
@@ -291,6 +294,12 @@ def cut_stages(built: Built, plan: StagePlan) -> None:
     places, here = places_of(model), plan.here
     owners = [chunk.number % plan.ranks for chunk in plan.chunks for _ in chunk.layers]
     own = [chunk for chunk in plan.chunks if chunk.number % plan.ranks == here]
+    mine = {number for chunk in own for number in chunk.layers}
+    # a layer of each stage in turn: what a rank gets, it gives of others
+    turns = zip_longest(*(chunk.layers for chunk in plan.chunks))
+    for number in (n for turn in turns for n in turn if n is not None):
+        release(decoder_layers(model)[number], "pipeline", keep=number in mine)
+    release(model, "pipeline")
     relay = Relay(owners, world)
     built.stage.share = share = Share(model, places, own, relay)
     if share.tied and share.has_first != share.has_last:

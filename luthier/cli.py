@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from luthier import __version__
-from luthier.errors import LuthierError, Refused, suggest
+from luthier.errors import LuthierError, Refused, suggest, traced
 from luthier.usage import LAUNCHED, USAGE, help_of
 
 Command = Callable[[list[str]], Any]
@@ -116,8 +116,10 @@ def _launch(name: str, words: list[str], processes: int, restarts: int) -> int:
     from luthier.parallel.degrees import check_processes, fewer
     from luthier.parallel.launch import launch
 
-    config = _config(name, words[1:] if name == "verify" else words, processes=processes).config
-    check_processes(config, processes)
+    resolved = _config(name, words[1:] if name == "verify" else words, processes=processes)
+    config = resolved.config
+    with traced(resolved.origins):
+        check_processes(config, processes)
     if not restarts:
         return launch([name, *words], processes)
     from luthier.train.ending import check_restarts, newest_in
@@ -178,21 +180,24 @@ def finetune(words: list[str]) -> None:
     resolved = _config("finetune", words)
     from luthier.recipes import finetune as run
 
-    run(resolved)
+    with traced(resolved.origins):
+        run(resolved)
 
 
 def evaluate(words: list[str]) -> None:
     resolved = _config("evaluate", words)
     from luthier.use import evaluate as run
 
-    run(resolved)
+    with traced(resolved.origins):
+        run(resolved)
 
 
 def predict(words: list[str]) -> None:
     resolved = _config("predict", words)
     from luthier.use import predict as run
 
-    run(resolved)
+    with traced(resolved.origins):
+        run(resolved)
 
 
 def quantize(words: list[str]) -> None:
@@ -224,7 +229,8 @@ def plan(words: list[str]) -> None:
     resolved = _config("plan", words, {"data.path": "none", "output": "none"}, devices)
     from luthier.plan import plan as run
 
-    run(resolved, devices=devices, **given)
+    with traced(resolved.origins):
+        run(resolved, devices=devices, **given)
 
 
 def tokenize(words: list[str]) -> None:
@@ -246,7 +252,8 @@ def verify(words: list[str], processes: int | None = None) -> None:
             suggest(given, CHECKS) or "luthier verify data run.yaml",
         )
     resolved = _config(f"verify {words[0]}", words[1:], processes=processes)
-    CHECKS[words[0]](resolved, **({} if processes is None else {"processes": processes}))
+    with traced(resolved.origins):
+        CHECKS[words[0]](resolved, **({} if processes is None else {"processes": processes}))
 
 
 MERGE_ALIASES = {

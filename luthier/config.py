@@ -127,6 +127,11 @@ class TrainConfig(Section):
         description="With `recompute: layer`: the first n layers keep what attention gives, too; -1 = all of them.",
     )
     compile: bool = Field(False, description="Compile the layers with torch.compile.")
+    rehearse: Literal["auto"] | bool = Field(
+        "auto",
+        description="Before the first step, compute the largest step and evaluation batch and copy what a save copies, "
+        "so that what does not fit in memory is refused then; nothing else comes of it. `auto`: on a GPU.",
+    )
     router_loss: Annotated[float, Field(ge=0)] | None = Field(
         None,
         description="Mixtures of experts: weight of the loss that balances the experts. Default: "

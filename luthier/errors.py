@@ -7,7 +7,13 @@ while running (exit code 1). The command line prints the message alone; `--debug
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+FOREIGN = (
+    "PaddleNLP "  # how the origin of a key begins that was written as an argument of that suite
+)
 
 
 class LuthierError(Exception):
@@ -65,6 +71,22 @@ def suggest(word: str, known: Iterable[str]) -> str:
     """`did you mean 'rank'?` for the nearest known word, or an empty string."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.55)
     return f"did you mean '{near[0]}'?" if near else ""
+
+
+@contextmanager
+def traced(origins: Mapping[str, str]) -> Iterator[None]:
+    """A refusal inside that is about keys of ours says which arguments of another suite's file they come from.
+
+    `origins`: where each given key stands (`configfile.Resolved`).
+    """
+    try:
+        yield
+    except Refused as error:
+        asked = set(re.findall(r"[a-z_]+\.[a-z_]+", error.asked))
+        told = (f"{key} comes from {origin}" for key, origin in origins.items() if key in asked)
+        if found := "; ".join(text for text in told if f"from {FOREIGN}" in text):
+            error.add(found)
+        raise
 
 
 def need(package: str, extra: str, why: str) -> Refused:

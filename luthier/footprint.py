@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import math
-import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,11 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from luthier.adapters import attach
+from luthier.alive import Alive
 from luthier.bases import refuse_training
 from luthier.batch import Batch, Layout, layout_scope
 from luthier.built import EXPERTS
@@ -43,6 +41,9 @@ from luthier.quantize.products import tile_bytes
 from luthier.train.loss import CHUNK_BYTES, MIN_ROWS
 
 DEPTHS = (2, 3)  # the first layer differs: nothing below it may need a gradient
+# what oneDNN, which computes bfloat16's products on a CPU, keeps of the code that it makes for each of other sizes
+KERNEL_BYTES = 550_000
+CHECKED = 3  # lengths of documents that the model is tried with before a run (`check_stage`)
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,8 @@ class Footprint:
     rows: int  # rows per micro-batch
     length: int
     flops: float  # of forward and backward of the micro-batch
+    kernels: int = 0  # that the library of matrix products keeps
+    tried: int = 0  # of them, those of a forward of one more length
     on_cpu: bool = True
     waiting: int = 0  # in `saved`: of micro-batches on their way through later stages
 
@@ -95,47 +98,6 @@ class Footprint:
     def working(self) -> int:
         """What one layer's forward and backward needs beyond what is saved."""
         return self.peak - self.saved
-
-
-class _Alive(TorchDispatchMode):
-    """The bytes of storages that are alive, as a list of (change, name) in the order of events."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.events: list[tuple[int, int]] = []
-        self.names: dict[
-            int, int
-        ] = {}  # address of a storage that is alive -> its name in `events`
-        self._ends: list[Any] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                self._see(tensor.untyped_storage())
-        return out
-
-    def _see(self, storage: torch.UntypedStorage) -> None:
-        address, size = storage._cdata, storage.nbytes()
-        if address in self.names:
-            return
-        name = len(self.events)  # an address is used again after its storage is gone
-
-        def gone() -> None:
-            self.names.pop(address, None)
-            self.events.append((-size, name))
-
-        self.events.append((size, name))
-        self.names[address] = name
-        self._ends.append(weakref.finalize(storage, gone))
-
-    def know(self, tensor: Tensor) -> None:
-        """Not to be counted: it was there before."""
-        self.names.setdefault(tensor.untyped_storage()._cdata, -1)
-
-    def stop(self) -> None:
-        for end in self._ends:
-            end.detach()
 
 
 def footprint(config: RunConfig, device: torch.device | None = None) -> Footprint:
@@ -194,7 +156,7 @@ def _rehearse(
                 sizes = _build(config, made, layers, dtype, device, stored=True)
             ids, places = mode.from_tensor(zeros), mode.from_tensor(places)
             ones = torch.ones_like(ids)
-            alive = _Alive()
+            alive = Alive()
             for tensor in (*model.parameters(), *model.buffers(), ids, places, ones):
                 alive.know(tensor)
             autocast = config.model.autocast
@@ -206,7 +168,7 @@ def _rehearse(
                     )
                 hidden = out[0]  # [B, S, D]
                 del out
-                between = len(alive.events)
+                between, products = len(alive.events), len(alive.products)
                 if hidden.requires_grad:
                     hidden.backward(torch.empty_like(hidden))
             alive.stop()
@@ -216,7 +178,10 @@ def _rehearse(
                 if p.grad is not None
             }
             curve = alive.events, between, gradients
-            return _read(config, sizes, *curve, hidden, dtype, device)
+            found = _read(config, sizes, *curve, hidden, dtype, device)
+            kernels = (CHECKED * products + len(alive.products)) * KERNEL_BYTES
+            here = int(found.on_cpu)
+            return replace(found, kernels=here * kernels, tried=here * products * KERNEL_BYTES)
     except RuntimeError as error:  # torch's, where a forward asks a fake tensor for its values
         raise Refused(
             f"planning a run of '{config.model.path}'",
@@ -335,9 +300,8 @@ def _read(
         total += part
     rows, length = config.micro_batch, config.data.length
     width = hidden.element_size()
-    peak += max(
-        (tile_bytes(m, device, width) for m in model.modules() if is_quantized(m)), default=0
-    )
+    quantized: list[Any] = [m for m in model.modules() if is_quantized(m)]
+    peak += max((tile_bytes(m, device, width) for m in quantized), default=0)
     vocabulary, trained = head.weight.shape[0], head.weight.requires_grad
     numbers = head.weight.numel() * trained
     budget = max(CHUNK_BYTES, numbers * 4)

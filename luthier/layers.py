@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from luthier.errors import Refused, suggest
+from luthier.held import filled, whole_of
 from luthier.parts import whole_numel
 from luthier.stacks import own_stacks, shape_of
 
@@ -51,8 +52,9 @@ def features(layer: nn.Module) -> tuple[int, int]:
 def dense_weight(layer: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
     """The weight of a linear layer as [out, in], without gradient; `dtype` default: the layer's."""
     if is_quantized(layer):
-        return layer.dequantize(dtype)  # pyright: ignore[reportCallIssue]
-    weight = layer.get_parameter("weight").detach()
+        with filled(layer):
+            return layer.dequantize(dtype)  # pyright: ignore[reportCallIssue]
+    weight = whole_of(layer.get_parameter("weight")).detach()
     weight = weight.t() if is_transposed(layer) else weight
     return weight if dtype is None else weight.to(dtype)
 

@@ -45,7 +45,9 @@ from luthier.interop.read import read_config
 from luthier.models.load import resolve_device
 from luthier.parallel.degrees import check_sharding, fit_batch, with_batch, without_effect
 from luthier.parallel.world import World, note, restarted, speaks, tells
+from luthier.positions import position_axes
 from luthier.predicted import Prediction
+from luthier.rehearsal import rehearse, wanted
 from luthier.summary import facts_of
 from luthier.train.bad_rows import keep_rows
 from luthier.train.checkpoint import Checkpoints, Found, check_identity, find, read
@@ -180,7 +182,8 @@ def _finetune(
         )
     first = data.loader.peek()
     for batch in first:
-        check_batch(batch, skips=config.data.pose != "off")
+        axes = position_axes(text.model_config.model_type)
+        check_batch(batch, skips=config.data.pose != "off", axes=axes)
 
     if config.adapter.method == "reft" and config.adapter.positions != "all":
         lengths = [n for batch in first for n in Layout.of(batch).prompt_lengths]
@@ -234,7 +237,6 @@ def _finetune(
         background=config.checkpoint.background,
     )
 
-    world.lead(lambda: _begin(output, to_yaml(recorded), fresh=found.path is None))
     metrics = Metrics(
         output,
         config.log.sinks,
@@ -245,6 +247,10 @@ def _finetune(
     evaluator = None
     if data.dev is not None:
         evaluator = Evaluator(config, text, built, data.dev, output, metrics.activity)
+    if wanted(config, built.device):
+        batches = evaluator.batches if evaluator else ()
+        say(rehearse(config, built, data.loader, updater, batches, checkpoints.saver))
+    world.lead(lambda: _begin(output, to_yaml(recorded), fresh=found.path is None))
 
     trainer = Trainer(
         updater=updater,

@@ -146,6 +146,8 @@ def device_share(
         waiting=int(saved - one),
         peak=int(saved + working),
         hidden=int(found.hidden / c),
+        # the cut is tried before the run: a forward of the whole model, and one of what is cut
+        kernels=found.kernels + 2 * found.tried * (t > 1),
         logits=int(found.logits * heads),
         head_gradient=int(found.head_gradient * heads),
         tied_gradient=int(found.tied_gradient / t) if p == 1 else 0,
@@ -209,6 +211,7 @@ def _moments(
         "weights, trained": weights,
         "float32 copies": wide * total.trained // cut if masters else 0,
         "optimiser": optimizer_bytes(config, total.trained, round(kept)) // cut,
+        "compiled matrix products": found.kernels,
     }
     copy = {COPY: _copied(config, found, way) if saving and found.on_cpu else 0}
     beside = copy if config.checkpoint.every != "end" else {}

@@ -1,11 +1,13 @@
-"""The table of layouts in docs/tasks/several-devices.md, from tests/parallel/results.json.
+"""The tables in docs/tasks/several-devices.md: of layouts, from tests/parallel/results.json, and of memory, from benchmarks/memory.
 
-`scripts/support.py layouts` writes that file; `scripts/reference.py` puts the table between `MARKS`.
+`scripts/support.py layouts` writes the first file, `python -m benchmarks.memory` the other one; `scripts/reference.py` puts the tables
+between their marks.
 """
 
 from __future__ import annotations
 
 import json
+import runpy
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,13 +15,25 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "tasks" / "several-devices.md"
 RESULTS = ROOT / "tests" / "parallel" / "results.json"
+MEMORY = ROOT / "benchmarks" / "memory"
+MEMORY_MARKS = (
+    "<!-- memory table: python scripts/reference.py -->",
+    "<!-- end of memory table -->",
+)
 MARKS = ("<!-- layouts table: python scripts/reference.py -->", "<!-- end of layouts table -->")
 
 
 def page() -> str:
     """The page with the tables between its marks."""
-    before, rest = PAGE.read_text("utf-8").split(MARKS[0])
-    return f"{before}{MARKS[0]}\n\n{tables()}\n{MARKS[1]}{rest.split(MARKS[1])[1]}"
+    table = runpy.run_path(str(MEMORY / "__main__.py"))["table"]
+    measured = json.loads((MEMORY / "results" / "cpu.json").read_text("utf-8"))
+    page = _between(PAGE.read_text("utf-8"), MEMORY_MARKS, table(measured))
+    return _between(page, MARKS, tables())
+
+
+def _between(text: str, marks: tuple[str, str], table: str) -> str:
+    before, rest = text.split(marks[0])
+    return f"{before}{marks[0]}\n\n{table}\n{marks[1]}{rest.split(marks[1])[1]}"
 
 
 def tables() -> str:

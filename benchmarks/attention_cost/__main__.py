@@ -3,7 +3,8 @@
 Forward and backward of one layer's attention, as training calls it, over a fixed number of tokens: short documents
 packed into rows of growing length (against one mask for the whole row, what a packed row costs elsewhere), single
 documents of growing length, and the same with sliding windows. Cases are measured in turns, one after the
-other, and the fastest turn counts: CPU seconds of the process, or seconds on a GPU. Needs no data.
+other, short ones more often, and the fastest turn counts: CPU seconds of the process, or seconds on a GPU. Needs
+no data.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from luthier.seeding import generator
 RESULTS = Path(__file__).parent / "results"
 SHORTEST = 2048
 WINDOWS = (512, 2048)
+LONG = 5.0  # seconds of a case to which the first use of a kernel adds nothing that is seen
 DENSE = (
     8192  # longest row for which the mask of a whole row is tried: its memory is the row squared
 )
@@ -95,18 +97,25 @@ def dense(rows: list[list[int]], args: argparse.Namespace) -> Callable[[], Any]:
 def measure(cases: dict[str, Callable[[], Any]], args: argparse.Namespace) -> dict[str, Any]:
     """Name -> microseconds per token of the fastest turn, and the slowest turn over it."""
     gpu = args.device == "cuda"
+    clock = time.perf_counter if gpu else time.process_time
     spent: dict[str, list[float]] = {name: [] for name in cases}
-    for turn in range(args.turns + 1):  # the first warms up
-        for name, run in cases.items():
+    warm: set[str] = set()
+
+    def enough(name: str) -> bool:
+        return len(spent[name]) >= args.turns and sum(spent[name]) >= args.seconds
+
+    while waiting := [name for name in cases if not enough(name)]:
+        for name in waiting:
             if gpu:
                 torch.cuda.synchronize()
-            clock = time.perf_counter if gpu else time.process_time
             begin = clock()
-            run()
+            cases[name]()
             if gpu:
                 torch.cuda.synchronize()
-            if turn:
-                spent[name].append(clock() - begin)
+            took = clock() - begin
+            if name in warm or took > LONG:
+                spent[name].append(took)
+            warm.add(name)
     return {
         name: {
             "us_per_token": round(1e6 * min(s) / args.tokens, 3),
@@ -136,30 +145,39 @@ def main() -> None:
     parser.add_argument("--kv-heads", type=int, default=2)
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--dtype", default=None, help="default: float32, on a GPU bfloat16")
-    parser.add_argument("--turns", type=int, default=2)
+    parser.add_argument("--turns", type=int, default=2, help="at least so many of each case")
+    parser.add_argument(
+        "--seconds", type=float, default=6.0, help="and more, until they took so long in all"
+    )
     parser.add_argument("--gpu", action="store_true")
+    parser.add_argument(
+        "--only", help="one case, such as packed or 'window 512', in a results file of its own"
+    )
     args = parser.parse_args()
     args.device = "cuda" if args.gpu else "cpu"
     args.dtype = args.dtype or ("bfloat16" if args.gpu else "float32")
     args.tokens = args.longest
-    tables: dict[str, dict[str, Any]] = {"packed": {}, "mask of the row": {}, "one document": {}}
+    order = ("packed", "mask of the row", "one document")
+    tables: dict[str, dict[str, Any]] = {n: {} for n in order if args.only in (None, n)}
     for width in widths(args):
         count = args.tokens // width
         packed = [short_documents(width, args.document) for _ in range(count)]
         single = [[width]] * count
         cases = {"packed": ours(packed, args), "one document": ours(single, args)}
         cases |= {f"window {w}": ours(single, args, w) for w in WINDOWS}
-        if width <= DENSE:
+        if width <= DENSE and args.only in (None, "mask of the row"):
             cases["mask of the row"] = dense(packed, args)
+        if args.only:
+            cases = {name: case for name, case in cases.items() if name == args.only}
         for name, found in measure(cases, args).items():
             tables.setdefault(name, {})[str(width)] = found
             print(f"{width:>6} {name:<16}{found['us_per_token']:>10.2f} us/token", flush=True)
-    flat = [row["us_per_token"] for row in tables["packed"].values()]
+    first = next(iter(tables))  # short documents, unless another case was asked for
+    flat = [row["us_per_token"] for row in tables[first].values()]
     spread = max(flat) / min(flat) - 1
-    print(
-        f"\nshort documents, rows of {SHORTEST} to {args.longest}: within {spread:.1%} of each other"
-    )
-    path = RESULTS / f"{args.device}-{args.dtype}.json"
+    print(f"\n{first}, rows of {SHORTEST} to {args.longest}: within {spread:.1%} of each other")
+    name = "-".join([args.device, args.dtype, *(args.only or "").split()])
+    path = RESULTS / f"{name}.json"
     RESULTS.mkdir(exist_ok=True)
     write_json(path, {**_about(args), "spread": round(spread, 4), "tables": tables})
     print(path)

@@ -1,9 +1,9 @@
 """Predicted against measured memory: `python -m benchmarks.plan`.
 
-Random Llama-shaped models are trained for a few steps on a CPU, each configuration in a process of its own, with
+Random Llama-shaped models are trained for a few steps on a CPU, each configuration in processes of its own, with
 rows that are full. Measured is the peak of resident memory in training steps less what was resident before
 the model was built, after a tiny one was trained in the same way (libraries load parts of themselves at first
-use); predicted is what `luthier plan` says of the same config.
+use), of the process with most; predicted is what `luthier plan` says of the same config.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import os
 import platform
+import socket
 import subprocess
 import sys
 import tempfile
@@ -42,33 +44,75 @@ LARGE = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 6}
     "num_key_value_heads": 4,
     "tie_word_embeddings": False,
 }
+SMOL = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30} | {
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49152,
+    "tie_word_embeddings": True,
+}  # SmolLM2-135M
+SHAPES = {"small": SMALL, "large": LARGE, "135M": SMOL}
 # glibc gives freed memory back at once; by itself it keeps a part, which no plan can know
 RETURNING = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
-TINY = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 256}
-LORA, NF4 = {"adapter.method": "lora"}, {"adapter.method": "lora", "quantize.weights": "nf4"}
-CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    f"{size}, {method}, {dtype}, recompute {again}, {number} micro-batch{'es' * (number > 1)}": (
-        shape,
-        keys | {"model.dtype": dtype, "train.recompute": again, "train.batch": 2 * number},
-    )
-    for size, shape, method, keys, dtype, again, number in (
-        ("small", SMALL, "full", {}, "float32", "none", 1),
-        ("small", SMALL, "full", {}, "float32", "layer", 2),
-        ("small", SMALL, "full", {}, "bfloat16", "none", 2),
-        ("small", SMALL, "full", {}, "bfloat16", "layer", 1),
-        ("small", SMALL, "LoRA", LORA, "float32", "none", 1),
-        ("small", SMALL, "LoRA nf4", NF4, "bfloat16", "none", 1),
-        ("large", LARGE, "full", {}, "bfloat16", "selective", 1),
-        ("large", LARGE, "LoRA", LORA, "float32", "none", 1),
-        ("large", LARGE, "LoRA", LORA, "bfloat16", "layer", 1),
-        ("large", LARGE, "LoRA nf4", NF4, "float32", "none", 1),
-    )
+TINY = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 256} | {
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
 }
+METHODS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "LoRA": {"adapter.method": "lora"},
+    "LoRA nf4": {"adapter.method": "lora", "quantize.weights": "nf4"},
+}
+ROWS = 2  # of a micro-batch
+# shape, method, type, recomputation, micro-batches per process and step, layout
+RUNS = (
+    ("small", "full", "float32", "none", 1, ""),
+    ("small", "full", "float32", "layer", 2, ""),
+    ("small", "full", "bfloat16", "none", 2, ""),
+    ("small", "full", "bfloat16", "layer", 1, ""),
+    ("small", "LoRA", "float32", "none", 1, ""),
+    ("small", "LoRA nf4", "bfloat16", "none", 1, ""),
+    ("large", "full", "bfloat16", "selective", 1, ""),
+    ("large", "LoRA", "float32", "none", 1, ""),
+    ("large", "LoRA", "bfloat16", "layer", 1, ""),
+    ("large", "LoRA nf4", "float32", "none", 1, ""),
+    ("135M", "full", "bfloat16", "none", 1, ""),
+    ("135M", "LoRA nf4", "bfloat16", "layer", 2, ""),
+    ("large", "full", "float32", "none", 1, "replicate=2"),
+    ("large", "full", "bfloat16", "none", 2, "shard=2 stage=2"),
+    ("large", "LoRA", "bfloat16", "none", 1, "tensor=2"),
+    ("large", "LoRA", "float32", "layer", 1, "context=2"),
+    ("large", "LoRA nf4", "bfloat16", "none", 1, "replicate=2"),
+    ("large", "full", "float32", "none", 4, "pipeline=2"),
+    ("large", "full", "float32", "layer", 2, "shard=3 stage=1"),
+    ("large", "full", "float32", "layer", 1, "shard=4 stage=3"),
+    ("large", "LoRA nf4", "bfloat16", "layer", 1, "shard=2 tensor=2 stage=2"),
+    ("large", "full", "bfloat16", "none", 2, "tensor=2 pipeline=2"),
+)
+
+
+def _case(
+    size: str, method: str, dtype: str, again: str, number: int, layout: str
+) -> tuple[str, tuple[dict[str, Any], dict[str, Any], int]]:
+    """Name of a run -> shape, keys of the config, processes."""
+    degrees = {key: int(n) for key, n in (word.split("=") for word in layout.split())}
+    data = degrees.get("replicate", 1) * degrees.get("shard", 1)
+    keys = METHODS[method] | {"model.dtype": dtype, "train.recompute": again}
+    keys |= {"train.batch": ROWS * number * data}
+    keys |= {f"parallel.{key}": n for key, n in degrees.items()}
+    processes = math.prod(n for key, n in degrees.items() if key != "stage")
+    name = (
+        f"{size}, {method}, {dtype}, recompute {again}, {number} micro-batch{'es' * (number > 1)}"
+    )
+    name += f", {layout}" if layout else ""
+    return name, (SHAPES[size], keys, processes)
+
+
+CASES = dict(_case(*run) for run in RUNS)
 
 
 def config_of(name: str, folder: Path) -> dict[str, Any]:
     """The mapping of one case's run, whose model folder is made; two rows of 512 tokens in a forward."""
-    shape, keys = CASES[name]
+    shape, keys, _ = CASES[name]
     model = folder / "model"
     model.mkdir(exist_ok=True)
     (model / "config.json").write_text(json.dumps(SHAPE | shape), "utf-8")
@@ -79,7 +123,7 @@ def config_of(name: str, folder: Path) -> dict[str, Any]:
         "model.device": "cpu",
         "data.path": "none",
         "data.length": LENGTH,
-        "train.micro_batch": 2,
+        "train.micro_batch": ROWS,
         **keys,
     }
     for key, value in flat.items():
@@ -88,40 +132,54 @@ def config_of(name: str, folder: Path) -> dict[str, Any]:
     return tree
 
 
-def train(config: Any) -> int:
+def train(config: Any, world: Any) -> int:
     """Train a few steps on full rows, in this process; the peak of resident bytes within them."""
     from luthier.assemble import build, make_updater
     from luthier.batch import Batch
+    from luthier.heap import return_freed_memory
     from luthier.train.metrics import memory
 
-    updater = make_updater(config, build(config, train=True))
+    updater = make_updater(config, build(config, train=True, world=world))
+    gc.collect()
+    return_freed_memory()
     rows, length = config.micro_batch, config.data.length
     ids = torch.randint(1, 64, (rows, length))
     places = torch.arange(length).expand(rows, length).contiguous()
     batch = Batch(ids, ids, places, torch.zeros_like(ids), tuple(range(rows)))
+    world.gather(None)  # nobody's peak starts before all have built
     Path("/proc/self/clear_refs").write_text("5", "ascii")  # the peak starts afresh
     for step in (1, 2):  # from the second on there are moments
-        updater.update([batch] * (config.batch // rows), step=step, lr=1e-5)
+        updater.update([batch] * (config.batch // rows // world.data_size), step=step, lr=1e-5)
     return memory().peak or 0
 
 
 def measure(name: str, folder: Path) -> dict[str, Any]:
     """Predict and train one case, in this process, after a tiny model: libraries load parts at first use."""
+    from luthier.assemble import joined
     from luthier.configfile import from_mapping
     from luthier.footprint import footprint
-    from luthier.plan import Way, estimate
+    from luthier.heap import return_freed_memory
+    from luthier.parallel.degrees import fit_batch
+    from luthier.spread import Way, estimate
     from luthier.train.metrics import memory
 
-    config = from_mapping(config_of(name, folder)).config
-    found = estimate(config, footprint(config), Way(1, 1, 2), flops=None, bandwidth=None)
-    model = folder / "model" / "config.json"
-    shape = model.read_text("utf-8")
-    model.write_text(json.dumps(json.loads(shape) | TINY), "utf-8")
-    train(config)
-    gc.collect()
-    model.write_text(shape, "utf-8")
-    before = memory().now or 0
-    measured = train(config) - before
+    tree = config_of(name, folder)
+    tiny = folder / "tiny"
+    tiny.mkdir(exist_ok=True)
+    (tiny / "config.json").write_text(json.dumps(SHAPE | TINY), "utf-8")
+    small = from_mapping(tree | {"model": tree["model"] | {"path": str(tiny)}}).config
+    with joined(from_mapping(tree).config) as world:
+        config, small = (
+            fit_batch(each, world.data_size, world.sizes["pipeline"])
+            for each in (from_mapping(tree).config, small)
+        )
+        way = Way(**world.sizes, stage=config.parallel.stage)
+        found = estimate(config, footprint(config), way, flops=None, bandwidth=None, saving=False)
+        train(small, world)
+        gc.collect()
+        return_freed_memory()
+        before = memory().now or 0
+        measured = max(world.gather(train(config, world) - before))
     return {
         "name": name,
         "predicted": found.total,
@@ -129,6 +187,34 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
         "moment": found.moment,
         "items": found.items,
     }
+
+
+def run(name: str, *, held: bool) -> dict[str, Any]:
+    """Measure one case in processes of its own; what rank 0 tells."""
+    settings = os.environ | ({} if held else RETURNING)
+    with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        words = [sys.executable, "-m", "benchmarks.plan", "--case", name, "--folder", folder]
+        number = CASES[name][2]
+        if number > 1:
+            place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+            settings |= place | {n: str(number) for n in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")}
+        free.close()
+        ranks = [
+            subprocess.Popen(
+                words,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                env=settings | ({"RANK": str(r), "LOCAL_RANK": str(r)} if number > 1 else {}),
+            )
+            for r in range(number)
+        ]
+        told = [rank.communicate() for rank in ranks]
+    for rank, (_, errors) in zip(ranks, told, strict=True):
+        if rank.returncode:
+            sys.exit(f"{name}: {errors[-2000:]}")
+    return json.loads(told[0][0].splitlines()[-1])
 
 
 def table(results: dict[str, Any]) -> str:
@@ -148,7 +234,7 @@ def table(results: dict[str, Any]) -> str:
     near = sum(abs(error) <= 0.1 for error in errors)
     lines += [
         "",
-        f"Random Llama-shaped models, rows of 2 x {LENGTH} tokens, one process each on a CPU, torch "
+        f"Random Llama-shaped models, rows of 2 x {LENGTH} tokens, one process unless a layout is named, on a CPU, torch "
         f"{results['torch']}: the peak of resident memory in two steps, beyond what the process held before the "
         f"model was made, where the allocator gives freed memory back at once. {near} of {len(errors)} are within "
         "10 %. The last column is with the allocator as it is by itself: freed memory that it keeps is not "
@@ -160,12 +246,12 @@ def table(results: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.plan")
     parser.add_argument("--case", default=None)
+    parser.add_argument("--folder", default="")
     parser.add_argument("--held", action="store_true", help="with the allocator as it usually is")
     parser.add_argument("--only", default="", help="words that a case's name has to hold")
     args = parser.parse_args()
     if args.case is not None:
-        with tempfile.TemporaryDirectory() as folder:
-            print(json.dumps(measure(args.case, Path(folder))))
+        print(json.dumps(measure(args.case, Path(args.folder))))
         return
     found: dict[str, Any] = {}
     if RESULTS.exists():
@@ -173,16 +259,11 @@ def main() -> None:
     for name in CASES:
         if args.only not in name:
             continue
-        words = [sys.executable, "-m", "benchmarks.plan", "--case", name]
-        settings = os.environ | ({} if args.held else RETURNING)
-        done = subprocess.run(words, capture_output=True, text=True, check=False, env=settings)
-        if done.returncode:
-            sys.exit(f"{name}: {done.stderr[-2000:]}")
-        row = json.loads(done.stdout.splitlines()[-1])
+        row = run(name, held=args.held)
         if args.held:
             row["held"] = row.pop("measured")
         found[name] = found.get(name, {}) | row
-        print(table({"rows": [found[name]], "torch": ""}).splitlines()[2:3], flush=True)
+        print(*table({"rows": [found[name]], "torch": ""}).splitlines()[2:3], flush=True)
         rows = [found[name] for name in CASES if name in found]
         made = {"torch": torch.__version__, "python": platform.python_version(), "rows": rows}
         RESULTS.parent.mkdir(exist_ok=True)

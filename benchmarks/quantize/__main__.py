@@ -9,6 +9,7 @@ of the same shape, and against bitsandbytes' Linear4bit where it is installed, i
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import platform
 import statistics
@@ -209,6 +210,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="of each product (default: 3)")
     parser.add_argument("--quality", metavar="MODEL", help="a model folder or hub name")
     parser.add_argument("--name", help="what to call the model in the results")
+    parser.add_argument("--missing", action="store_true", help="only forms that its results lack")
     parser.add_argument("--rows", type=int, default=24, help="of each data set (default: 24)")
     parser.add_argument("--length", type=int, default=256, help="of a row in tokens (default: 256)")
     args = parser.parse_args()
@@ -219,11 +221,13 @@ def main() -> None:
     if args.quality:
         source, args.quality = args.quality, args.name or Path(args.quality).name
         path = RESULTS / f"quality-{args.quality}.json"
+        known = json.loads(path.read_text("utf-8")) if args.missing else {"tables": {"quality": []}}
         quality(
             source,
             args.rows,
             args.length,
             lambda table: write_json(path, {**_about(args, device), "tables": {"quality": table}}),
+            known["tables"]["quality"],
         )
         print(path)
         return

@@ -7,6 +7,7 @@ are trained in place; what they were is kept, so that `detach` gives the base ba
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from luthier.adapters.fused import fused, install_fused
 from luthier.adapters.targets import select_whole
 from luthier.config import GENERAL, AdapterConfig
 from luthier.errors import Refused
+from luthier.held import filled, lent, whole_of
 from luthier.layers import dense_weight, head_name, is_quantized, is_transposed
 from luthier.stacks import stacks_of
 
@@ -101,7 +103,7 @@ def install(model: nn.Module, adapters: Mapping[str, Adapter], whole: Collection
     model.requires_grad_(False)
     chosen = {id(model.get_parameter(name)) for name in whole}
     # by the model's own names: tied parameters are one, and would be trained twice under two
-    kept = {n: p.detach().clone() for n, p in model.named_parameters() if id(p) in chosen}
+    kept = {n: whole_of(p).detach().clone() for n, p in model.named_parameters() if id(p) in chosen}
     for name in kept:
         model.get_parameter(name).requires_grad_(True)
     stacks = {name: adapter for name, adapter in adapters.items() if adapter.stacked}
@@ -139,10 +141,12 @@ def initialise(model: nn.Module, *, seed: int) -> None:
             if any(parameter.is_meta for parameter in adapter.parameters()):
                 continue  # of a layer that is on another rank
             if adapter.stacked:
-                experts.initialise(model, adapter, seed)
+                with filled(model.get_submodule(name.rpartition(".")[0])):
+                    experts.initialise(model, adapter, seed)
                 continue
             draw = seeding.generator(seed, "adapter", name)
-            adapter.initialise(model.get_submodule(name), draw)
+            with nullcontext() if name else lent(model):  # of all layers: it computes with the base
+                adapter.initialise(model.get_submodule(name), draw)
 
 
 def detach(model: nn.Module) -> None:

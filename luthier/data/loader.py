@@ -9,19 +9,20 @@ pretraining from `corpus.py`, whose steps are all of `batch` rows, from epoch to
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
-import torch
 
-from luthier.batch import FILLER, IGNORE, PADDING, Batch
+from luthier.batch import Batch
 from luthier.data.ahead import ahead
+from luthier.data.collate import collate as collate
+from luthier.data.collate import filler, num_slots
 from luthier.data.corpus import Corpus, Steps
 from luthier.data.dataset import Dataset, LazyDataset
-from luthier.data.encode import Positions, check_labels
+from luthier.data.encode import Positions
 from luthier.data.packing import Method, pack
 from luthier.data.sources import Order, permutation
 from luthier.data.streaming import Row, Step, Stream
@@ -144,6 +145,13 @@ class Loader:
         step = self._next[0][0]
         return collate(step.rows[: self.micro_batch], self.pad_id, step.first, self._positions)
 
+    def largest(self) -> Batch:
+        """A micro-batch as large as any that can come, without moving: the longest rows (a mixture's, of the first
+        epoch). Of lazy data, the largest of the step that comes next: what comes later is not known."""
+        if not isinstance(self._feed, _Memory):
+            return max(self.peek(), key=lambda batch: batch.input_ids.numel())
+        return collate(self._feed.longest(self.micro_batch), self.pad_id, 0, self._positions)
+
     def state(self) -> dict[str, Any]:
         """The position behind the last step handed out, as plain values for JSON."""
         state = {"data": self._feed.fingerprint, "position": dict(self._position)}
@@ -203,7 +211,7 @@ class Loader:
         return [
             collate(step.rows[i : i + size], self.pad_id, step.first + i, self._positions)
             if i < len(step.rows)
-            else _filler(step, self.pad_id, self._positions)
+            else filler(step, self.pad_id, self._positions)
             for first in range(0, len(step.rows), size * self.ranks)
             for i in [first + self.rank * size]
         ]
@@ -219,7 +227,7 @@ class Loader:
             sizes = [sum(len(ids) for ids, *_ in row) for row in step.rows]
             self._padding["rows"] += len(sizes)
             self._padding["tokens"] += sum(sizes)
-            self._padding["slots"] += _slots(sizes, self.micro_batch)
+            self._padding["slots"] += num_slots(sizes, self.micro_batch)
             self._book_padding()
             if step.after["epoch"] == 1:
                 ledger.reconcile(len(self.dataset.source))
@@ -268,53 +276,6 @@ def evaluation_batches(
         yield collate(step.rows, pad_id, step.first, dataset.encoder.renderer.positions)
         if step.after["epoch"]:
             return
-
-
-def collate(
-    rows: Sequence[Row], pad_id: int, first: int = 0, positions_of: Positions | None = None
-) -> Batch:
-    """Rows of documents (ids and labels, [n] each) -> a `Batch` padded on the right to the longest row.
-
-    `first` is the serial number of the first row. `positions_of` gives the positions [2, n] of a document in
-    families with two axes; without it they are the document's third array, or 0, 1, ... Raises Failed for a
-    label that is not the next token.
-    """
-    width = max(sum(len(ids) for ids, *_ in row) for row in rows)
-    shape = (len(rows), width)
-    input_ids = np.full(shape, pad_id, dtype=np.int64)  # [B, S]
-    labels = np.full(shape, IGNORE, dtype=np.int64)
-    axes = () if positions_of is None else (2,)
-    positions = np.zeros((len(rows), *axes, width), dtype=np.int64)
-    documents = np.full(shape, PADDING, dtype=np.int64)
-    for r, row in enumerate(rows):
-        start = 0
-        for d, (ids, wanted, *places) in enumerate(row):
-            span = slice(start, start + len(ids))
-            input_ids[r, span] = ids
-            labels[r, span] = wanted
-            own = places[0] if places else np.arange(len(ids))
-            positions[r, ..., span] = positions_of(ids) if positions_of else own
-            documents[r, span] = d
-            start += len(ids)
-    check_labels(input_ids, labels, documents)
-    tensors = (torch.from_numpy(array) for array in (input_ids, labels, positions, documents))
-    return Batch(*tensors, rows=tuple(range(first, first + len(rows))))
-
-
-def _filler(step: Step, pad_id: int, positions_of: Positions | None) -> Batch:
-    """A document of the step that supervises nothing, for a rank that has no row of its own.
-
-    A real one: the forward has to reach every weight, as on the other ranks.
-    """
-    ids, labels, *places = step.rows[0][0]
-    row = [(ids, np.full_like(labels, IGNORE), *places)]
-    return replace(collate([row], pad_id, 0, positions_of), rows=(FILLER,))
-
-
-def _slots(sizes: Sequence[int], micro_batch: int) -> int:
-    """Places of a step's batches, padding included, for rows of these sizes."""
-    cut = [sizes[i : i + micro_batch] for i in range(0, len(sizes), micro_batch)]
-    return sum(max(part) * len(part) for part in cut)
 
 
 class _Memory:
@@ -381,13 +342,19 @@ class _Memory:
         rows = self.rows(epoch)
         return rows[self._order(epoch, len(rows))[serial]]
 
+    def longest(self, number: int) -> list[Row]:
+        """The longest rows of the first epoch."""
+        rows = self.rows(0)
+        order = np.argsort([-self.dataset.lengths[row].sum() for row in rows], kind="stable")
+        return [[self.dataset.example(i) for i in rows[n]] for n in order[:number]]
+
     def padding(self, micro_batch: int) -> dict[str, int]:
         """Rows, tokens and slots (with padding) of the first epoch's batches."""
         rows = self.rows(0)
         lengths = self.dataset.lengths
         sizes = np.array([lengths[row].sum() for row in rows])[self._order(0, len(rows))]
         steps = [sizes[i : i + self.batch] for i in range(0, len(sizes), self.batch)]
-        slots = sum(_slots(step.tolist(), micro_batch) for step in steps)
+        slots = sum(num_slots(step.tolist(), micro_batch) for step in steps)
         return {"rows": len(rows), "tokens": int(sizes.sum()), "slots": slots}
 
     def _order(self, epoch: int, num_rows: int) -> Order:

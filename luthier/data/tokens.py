@@ -126,7 +126,9 @@ class Tokens:
         found = hashlib.sha256(f"{self.opening} {self.end}".encode())
         backend = getattr(known, "backend_tokenizer", None)
         if backend is None:  # in Python: its class, its words, its model's file
-            found.update(f"{type(known).__qualname__} {sorted(known.get_vocab().items())}".encode())
+            # Qwen v1's words are bytes, its special tokens strings
+            words = sorted(known.get_vocab().items(), key=lambda w: (isinstance(w[0], bytes), w))
+            found.update(f"{type(known).__qualname__} {words}".encode())
             file = getattr(known, "vocab_file", None)
             found.update(Path(file).read_bytes() if file and Path(file).is_file() else b"")
         else:
@@ -157,12 +159,12 @@ class Tokens:
 
     def _of_words(self, text: str) -> Ids:
         words, known = WORD.split(text), self._known_words
-        new = [word for word in words if word not in known]
+        new = [word for word in dict.fromkeys(words) if word not in known]
         if 2 * len(new) > len(words) and len(known) > FEW:
             return self._encode([text])[0]  # of rare words: word by word would be slower
         if len(known) > WORDS:
             known.clear()
-            new = words
+            new = list(dict.fromkeys(words))
         fresh = dict(zip(new, self._encode(new), strict=True)) if new else {}
         known.update((word, ids) for word, ids in fresh.items() if len(word) <= SHORT)
         return [i for word in words for i in known.get(word) or fresh[word]]

@@ -47,7 +47,7 @@ def layout(t: Translation, a: Arguments, processes: int) -> None:
             t.put("parallel.context_method", METHODS[name], name)
     # it acts with tensor parallelism alone
     if t.values.get("parallel.tensor", 1) > 1 and "sequence_parallel" in a:
-        # on, it means where it can be: their pipelines have it, ours hand whole rows over
+        # on, it means where the family and the layout can: it changes no result
         value = "auto" if _on("sequence_parallel", a) else False
         t.put("parallel.sequence", value, "sequence_parallel")
     _pipeline(t, a)

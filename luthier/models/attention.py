@@ -114,7 +114,6 @@ def attend(
         and not (dropout or any(more.get(name) is not None for name in (*FEATURES, *FOREIGN)))
         and attention_mask is None
         and getattr(module, "keys_values", None) is None
-        and not getattr(module, "across_ranks", False)
         and (native or (sliding_window is None and query.shape[-1] == value.shape[-1]))
     ):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling

@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from luthier.held import filled
 from luthier.native import ops
 
 ERROR = 2**-7  # what two orders of rounding in bfloat16 may differ by, relative to the whole
@@ -165,7 +166,7 @@ def _differs_mlp(module: Any) -> str | None:
     module = _small(module)
     width = module.gate_proj.in_features
     x = torch.randn(1, 3, width, generator=draw).bfloat16() * 4
-    with torch.no_grad():
+    with torch.no_grad(), filled(module):
         wanted, ours = type(module).forward(module, x), _mlp_forward(module, x)
     if not ops.takes(ours):
         return f"it computes in {str(ours.dtype).removeprefix('torch.')}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,10 +28,11 @@ from transformers import (
 from luthier.config import ModelConfig
 from luthier.errors import Refused
 from luthier.files import write_json
+from luthier.held import Way
 from luthier.models import attention, folder, misfits, rotary
 from luthier.models.folder import fingerprint as fingerprint
 from luthier.models.folder import quiet as quiet
-from luthier.models.reading import LeaveOut, Reading, unmapped
+from luthier.models.reading import LeaveOut, Reading, Rows, unmapped
 from luthier.seeding import derive
 
 ADAPTER = ".adapter."  # in the name of every tensor that an adapter adds
@@ -86,6 +88,7 @@ def build_model(
     train: bool = False,
     quantization: Any = None,
     leave_out: LeaveOut | None = None,
+    ways: Collection[Way] = (),
 ) -> PreTrainedModel:
     """The model of `config` in eval mode on its device, attention installed (`attention.install`).
 
@@ -93,7 +96,8 @@ def build_model(
     Afterwards: tensors that were missing, left over, of another shape, or not finite. `seed` decides
     the values for `init=random`. `train`: gradients will be needed, which not every kernel offers.
     `quantization` is a `quantize.loading.Quantization`: layers are quantised as their weights are read. Layers
-    that `leave_out` names stay on meta, where nothing is quantised and values are read, not drawn.
+    that `leave_out` names stay on meta, where nothing is quantised and values are read, not drawn. With `ways` there
+    matrices that are read are held by several ranks (`held.py`).
     """
     device = resolve_device(config.device)
     path = folder.find_folder(config.path, code=config.trust_remote_code)
@@ -119,6 +123,12 @@ def build_model(
                 quantization.convert(model)
         else:
             accept = seed if config.misfits == "accept" else None
+            if part is not None:  # it reads its own layers only
+                ways = [way for way in ways if way.axis != "pipeline"]
+            if ways and quantization is not None:
+                quantization.ways, quantization.device = ways, device
+            elif ways and accept is None:
+                quantization = Rows(ways, device)
             model = _pretrained(path, made, dtype, layers, remote, quantization, accept, part)
         model.to(device).eval()  # pyright: ignore[reportCallIssue, reportArgumentType]
         attention.install(model, config.attention, train=train)
@@ -224,7 +234,7 @@ def _pretrained(
         files = folder.weight_files(path)
         own = kind is not None and not remote.get("trust_remote_code")  # no code of the folder
         if quantization is not None and own and files[0].suffix == ".safetensors":
-            maker, source = kind, unmapped(path, files)
+            maker, source = kind if part is None else maker, unmapped(path, files)
         made: Any = maker.from_pretrained(
             **source,
             config=config,
@@ -243,7 +253,7 @@ def _pretrained(
             "copy or download the folder again",
         ) from error
     unexpected = set(info["unexpected_keys"])
-    if quantization is not None:
+    if quantization is not None and not isinstance(quantization, Rows):
         unexpected -= quantization.tensors(model)
     if layers is not None:
         built = config.get_text_config().num_hidden_layers

@@ -2,7 +2,8 @@
 
 Only some layers, as a pipeline stage needs them: the loader reads the tensors that the model it made has parameters
 for, so the other layers are put aside, on the meta device, before it looks, and put back, still there, at the end.
-Which layers are read is told by `partial.py`. And each tensor into memory of its own, for a base that is quantised.
+Which layers are read is told by `partial.py`. Only some rows of each matrix (`held.py`), by the seam that transformers
+has for quantisers. And each tensor into memory of its own, where it is not kept as it is.
 """
 
 from __future__ import annotations
@@ -12,14 +13,21 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from luthier.held import Holding, Way
 from luthier.models.stage import decoder_layers
 
 LeaveOut = Callable[[PreTrainedModel], Collection[int]]
 """A model without values -> the numbers of layers that are not read."""
+ROWS = "luthier-rows"  # our name among transformers' quantisers
 
 
 def unmapped(folder: Path, files: Sequence[Path]) -> dict[str, Any]:
@@ -76,3 +84,45 @@ class Reading:
     def put_back(self) -> None:
         for number, layer in self.aside.items():
             self.layers[number] = layer
+
+
+class Rows(QuantizationConfigMixin):
+    """`quantization_config` of a `from_pretrained` that holds rows and quantises nothing."""
+
+    quant_method: Any = ROWS
+
+    def __init__(self, ways: Collection[Way], device: torch.device) -> None:
+        self.ways, self.device = ways, device
+
+
+@register_quantizer(ROWS)
+class _RowReader(HfQuantizer):
+    quantization_config: Rows
+
+    def is_serializable(self) -> bool:
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        asked = self.quantization_config
+        self.holding = Holding(model, asked.ways, asked.device)
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        return param_name in self.holding.wanted
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return self.holding
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        self.holding.settle(model)
+        self.remove_quantization_config(model)
+        del model.is_quantized
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):
+                vars(module.config).pop("_is_quantized", None)
+
+
+register_quantization_config(ROWS)(Rows)

@@ -21,6 +21,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from luthier.batch import IGNORE, PADDING, Batch, Layout, layout_scope
 from luthier.errors import Failed, Refused
+from luthier.held import lent
 from luthier.models import cpu_attention as cpu_attention  # registers the operator
 from luthier.models.families import family_of
 from luthier.models.head import is_plain, logits_less
@@ -199,12 +200,12 @@ def same_stage(stage: Stage) -> Iterator[None]:
     training = stage.model.training
     batch, _ = _trial(stage)
     stage.model.eval()
-    with torch.no_grad():
+    with torch.no_grad(), lent(stage.model):
         before = stage(batch)
         logits = stage.head(before[0])
     yield
     what, do = "cut among tensor-parallel ranks", "use parallel.shard in place of parallel.tensor"
-    with torch.no_grad():
+    with torch.no_grad(), lent(stage.model):
         _same(stage, f"hidden states {what}", stage(batch), before, do)
         _same(stage, f"logits {what}", stage.head(before[0]), _columns(stage, logits), do)
     stage.model.train(training)

@@ -26,7 +26,7 @@ from luthier.parallel.collectives import (
     total,
     whole_rows,
 )
-from luthier.parallel.tensor import SIDES, LayerCut, cut_adapter, put_part
+from luthier.parallel.tensor import SIDES, LayerCut, cut_adapter, keep_part, put_part
 from luthier.parts import Part, mark_share
 
 
@@ -77,7 +77,7 @@ def cut_branches(
 def _cut_stack(experts: Any, name: str, how: LayerCut, rank: int, ranks: int) -> None:
     held, side = getattr(experts, name), SIDES[how.along].weight  # of [E, out, in]
     if is_quantized(held):
-        held.keep(how.part(side - 2, rank, ranks))
+        keep_part(held, how.part(side - 2, rank, ranks))
     else:
         put_part(
             experts, name, how.part(2 - side if experts.is_transposed else 1 + side, rank, ranks)

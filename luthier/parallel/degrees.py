@@ -99,8 +99,10 @@ def check_stages(parallel: ParallelConfig, ranks: int, num_layers: int) -> None:
         raise Refused(
             f"parallel.pipeline={ranks}"
             + (f" with parallel.virtual_stages={virtual}" if virtual > 1 else ""),
-            f"that makes {stages} stages, and the model has {num_layers} layers",
-            f"give at most {num_layers} stages",
+            f"that makes {stages} stages, and the model has {num_layers} layer{'s' * (num_layers > 1)}",
+            f"give at most {num_layers} stages"
+            if num_layers > 1
+            else "leave parallel.pipeline out",
         )
 
 
@@ -122,6 +124,18 @@ def check_sharding(config: RunConfig, sizes: Mapping[str, int]) -> None:
             f"parallel.schedule=zero_bubble with parallel.stage=3 and parallel.shard={sizes['shard']}",
             "it takes the gradients of weights when their layers are no longer gathered",
             "give parallel.schedule=1f1b or interleaved, or parallel.stage=2",
+        )
+    if config.parallel.schedule == "zero_bubble" and config.train.compile:
+        raise Refused(
+            "parallel.schedule=zero_bubble with train.compile=true",
+            "it takes gradients of hidden states and of weights apart, which compiled layers give together",
+            "give parallel.schedule=1f1b or interleaved, or leave train.compile out",
+        )
+    if sizes.get("context", 1) > 1 and config.train.compile:
+        raise Refused(
+            f"train.compile=true with parallel.context={sizes['context']}",
+            "attention that exchanges tokens with other ranks is not compiled in this version",
+            "leave train.compile out",
         )
 
 

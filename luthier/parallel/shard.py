@@ -28,6 +28,7 @@ from torch.nn import Parameter
 
 from luthier.batch import current_capture
 from luthier.errors import Refused
+from luthier.held import release
 from luthier.parallel.collectives import all_parts
 from luthier.parallel.world import World
 from luthier.parts import Part, copy_of, cut_of, is_share, marked
@@ -66,17 +67,20 @@ class Sharding:
             "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32 if half else None),
             "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
         }
-        names = {name: p for name, p in root.named_parameters()}
+        # the marks alone: whole parameters would live on until all are cut
+        marks = {name: marked(torch.empty(0), p) for name, p in root.named_parameters()}
         inside = {id(p) for layer in layers for p in layer.parameters()}
         rest = [p for p in root.parameters() if id(p) not in inside]
         for group in (*(list(layer.parameters()) for layer in layers), rest):
             _check_types([p for p in group if p.requires_grad and p not in ignored])
         for layer in layers:
+            release(layer)
             fully_shard(layer, reshard_after_forward=stage == 3, **options)
             layer.register_forward_hook(_gather_for_captured)
+        release(root)
         fully_shard(root, reshard_after_forward=False, **options)
         for name, p in root.named_parameters():
-            marked(p, names[name])
+            marked(p, marks[name])
         self.root: Any = root
         self.parts: list[Any] = [m for m in root.modules() if isinstance(m, FSDPModule)]
         for part in self.parts:
@@ -193,16 +197,9 @@ def part_of(tensor: Tensor, like: Tensor) -> Tensor:
             parts = mine.chunk(like.device_mesh.size(axis), dim)
             at = like.device_mesh.get_local_rank(axis)
             mine = parts[at] if at < len(parts) else mine.narrow(dim, 0, 0)
-    there = like.to_local()
-    mine = mine.to(there.device, copy=True, memory_format=torch.contiguous_format)
-    return DTensor.from_local(
-        mine,
-        like.device_mesh,
-        like.placements,
-        run_check=False,
-        shape=like.shape,
-        stride=like.stride(),
-    )
+    mine = mine.to(like.to_local().device, copy=True, memory_format=torch.contiguous_format)
+    size: dict[str, Any] = {"shape": like.shape, "stride": like.stride()}
+    return DTensor.from_local(mine, like.device_mesh, like.placements, run_check=False, **size)
 
 
 @torch.no_grad()
@@ -259,9 +256,8 @@ def reduce(parameters: Sequence[Parameter], world: World) -> None:
     if world.data_size * world.sizes["context"] > 1 and (own or world.sizes["pipeline"] > 1):
         _fill(own, world)
         groups = [None]
-        if (
-            world.size > world.data_size
-        ):  # those that see other tokens, not those that cut the layers
+        # those that see other tokens, not those that cut the layers
+        if world.size > world.data_size:
             axes = [a for a in ("replicate", "shard", "context") if world.sizes[a] > 1]
             groups = [world.mesh.get_group(axis) for axis in axes]
         for group in groups:
@@ -330,18 +326,6 @@ def _all_reduce(tensors: list[Tensor], group: Any) -> None:
         tensor.copy_(total.view_as(tensor))
 
 
-def peaks(tensors: Mapping[str, Tensor | None], world: World) -> dict[str, Tensor | None]:
-    """Largest magnitude of each (maybe sharded) tensor on any rank, as scalars; NaN if one is in it."""
-    most: dict[str, Tensor | None] = dict.fromkeys(tensors)
-    ours = {name: local(t).abs() for name, t in tensors.items() if t is not None}
-    rows = world.gather({n: float(t.max()) if t.numel() else 0.0 for n, t in ours.items()})
-    for name in {name: None for row in rows for name in row}:
-        # amax hands NaN on, max() does not
-        values = [row[name] for row in rows if name in row]
-        most[name] = torch.tensor(values, dtype=torch.float64).amax(0)
-    return most
-
-
 def gathered(tensors: Mapping[str, Tensor], world: World, *, keep: bool) -> dict[str, Tensor]:
     """The whole of each tensor on the CPU, one after the other; nothing where `keep` is False. All must ask.
 
@@ -354,8 +338,7 @@ def gathered(tensors: Mapping[str, Tensor], world: World, *, keep: bool) -> dict
         if keep or hands:
             out[name] = one.cpu()
     if world.sizes["pipeline"] > 1:
-        given = out if hands and world.rank else None
-        out.update(collected(given, world))
+        out.update(collected(out if hands and world.rank else None, world))
     return out if keep else {}
 
 

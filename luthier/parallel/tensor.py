@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from luthier.batch import current_layout
+from luthier.held import hold, release, ways_of, whole_of
 from luthier.layers import is_quantized, is_transposed
 from luthier.parallel.beside import Columns, Rows
 from luthier.parallel.collectives import Axis, sum_backward, sum_forward, sum_rows, total
@@ -42,6 +43,7 @@ class Sides(NamedTuple):
     weight: int  # axis of the weight [out, in] that is cut
 
 
+AXIS = "tensor"
 SIDES = {"outputs": Sides("colwise", 0), "inputs": Sides("rowwise", 1)}
 
 
@@ -66,7 +68,7 @@ def cut_layers(
         layer: Any = model.get_submodule(path)
         sides = SIDES[how.along]
         if is_quantized(layer):
-            layer.keep(part_of(sides.weight - 2, how, axis))
+            keep_part(layer, part_of(sides.weight - 2, how, axis))
         else:
             dim = 1 - sides.weight if is_transposed(layer) else sides.weight
             put_part(layer, "weight", part_of(dim, how, axis))
@@ -142,11 +144,21 @@ def part_beside(length: int, how: LayerCut, dim: int, axis: Axis) -> Part | None
 def put_part(owner: nn.Module, name: str, how: Part) -> None:
     """Put the rank's part in the place of a parameter, buffer or other tensor."""
     old = getattr(owner, name)
-    mine = how.of(old.detach()).clone()
+    mine = how.of(whole_of(old).detach()).clone()
     if isinstance(old, Parameter):
         mine = Parameter(mine, requires_grad=old.requires_grad)
+    hold(mine, [way for way in ways_of(old) if way.axis != AXIS])
     setattr(owner, name, mine)
     mark_part(mine, how)
+
+
+def keep_part(layer: Any, how: Part) -> None:
+    """Keep the rank's part of a quantised layer's, or stack's, codes."""
+    ways = [way for way in ways_of(layer.codes) if way.axis != AXIS]
+    release(layer)
+    layer.keep(how)
+    for tensor in layer.tensors().values():
+        hold(tensor, ways)
 
 
 def _resize(layer: nn.Module, along: str, size: int) -> None:

@@ -7,25 +7,27 @@ refusals the models' loader's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, apply_renamings
+from transformers.core_model_loading import ConversionOps, WeightRenaming, apply_renamings
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from luthier.config import QuantizeConfig
 from luthier.errors import Refused
+from luthier.held import Holding, Way
 from luthier.layers import features, is_linear
 from luthier.quantize import layouts
 from luthier.quantize.linears import QuantizedLinear, QuantizedTensor
-from luthier.quantize.loading import OwnQuantizer, plan_quantization, replace, stand_in
+from luthier.quantize.loading import OwnQuantizer, hold_codes, plan_quantization, replace, stand_in
 from luthier.quantize.stored import Headers, Read, Stored, broken
 
 METHOD = "luthier-folder"  # our name among transformers' quantisers
@@ -40,6 +42,8 @@ class Prequantized(QuantizationConfigMixin):
 
     quant_method: Any = METHOD
     opens_folder = True
+    ways: Collection[Way] = ()  # as of `loading.Quantization`
+    device: torch.device | None = None
 
     def __init__(
         self,
@@ -156,17 +160,23 @@ class _FolderQuantizer(OwnQuantizer):
     quantization_config: Prequantized
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        plan = self.quantization_config.plan_for(model)
-        for name, layer in self.quantization_config.layers(model).items():
+        asked = self.quantization_config
+        plan = asked.plan_for(model)
+        for name, layer in asked.layers(model).items():
             spec = plan[name].spec
             made = QuantizedLinear.like(layer, spec.scheme, spec.block_size, spec.double_quant)
             model.set_submodule(name, _Awaited(layer, made))
+        self.holding = Holding(model, asked.ways, asked.device)
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
-        return False
+        return param_name in self.holding.wanted
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return self.holding
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         source = self.quantization_config
+        self.holding.settle(model)
         plan = source.plan_for(model)
         awaited = {n: m for n, m in model.named_modules() if isinstance(m, _Awaited)}
         with ExitStack() as stack:
@@ -178,6 +188,7 @@ class _FolderQuantizer(OwnQuantizer):
                 made.bias = holder.bias
                 for parameter in made.parameters():
                     parameter.requires_grad_(False)
+                hold_codes(made, source)
                 model.set_submodule(name, made)
         self.remove_quantization_config(model)
 

@@ -8,7 +8,7 @@ is handed a `Quantization` as a plain value.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from types import MethodType
 from typing import Any
 
@@ -22,6 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from luthier.config import QuantizeConfig
 from luthier.errors import Refused
 from luthier.heap import return_freed_memory
+from luthier.held import Holding, Way, hold
 from luthier.layers import ALL_LINEAR, features, is_quantized, select_linear
 from luthier.quantize.codes import Spec, make_spec
 from luthier.quantize.linears import QuantizedLinear, QuantizedTensor
@@ -87,6 +88,8 @@ class Quantization(QuantizationConfigMixin):
     """What a model's loader has to quantise: `quantization_config` of transformers' `from_pretrained`."""
 
     quant_method: Any = METHOD
+    ways: Collection[Way] = ()  # axes whose ranks hold what is read together, on `device`
+    device: torch.device | None = None
 
     def __init__(
         self,
@@ -126,12 +129,17 @@ class _Quantize(ConversionOps):
         missing_keys: set[str] | None = None,
         **kwargs: Any,
     ) -> dict[str, Tensor]:
+        rest = {}
         for name, found in input_dict.items():
+            if self.quantizer.layer_of(name) not in self.quantizer.plan:
+                rest[name] = found
+                continue
             weight = found[0] if isinstance(found, list) else found
             self.quantizer.take(model, self.quantizer.layer_of(name), weight)
             if missing_keys is not None:
                 missing_keys.discard(name)
-        return {}  # nothing is left for the loader to set
+        # of what is quantised nothing is left for the loader to set
+        return self.quantizer.holding.convert(rest) if rest else {}
 
 
 class OwnQuantizer(HfQuantizer):
@@ -155,9 +163,10 @@ class _Quantizer(OwnQuantizer):
         self.plan = plan_quantization(model, asked.config)
         self.split = None if asked.split_of is None else asked.split_of(model)
         self.faults: list[Refused] = []
+        self.holding = Holding(model, asked.ways, asked.device)
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
-        return self.layer_of(param_name) in self.plan
+        return self.layer_of(param_name) in self.plan or param_name in self.holding.wanted
 
     def layer_of(self, parameter: str) -> str:
         """The layer that a weight belongs to; a stack of experts is its own."""
@@ -172,6 +181,7 @@ class _Quantizer(OwnQuantizer):
             if (seen := self.quantization_config.seen) is not None:
                 layer: Any = model.get_submodule(name)
                 seen(layer, weight.mT if layer.transposed else weight)
+            hold_codes(model.get_submodule(name), self.quantization_config)
             stand_in(model.get_submodule(name))
             return_freed_memory()
         except Refused as refused:  # the loader would swallow it
@@ -180,6 +190,7 @@ class _Quantizer(OwnQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         if self.faults:
             raise self.faults[0]
+        self.holding.settle(model)
         for name in self.plan:
             vars(model.get_submodule(name)).pop("weight", None)
         self.remove_quantization_config(model)
@@ -194,6 +205,12 @@ def stand_in(layer: nn.Module) -> None:
     weight: Any = torch.empty(0)
     weight._is_hf_initialized = True
     vars(layer)["weight"] = weight
+
+
+def hold_codes(layer: Any, asked: Any) -> None:
+    """Keep a rank's rows of the codes and scales; `asked` tells of `ways` and `device`."""
+    for tensor in layer.tensors().values():
+        hold(tensor, asked.ways, asked.device)
 
 
 def replace(

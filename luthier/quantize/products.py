@@ -59,7 +59,7 @@ def times_transposed(
     scale = codes.scales(dict(zip(spec.layout, tensors, strict=True)), spec)
     (first, last), width = rows, spec.shape[-1]
     y = addend if addend is not None and addend.dim() == 2 else x.new_empty(len(x), last - first)
-    step = step_of(last - first, width, spec.unit // math.gcd(spec.unit, width), x.device)
+    step = tile_length(last - first, width, spec.unit // math.gcd(spec.unit, width), x.device)
     buffer = x.new_empty(step, width)
     for start in range(first, last if len(x) else first, step):
         stop = min(start + step, last)
@@ -86,7 +86,7 @@ def times(
         codes.dequantize_range(tensors[0], scale, spec, first * width, last * width, tile)
         return g @ tile if addend is None else addend.addmm_(g, tile)
     packed, scale = (t.flatten(0, -2)[first:last] for t in (tensors[0], scale))
-    step = step_of(width, last - first, math.lcm(codes.column_step(spec), 64), g.device)
+    step = tile_length(width, last - first, math.lcm(codes.column_step(spec), 64), g.device)
     y = g.new_empty(len(g), width) if addend is None else addend  # [N, in]
     buffer = g.new_empty((last - first) * step)
     for start in range(0, width, step):
@@ -100,18 +100,17 @@ def times(
     return y
 
 
-def tile_bytes(layer: Any, device: torch.device, width: int) -> int:
-    """Bytes of the largest part of a quantised layer's weight that its backward writes out, as numbers of `width` bytes
-    with their levels in float32."""
-    spec: Spec = layer.spec
+def tile_bytes(spec: Spec, device: torch.device, width: int) -> int:
+    """Bytes of the largest part of a weight that its backward writes out, as numbers of `width` bytes with a piece's
+    levels in float32."""
     rows, columns = spec.numel // spec.shape[-1], spec.shape[-1]
     if spec.by_rows:
-        columns = step_of(columns, rows, math.lcm(codes.column_step(spec), 64), device)
+        columns = tile_length(columns, rows, math.lcm(codes.column_step(spec), 64), device)
     numbers = rows * columns
     return numbers * width + 4 * min(numbers, codes.piece(device))
 
 
-def step_of(length: int, other: int, multiple: int, device: torch.device) -> int:
+def tile_length(length: int, other: int, multiple: int, device: torch.device) -> int:
     """How many rows (or columns) of length `other` a tile has, a multiple of `multiple`; on a GPU all."""
     if device.type != "cpu":
         return length

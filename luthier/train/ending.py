@@ -74,10 +74,15 @@ def failure(error: Exception, done: int, newest: str) -> Failed:
         text = f"another process of the run is gone ({str(error).splitlines()[0][:160]})"
         kind = LostPeer
     do = f"what was saved is untouched: go on from {newest}"
-    full = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-    if full or "can't allocate memory" in text:
+    if out_of_memory(error):
         do += ", with a smaller train.micro_batch or train.recompute=layer"
     return kind(f"training, after step {done}", text, do)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether the memory of the device or of the process did not suffice."""
+    known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return known or "can't allocate memory" in str(error)
 
 
 def keep_last_step(

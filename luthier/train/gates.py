@@ -35,16 +35,22 @@ class Isolation:
     seconds: float
 
 
-def check_batch(batch: Batch, *, skips: bool = False) -> None:
+def check_batch(batch: Batch, *, skips: bool = False, axes: int | None = None) -> None:
     """Labels, positions and document borders of a batch agree with its tokens.
 
     Every label is IGNORE or the next token of the same document; the last token of a document and
     padding are not supervised; documents are numbered 0, 1, ... along a row with padding behind them;
     positions are 0, 1, ... in each, or with `skips` rise from 0 (families with two position axes are not
-    checked for that). Catches
+    checked for that) and have the family's number of `axes`. Catches
     labels shifted once too often or not at all, and labels that leak across a border. Raises Failed
     with row and position.
     """
+    if axes is not None and batch.position_ids.ndim != axes + 1:
+        raise Failed(
+            "checking the positions of a batch",
+            f"their shape is {list(batch.position_ids.shape)}, the model's family has {axes} position axes",
+            "this is a defect of the data pipeline, please report it",
+        )
     ids, labels, documents = batch.input_ids, batch.labels, batch.document_ids
     border = Layout.of(batch).borders  # [B, S], True on first tokens
     last = torch.cat([border[:, 1:], torch.ones_like(border[:, :1])], 1)

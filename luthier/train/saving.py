@@ -101,11 +101,7 @@ class Saver:
         start = time.perf_counter()
         self.wait()
         made = copy()
-        pieces = self._shares.of({name: pieces_of(t) for name, t in tensors.items()})
-        if self.background:  # else nothing changes before all is written
-            pieces = _copied(pieces)
-            size = sum(p.values.nbytes for each in pieces.values() for p in each.parts)
-            self.copied = max(self.copied, size)
+        pieces = self.copy(tensors)
         written = Written(folder, step, time.perf_counter() - start)
         save = self._now = _Save(folder, made, pieces, records, after, written, start)
         if self.background:
@@ -115,6 +111,14 @@ class Saver:
         self._run(save)
         written.blocked = time.perf_counter() - start
         self.wait()
+
+    def copy(self, tensors: Mapping[str, Tensor]) -> dict[str, Pieces]:
+        """What this rank writes of live tensors: a copy, unless nothing changes before all is written. All must ask."""
+        pieces = self._shares.of({name: pieces_of(t) for name, t in tensors.items()})
+        if self.background:
+            pieces = _copied(pieces)
+            self.copied = max(self.copied, num_bytes(pieces))
+        return pieces
 
     @property
     def failed(self) -> bool:
@@ -195,6 +199,10 @@ class Saver:
             return sum(entry["size"] for entry in entries.values())
 
         save.written.num_bytes = world.lead(lambda: _told_of(folder, publish))
+
+
+def num_bytes(state: Mapping[str, Pieces]) -> int:
+    return sum(part.values.nbytes for pieces in state.values() for part in pieces.parts)
 
 
 def _copied(state: Mapping[str, Pieces]) -> dict[str, Pieces]:

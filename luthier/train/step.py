@@ -20,9 +20,10 @@ from torch.optim import Optimizer
 from luthier.batch import TENSORS, Batch
 from luthier.errors import Failed, NotFinite, Refused
 from luthier.models.routers import router_logits
+from luthier.parallel.extremes import peaks
 from luthier.parallel.pieces import pieces_of
 from luthier.parallel.pipeline import OneStage, Passes, sum_copies
-from luthier.parallel.shard import peaks, reduce
+from luthier.parallel.shard import reduce
 from luthier.parallel.world import World
 from luthier.parts import marked
 from luthier.train.gates import check_finite, num_seeing_several_keys
@@ -144,6 +145,19 @@ class Updater:
             self.master.write_back()
             self.half_updated, self._nan_steps = False, 0
             return replace(report, loss=loss, grad_norm=norm)
+        finally:
+            self.master.zero_grad()
+
+    def rehearse(self, micro_batches: Sequence[Batch]) -> None:
+        """Forward and backward of a step, whose gradients are dropped: only the memory that they take is of interest."""
+        supervised, tokens, slots = self._counts(micro_batches)
+        report = StepReport(
+            step=0, lr=0.0, num_supervised=max(1, supervised), num_tokens=tokens, num_slots=slots
+        )
+        try:
+            self.pipeline.run(micro_batches, _Passes(self, report, self._shares(micro_batches)))
+            reduce(self.master.parameters, self.world)
+            sum_copies(self.master.parameters, self.world)
         finally:
             self.master.zero_grad()
 

@@ -33,11 +33,12 @@ from luthier.errors import Failed, Refused
 from luthier.files import PARTIAL, check_writable
 from luthier.models.load import resolve_device
 from luthier.parallel.degrees import check_processes, fewer
-from luthier.train.checkpoint import FOLDER
+from luthier.train.checkpoint import FOLDER, steps_in
 from luthier.train.metrics import FILE, read_metrics
 
 STEPS, EVERY = 8, 2  # of the shortened run, and of its checkpoints
 POLL = 0.003  # seconds between two looks at a run
+TRIES = 5  # to meet a run before its last step, on a machine that has much else to do
 # Largest relative difference of a loss in another layout: sums in another order, a few steps of training long
 ROUNDING = {"float64": 1e-9, "float32": 1e-5, "float16": 1e-2, "bfloat16": 3e-2}
 
@@ -123,6 +124,12 @@ class Run:
             os.kill(ranks[at] if ranks else self.process.pid, signal.SIGKILL)
         self.process.wait()
         return f"rank {at}" if ranks else "the process"
+
+    def take_back(self, step: int) -> None:
+        """Let the next start go on from `step` at the latest: remove the checkpoints behind it."""
+        for number, path in steps_in(self.output):
+            if number > step:
+                shutil.rmtree(path)
 
     def end(self) -> None:
         """Leave no process behind."""
@@ -233,8 +240,26 @@ def compare_runs(
 def _disturb(
     run: Run, processes: int, chance: random.Random, say: Callable[[str], Any], *, saving: bool
 ) -> dict[str, Any]:
-    """Start or go on, kill at a random moment, and tell where that was."""
-    before, begin = run.steps(), time.monotonic()
+    """Start or go on, kill at a random moment before the last step, and tell where that was."""
+    before = run.steps()
+    for _ in range(TRIES):
+        found = _kill(run, processes, chance, saving=saving)
+        if found["step"] < STEPS:
+            where = "while it saved" if found["saving"] else "between two saves"
+            went = f", after it had gone on from step {found['began']}" if before else ""
+            say(f"  killed {found.pop('who')} {where}, after step {found['step']}{went}")
+            return found
+        run.take_back(before)
+    raise Failed(
+        "verify resume: killing the run",
+        f"{TRIES} times it was over before it could be killed",
+        "its steps are too short on this machine; a larger train.batch makes them longer",
+    )
+
+
+def _kill(run: Run, processes: int, chance: random.Random, *, saving: bool) -> dict[str, Any]:
+    """Start or go on and kill at a random moment, if the run is not over then."""
+    begin = time.monotonic()
     run.start(processes, "checkpoint.resume=auto")
     started, wanted = None, 1 + chance.randrange(STEPS // 2 - 1) if not saving else STEPS // 2
     while run.running and run.steps() < wanted:
@@ -248,17 +273,10 @@ def _disturb(
         time.sleep(chance.random() * started / 20)  # somewhere in a step, mostly
     if not run.running:
         run.finish()
-        raise Failed(
-            "verify resume: killing the run",
-            "it was over before it could be killed",
-            "its steps are too short on this machine; a larger train.batch makes them longer",
-        )
+        return {"step": STEPS}
     caught = run.saving()
     who, reached = run.kill(chance), run.steps()
-    where = "while it saved" if caught else "between two saves"
-    went = f", after it had gone on from step {run.began()}" if before else ""
-    say(f"  killed {who} {where}, after step {reached}{went}")
-    return {"step": reached, "saving": caught, "began": run.began()}
+    return {"step": reached, "saving": caught, "began": run.began(), "who": who}
 
 
 def _same_layout(

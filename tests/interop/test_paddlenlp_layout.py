@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from luthier.cli import main
 from luthier.errors import Refused
 from luthier.interop.read import read_config
 from luthier.parallel.degrees import mesh_sizes
@@ -119,3 +120,15 @@ def test_one_process_takes_the_same_file(tmp_path: Path) -> None:
     found = config(tmp_path, 1, sharding="stage2", sharding_parallel_degree=8)
     assert mesh_sizes(found.config.parallel, 1)["shard"] == 1
     assert any("one process: the parallel settings are off" in r for r in found.remarks)
+
+
+def test_a_refusal_names_what_was_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config(tmp_path, 4, tensor_parallel_degree=3)
+    path = str(tmp_path / "lora_argument.json")
+    assert main(["finetune", path, "--nproc", "4"]) == 2
+    told = capsys.readouterr().err
+    assert "parallel.tensor=3" in told
+    assert "parallel.tensor comes from PaddleNLP tensor_parallel_degree (" in told
+    assert "parallel.shard comes from" not in told  # a usual value of PaddleNLP's: nobody wrote it

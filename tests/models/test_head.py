@@ -24,7 +24,7 @@ def drawn(rows: int, width: int, tokens: int, dtype: torch.dtype) -> tuple[Tenso
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_loss_and_gradients_are_those_of_the_logits(sizes: tuple[int, ...], relative: Any) -> None:
+def test_loss_and_gradients_are_those_of_the_logits(sizes: tuple[int, int, int]) -> None:
     hidden, weight, targets = drawn(*sizes, torch.float64)
 
     def run(logits_of: Any) -> tuple[Tensor, ...]:
@@ -84,9 +84,10 @@ def test_of_a_model(family: str, tiny_model: Any, random_batch: Any) -> None:
     with torch.no_grad():
         plain, ours = stage.head(hidden), stage.relative_logits(hidden, targets)
         states = stage(batch)
+        hows: list[dict[str, Any]] = [{}, {"relative": stage.relative_logits}]
         losses = [
             found
-            for how in ({}, {"relative": stage.relative_logits})
+            for how in hows
             for found in (
                 float(token_loss(states, labels, stage.head, **how)),
                 token_stats(states, labels, stage.head, **how)[0],

@@ -55,16 +55,17 @@ def run_ranks(degrees: dict[str, Any], function: Callable[..., Any], *args: Any)
             # the others may wait for a rank that failed
             seconds = seconds if found[pipe][0] else 5.0
     if waiting and all(ok for ok, _ in found.values()):
-        _end()
+        end_ranks()
         raise AssertionError(f"{function.__name__}: the ranks hang with {degrees}")
     errors = [text for ok, text in found.values() if not ok]
     if errors:
-        _end()  # whatever they were in the middle of
+        end_ranks()  # whatever they were in the middle of
     assert not errors, "\n".join(errors)
     return [found[pipe][1] for _, pipe in _ranks[:size]]
 
 
-def _end() -> None:
+def end_ranks() -> None:
+    """The next call starts new processes."""
     while _ranks:
         process, _ = _ranks.pop()
         process.kill()

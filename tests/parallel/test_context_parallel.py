@@ -28,7 +28,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "prompt": {"adapter__method": "prompt", "adapter__num_prefix_tokens": 5, "adapter__rank": None},
     "reft": {"adapter__method": "reft", "adapter__dropout": 0.2},
     "mora": {"adapter__method": "mora"},
-    "compiled": {"adapter__method": "none", "adapter__rank": None, "train__compile": True},
     "noise": {"adapter__method": "lora", "adapter__neftune_alpha": 5.0},
     "noise of rows": {
         "adapter__method": "lora",
@@ -86,8 +85,6 @@ SLOW = [
     ("llama", "noise", GATHER),
     ("llama", "prompt", HEADS),
     ("mixtral", "router", HEADS),
-    *(("llama", "compiled", layout) for layout in (GATHER, HEADS)),
-    ("gpt2", "compiled", GATHER),
 ]
 FOUR = [
     ("llama", "lora", {**GATHER, "pipeline": 2}),
@@ -220,9 +217,13 @@ def test_what_cannot_be_shared_is_refused(alone: Callable[..., Any], tmp_path: P
     config = json.loads((odd / "config.json").read_text("utf-8"))
     (odd / "config.json").write_text(json.dumps(config | {"n_head": 1}), "utf-8")
     context = {**keys, "parallel__context": 2}
-    folders, given = (odd, data, tmp_path / "out"), {**context, "parallel__context_method": "heads"}
-    for told in run_ranks({"context": 2}, refusal, folders, given):
-        assert "1 attention heads cannot be shared out" in told
+    for folder, more, message in (
+        (model, {"train__compile": True}, "train.compile=true with parallel.context=2"),
+        (odd, {"parallel__context_method": "heads"}, "1 attention heads cannot be shared out"),
+    ):
+        folders = (folder, data, tmp_path / "out")
+        for told in run_ranks({"context": 2}, refusal, folders, context | more):
+            assert message in told
     assert not (tmp_path / "out").exists()
 
 

@@ -1,7 +1,7 @@
 """The table of layouts: families x methods x layouts, every pair of values, against one process.
 
 Packed rows, three steps: losses, every gradient, the weights. In double precision, mixtral's routers too, where rounding
-explains no more than 1e-9. `python scripts/support.py layouts` writes
+explains no more than 1e-9 (on an nf4 base these compute in float32: 1e-5). `python scripts/support.py layouts` writes
 what became of each row to `results.json`, and the table in docs/tasks/several-devices.md is made of it.
 """
 
@@ -38,7 +38,6 @@ from luthier.models.load import save_model
 from luthier.parallel.world import World
 
 KEYS = {"train__batch": 8, "train__micro_batch": 2, "data__length": 128, "optim__clip": 0.5}
-TOLERANCE = 1e-9
 RESULTS = Path(__file__).with_name("results.json")
 
 
@@ -81,13 +80,15 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
     @cache
     def find(family: str, method: str) -> tuple[Any, dict[str, Any], Found]:
         folders, keys = (folder(family), data, Path("unused")), {**KEYS, **keys_of(method)}
-        return folders, keys, steps_of(family)(World(), folders, keys)
+        return folders, keys, steps_of(family, method)(World(), folders, keys)
 
     return find
 
 
-def steps_of(family: str) -> Callable[..., Found]:
-    return steps_in_double if family == "mixtral" else steps
+def steps_of(family: str, method: str) -> Callable[..., Found]:
+    """Codes are made and read in float32 in any model: there mixtral's routers are left as they are."""
+    wide = family == "mixtral" and method != "nf4 qlora"
+    return steps_in_double if wide else steps
 
 
 def difference(ours: Found, theirs: Found) -> tuple[float, str]:
@@ -110,10 +111,10 @@ def test_layout(
     folders, keys, theirs = alone(family, method)
     degrees = degrees_of(layout)
     given = keys | {f"parallel__{name}": value for name, value in degrees.items()}
-    found = run_ranks(degrees, steps_of(family), folders, given)
+    found = run_ranks(degrees, steps_of(family, method), folders, given)
     if "pipeline" in degrees:  # rank 0 has gathered what all stages have
         found = found[:1]
     assert all(ours["tokens"] == theirs["tokens"] for ours in found)
     error, where = max(difference(ours, theirs) for ours in found)
     record_property("worst", error)
-    assert error < TOLERANCE, f"{where}: {error}"
+    assert error < (1e-5 if row[:2] == ("mixtral", "nf4 qlora") else 1e-9), f"{where}: {error}"

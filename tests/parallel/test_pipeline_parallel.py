@@ -16,6 +16,10 @@ from tiny_runs import write_data
 
 from luthier.parallel.world import World
 
+pytestmark = [  # torch's own, while it compiles
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute"),
+]
 KEYS = {"train__batch": 8, "train__micro_batch": 2, "data__length": 128, "optim__clip": 0.5}
 METHODS = {**DATA_METHODS, "recomputed": {**DATA_METHODS["full"], "train__recompute": "layer"}}
 METHODS["router"] = {**METHODS["full"], "train__router_loss": 0.5}
@@ -33,7 +37,6 @@ METHODS["late"] = {
     "adapter__targets": ["lm_head"],
 }
 METHODS["compiled"] = {**METHODS["full"], "train__compile": True}
-METHODS["compiled lora"] = {**METHODS["lora"], "train__compile": True, "train__recompute": "layer"}
 PP2: dict[str, Any] = {"pipeline": 2}
 LOOP: dict[str, Any] = {"pipeline": 2, "virtual_stages": 2, "schedule": "interleaved"}
 ZERO: dict[str, Any] = {"pipeline": 2, "schedule": "zero_bubble"}
@@ -86,12 +89,8 @@ SLOW: list[tuple[str, str, dict[str, Any]]] = [
     ("llama", "late", LOOP),
     ("llama", "early", {"pipeline": 2, "replicate": 2, "shard": 1}),
     ("llama", "late", {"pipeline": 2, "shard": 2, "stage": 3}),
-    *(
-        ("llama", method, where)
-        for method in ("compiled", "compiled lora")
-        for where in (PP2, LOOP)
-    ),
-    ("llama", "compiled", ZERO),
+    ("llama", "compiled", PP2),
+    ("llama", "compiled", LOOP),
 ]
 DEPTH = {"gpt2": "n_layer", "bloom": "n_layer", "chatglm2": "num_layers"}
 

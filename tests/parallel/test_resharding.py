@@ -23,7 +23,7 @@ from luthier.train.metrics import read_metrics
 from luthier.train.state import Stored
 
 KEYS: dict[str, Any] = {
-    **{"train__batch": 6, "train__micro_batch": 1, "data__length": 128, "train__epochs": 9},
+    **{"train__batch": 12, "train__micro_batch": 1, "data__length": 128, "train__epochs": 9},
     **{"optim__schedule": "constant", "optim__lr": 1e-2, "optim__clip": 0.5},
     **{"evaluate__every": "never", "checkpoint__every": 4, "checkpoint__best": "none"},
 }
@@ -70,7 +70,7 @@ def train(
     model_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Path]:
     """The output of so many steps by a method on a layout, maybe going on from the checkpoint of another one."""
-    data = write_data(tmp_path_factory.mktemp("rows"), train=20, dev=6)
+    data = write_data(tmp_path_factory.mktemp("rows"), train=40, dev=6)  # 12 rows for 1 to 4 ranks
 
     @cache
     def run(method: str, layout: str, steps: int, begun: str | None = None) -> Path:

@@ -24,6 +24,10 @@ from luthier.models.sequence import tokens_of
 from luthier.models.stage import _trial, decoder_layers
 from luthier.parallel.world import World
 
+pytestmark = [  # torch's own, while it compiles
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute"),
+]
 KEYS = {"train__batch": 4, "train__micro_batch": 2, "data__length": 128, "optim__clip": 0.5}
 NO_RANK = {"adapter__rank": None}
 VIRTUAL = {"adapter__num_prefix_tokens": 3, **NO_RANK}

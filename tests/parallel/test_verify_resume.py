@@ -15,8 +15,9 @@ from killed_ranks import _context, rank_child
 from tiny_runs import resolved, tiny_config, write_data
 
 from luthier.errors import Failed
+from luthier.recipes import finetune
 from luthier.verify import CHECKS
-from luthier.verify.resume import Run, compare_runs, shortened
+from luthier.verify.resume import Run, _disturb, compare_runs, shortened
 
 SECONDS = 0.05  # of a step: long enough to be met in the middle by a machine that is busy
 
@@ -110,13 +111,74 @@ def test_a_resume_is_the_run_that_was_never_killed(
         compare_runs(config, tmp_path, 1, random.Random(5), told.append)
 
 
+class Quick:
+    """A run of which the first `over` starts are over at once."""
+
+    def __init__(self, over: int) -> None:
+        self.over, self.starts, self.taken_back = over, 0, []
+
+    def start(self, *_: Any) -> None:
+        self.starts += 1
+
+    @property
+    def running(self) -> bool:
+        return self.starts > self.over
+
+    def steps(self) -> int:
+        return 3 if self.starts else 2
+
+    def began(self) -> int:
+        return 2
+
+    def saving(self) -> bool:
+        return False
+
+    def finish(self) -> None:
+        pass
+
+    def kill(self, chance: random.Random) -> str:
+        return "the process"
+
+    def take_back(self, step: int) -> None:
+        self.taken_back.append(step)
+
+
+def test_a_run_that_was_over_too_soon_is_taken_back_and_killed_again() -> None:
+    run, told = Quick(2), list[str]()
+    found = _disturb(run, 1, random.Random(1), told.append, saving=False)  # pyright: ignore[reportArgumentType]
+    assert found == {"step": 3, "saving": False, "began": 2}
+    assert run.starts == 3 and run.taken_back == [2, 2]
+    assert told == [
+        "  killed the process between two saves, after step 3, after it had gone on from step 2"
+    ]
+    with pytest.raises(Failed, match=r"5 times it was over .* a larger train.batch"):
+        _disturb(Quick(9), 1, random.Random(1), told.append, saving=False)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_finished_run_that_is_taken_back_goes_on_from_there(
+    tmp_path: Path, model_folder: Callable[[str], Path]
+) -> None:
+    data = write_data(tmp_path / "data", train=20, dev=4)
+    keys = {"train__steps": 4, "checkpoint__every": 2, "evaluate__every": "never"}
+    tree = tiny_config(model_folder("llama"), data, tmp_path / "out", **keys)
+    finetune(tree)
+    run = Run(tmp_path / "run.yaml", tmp_path / "out", tmp_path / "log.txt")
+    whole = run.course()
+    run.take_back(3)
+    finetune(tree, ["checkpoint.resume=auto"])
+    assert run.began() == 2 and run.course().apart(whole)[:2] == (0, 0)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("processes", [1, 2])
 def test_as_a_user_does_it(
     processes: int, tmp_path: Path, model_folder: Callable[[str], Path]
 ) -> None:
-    data = write_data(tmp_path / "data", train=20, dev=4)
-    tree = tiny_config(model_folder("llama"), data, tmp_path / "out", adapter__method="none")
+    # steps long enough to be met in the middle by a machine that is busy
+    data = write_data(tmp_path / "data", train=120, dev=4)
+    batch = {"train__batch": 24, "train__micro_batch": 1}
+    folder = model_folder("llama")
+    tree = tiny_config(folder, data, tmp_path / "out", adapter__method="none", **batch)
     del tree["adapter"]["rank"]
     before = sorted(tmp_path.rglob("*"))
     found = CHECKS["resume"](resolved(tree), processes=processes)

@@ -222,6 +222,16 @@ def test_zero_bubble_needs_layers_that_stay_gathered() -> None:
             check_sharding(config(parallel=given), sizes)
 
 
+def test_compiled_layers_that_cannot_be() -> None:
+    for parallel_keys, sizes, told in (
+        ({"pipeline": 2, "schedule": "zero_bubble"}, {"context": 1}, "zero_bubble with train.comp"),
+        ({"context": 2}, {"context": 2}, "train.compile=true with parallel.context=2"),
+    ):
+        chosen = config(parallel=parallel_keys, train={"compile": True})
+        with pytest.raises(Refused, match=told):
+            check_sharding(chosen, {"shard": 1, "tensor": 1, **sizes})
+
+
 @pytest.mark.parametrize("name", ["adamw_mini", "adafactor"])
 def test_optimisers_that_need_whole_tensors(name: str) -> None:
     chosen = config(optim={"name": name})

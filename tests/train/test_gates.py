@@ -38,7 +38,9 @@ def test_a_right_batch_passes(batch: Batch, random_batch: Any) -> None:
     check_batch(batch)
     check_batch(random_batch(lengths_per_row=[[5]], width=9))
     two_axes = torch.stack([batch.position_ids] * 2, 1)
-    check_batch(replace(batch, position_ids=two_axes))
+    check_batch(replace(batch, position_ids=two_axes), axes=2)
+    with pytest.raises(Failed, match="2 position axes"):
+        check_batch(batch, axes=2)
 
 
 def shifted_again(batch: Batch) -> Batch:

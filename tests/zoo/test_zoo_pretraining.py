@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from luthier.assemble import open_data, open_text
-from luthier.batch import IGNORE
+from luthier.assemble import evaluation_rows, open_data, open_text
+from luthier.batch import IGNORE, Layout
 from luthier.data.corpus import Corpus
 from luthier.data.encode import check_labels
 from luthier.errors import Refused
@@ -99,6 +99,24 @@ def test_rows_hold_every_token_once(
 
 
 @each_form
+def test_batches_have_the_familys_positions(
+    family: str, blanks: str, config: Callable[..., dict[str, Any]]
+) -> None:
+    """Training and evaluation: the context is told by the second axis."""
+    made = resolve(config(family, blanks)).config
+    text = open_text(made)
+    data = open_data(made, text)
+    assert isinstance(data.dev, Corpus) and text.renderer.positions is not None
+    batches = [*data.loader.peek(), *evaluation_rows(made, text, data.dev)]
+    data.loader.close()
+    for batch in batches:
+        for s in Layout.of(batch).segments:
+            wanted = text.renderer.positions(batch.input_ids[s.row, s.start : s.stop].numpy())
+            assert batch.position_ids[s.row, :, s.start : s.stop].tolist() == wanted.tolist()
+            assert (wanted[1] == 0).any() and wanted[1].any()
+
+
+@each_form
 def test_a_run_goes_on_in_the_middle(
     family: str, blanks: str, config: Callable[..., dict[str, Any]]
 ) -> None:
@@ -127,7 +145,7 @@ def test_what_a_user_can_prove(
     for verify in (verify_data, verify_loss, verify_packing):
         said: list[str] = []
         verify(resolve(config(family, blanks)), said.append)
-        assert said[-1] == f"verify {verify.__name__.partition('_')[2]}: ok"
+        assert said[-1].startswith(f"verify {verify.__name__.partition('_')[2]}: ok")
 
 
 def test_token_files_give_the_run_of_their_text(

@@ -1,0 +1,1 @@
+"""Memory of each process when several share a model."""
