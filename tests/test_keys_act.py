@@ -119,6 +119,14 @@ def shown(tree: Tree) -> bool:
     return "step 3/3" in told.getvalue()
 
 
+def rehearsed(tree: Tree) -> bool:
+    """Whether a run tells that it rehearsed its largest step."""
+    told = io.StringIO()
+    with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
+        finetune(tree)
+    return "rehearsed in" in told.getvalue()
+
+
 def model(tree: Tree) -> Any:
     """The model, ready to be trained."""
 
@@ -374,6 +382,7 @@ TABLE = [
     Row("train.max_nan_steps", 1, passed_over, {"train__on_nan": "skip"}),
     Row("train.hang_timeout", 5.0, watched),
     Row("train.seed", 1, trained),
+    Row("train.rehearse", True, rehearsed),
     Row("train.router_loss", 1.0, trained, {"model__path": "MIXTRAL"}),
     Row("evaluate.every", 1, records),
     Row("evaluate.before", True, records),
