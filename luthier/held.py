@@ -102,6 +102,15 @@ def hold(tensor: Tensor, ways: Collection[Way], device: torch.device | None = No
         setattr(tensor, _HELD, held)
 
 
+def put(tensor: Tensor, whole: Tensor) -> None:
+    """Give a tensor, held or not, the values of a whole one. All ranks must give the same."""
+    if _away(tensor):
+        ways, tensor.data = ways_of(tensor), whole.to(tensor.device, tensor.dtype)
+        hold(tensor, ways)
+    else:
+        tensor.copy_(whole)
+
+
 def ways_of(tensor: Tensor) -> list[Way]:
     """How a tensor is held; none for one that is here."""
     held: Held | None = getattr(tensor, _HELD, None)

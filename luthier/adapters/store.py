@@ -35,6 +35,7 @@ from luthier.adapters.placing import adapters_of, build, install, names_of, whol
 from luthier.adapters.targets import options_of, shortest_targets
 from luthier.config import AdapterConfig
 from luthier.errors import Refused
+from luthier.held import put
 from luthier.layers import is_quantized
 from luthier.stacks import stacks_of
 from luthier.tensorfiles import write_tensors
@@ -204,7 +205,7 @@ def load_adapter(
     install(model, adapters, contents.whole)
     with torch.no_grad():
         for name, tensor in contents.whole.items():
-            model.get_parameter(name).requires_grad_(trainable).copy_(tensor)
+            put(model.get_parameter(name).requires_grad_(trainable), tensor)
     if contents.whole:
         names = ", ".join(contents.whole)
         remarks.append(f"{names}: taken from the adapter's folder, not from the base")

@@ -14,9 +14,10 @@ from layouts import config_of
 from ranks import end_ranks, run_ranks
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from luthier.adapters.store import save_adapter
 from luthier.assemble import build
 from luthier.heap import return_freed_memory
-from luthier.parallel.shard import local
+from luthier.parallel.shard import full, local
 from luthier.parallel.world import World
 
 FULL: dict[str, Any] = {"adapter__method": "none", "adapter__rank": None}
@@ -111,3 +112,27 @@ def test_no_rank_ever_holds_the_model(
     for most, kept in run_ranks(LAYOUTS[layout], building, (deep,) * 3, (llama,) * 3, given):
         assert kept < 0.6 * whole
         assert most < kept + 0.25 * whole
+
+
+def head_of(world: World, folders: Any, keys: dict[str, Any]) -> Any:
+    """The head of a run that goes on with an adapter, whole."""
+    built = build(config_of(folders, keys, "float32"), train=True, world=world)
+    return full(built.model.get_parameter("lm_head.weight"), world).detach().numpy()
+
+
+@pytest.mark.parametrize("layout", ["tensor", "stage 3"])
+def test_weights_that_an_adapters_folder_brings_take_the_place_of_held_ones(
+    layout: str, model_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    llama = (model_folder("llama"),) * 3
+    keys = LORA | {"adapter__modules_to_save": ["lm_head"]}
+    made = build(config_of(llama, keys, "float32"), train=True)
+    head = made.model.get_parameter("lm_head.weight")
+    with torch.no_grad():
+        head.add_(1.0)
+    assert made.adapter is not None
+    save_adapter(made.model, tmp_path, made.adapter, made.base, made.base_hash)
+    given = LORA | {"adapter__path": str(tmp_path), "adapter__rank": None}
+    given |= {f"parallel__{axis}": size for axis, size in LAYOUTS[layout].items()}
+    for found in run_ranks(LAYOUTS[layout], head_of, llama, given):
+        assert torch.equal(torch.from_numpy(found), head.detach())
