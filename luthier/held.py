@@ -9,6 +9,7 @@ blocks of codes, and is done to whole matrices. Axes are given by `parallel`, we
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from luthier.heap import return_freed_memory
 from luthier.parts import Part
 
 _HELD = "luthier_held"  # attribute of parameters
+BLOCK = 2**20  # numbers that are summed at once
 
 
 class Way(NamedTuple):
@@ -35,9 +37,8 @@ class Way(NamedTuple):
     join: Callable[[Tensor, Part], Tensor]
 
     def __deepcopy__(self, memo: Any) -> Way:
-        return (
-            self  # a model's loader copies what it is configured by; groups of processes cannot be
-        )
+        # a model's loader copies what it is configured by; groups of processes cannot be
+        return self
 
 
 class Held(NamedTuple):
@@ -211,9 +212,11 @@ def _stand(whole: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     there is one, or an infinite number."""
     number = torch.zeros((), device=device, dtype=dtype)
     if dtype.is_floating_point and whole.numel():
-        total = whole.sum(dtype=torch.promote_types(whole.dtype, torch.float32))
-        if total.isfinite():
-            number.fill_(float(total) / whole.numel())
+        wide = torch.promote_types(whole.dtype, torch.float32)
+        # in blocks: torch would make a float32 copy of all of a half-precision matrix
+        total = sum(float(x.sum(dtype=wide)) for x in whole.reshape(-1).split(BLOCK))
+        if math.isfinite(total):
+            number.fill_(total / whole.numel())
         elif not whole.isfinite().all():
             number.fill_(torch.nan)
     return number.expand(whole.shape)

@@ -98,7 +98,8 @@ def _evaluate(built: Built, batch: Batch) -> None:
         batch = (built.context.split(batch) if built.context else batch).to(built.device)
         hidden = stage(batch)  # [B, S, D]
         if stage.has_head:
-            token_stats(hidden, batch.labels, stage.head, vocabulary=stage.vocabulary)
+            how = {"relative": stage.relative_logits, "vocabulary": stage.vocabulary}
+            token_stats(hidden, batch.labels, stage.head, **how)
     built.settle()
 
 

@@ -111,9 +111,7 @@ class _Experts:
     @torch.compiler.disable()
     def leave(self, experts: Any, args: tuple[Any, ...], output: Tensor | None) -> Any:
         vars(experts).pop("down_proj_bias", None)
-        if (
-            output is None
-        ):  # the forward was left early: an error, or all is recomputed that is needed
+        if output is None:  # left early: an error, or all is recomputed that is needed
             return None
         layout = current_layout() if self.by_tokens else None
         if layout is None:

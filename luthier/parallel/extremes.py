@@ -14,10 +14,16 @@ from luthier.parallel.world import World
 def peaks(tensors: Mapping[str, Tensor | None], world: World) -> dict[str, Tensor | None]:
     """Largest magnitude of each (maybe sharded) tensor on any rank, as scalars; NaN if one is in it."""
     most: dict[str, Tensor | None] = dict.fromkeys(tensors)
-    ours = {name: local(t).abs() for name, t in tensors.items() if t is not None}
-    rows = world.gather({n: float(t.max()) if t.numel() else 0.0 for n, t in ours.items()})
+    rows = world.gather({n: _peak(local(t)) for n, t in tensors.items() if t is not None})
     for name in {name: None for row in rows for name in row}:
         # amax hands NaN on, max() does not
         values = [row[name] for row in rows if name in row]
         most[name] = torch.tensor(values, dtype=torch.float64).amax(0)
     return most
+
+
+def _peak(tensor: Tensor) -> float:
+    if not tensor.numel():
+        return 0.0
+    low, high = torch.aminmax(tensor)  # NaN is handed on; abs() would be a copy
+    return float(torch.stack([-low, high]).amax())

@@ -20,9 +20,8 @@ from luthier.batch import IGNORE, PADDING, Batch, Layout, Segment
 from luthier.errors import Failed, NotFinite
 from luthier.train.evaluate import evaluating
 
-CUT = (
-    32  # tokens of a document that the isolation check looks at; three in a row cross a block of 64
-)
+# tokens of a document that the isolation check looks at; three in a row cross a block of 64
+CUT = 32
 DOCUMENTS = 6  # documents that it looks at
 
 

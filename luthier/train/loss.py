@@ -23,9 +23,8 @@ from luthier.errors import Failed
 from luthier.parallel.vocabulary import Vocabulary
 
 Head = Callable[[Tensor], Tensor]
-Relative = Callable[
-    [Tensor, Tensor], Tensor
-]  # rows and their targets -> logits less a number a row
+Relative = Callable[[Tensor, Tensor], Tensor]
+"""Rows and their targets -> logits, of which each row may be less a number."""
 
 CHUNK_BYTES = 48 * 2**20  # one chunk's logits, counted as float32; 256 rows of 49,152 tokens
 MIN_ROWS = 64  # fewer rows would leave matrix units idle
