@@ -2,7 +2,7 @@
 
 Ranks that will cut a model read it together: of each matrix every rank keeps its rows, and the parameter has its
 shape without the memory for it. Who needs a whole matrix (the cut, an adapter's first values, a forward) gets it joined
-of all ranks' rows, one matrix or one layer at a time; so no rank ever holds the model. All ranks of the axes must ask
+of all ranks' rows, one matrix or one layer at a time; so no rank has to hold the model. All ranks of the axes must ask
 alike. How many rows a rank has says nothing of how the model is cut: that may be through fused pieces, heads or
 blocks of codes, and is done to whole matrices. Axes are given by `parallel`, weights by the models' loader.
 """
