@@ -124,7 +124,8 @@ def head_of(world: World, folders: Any, keys: dict[str, Any]) -> Any:
 def test_weights_that_an_adapters_folder_brings_take_the_place_of_held_ones(
     layout: str, model_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    llama = (model_folder("llama"),) * 3
+    folder = model_folder("llama")
+    llama = folder, folder, folder
     keys = LORA | {"adapter__modules_to_save": ["lm_head"]}
     made = build(config_of(llama, keys, "float32"), train=True)
     head = made.model.get_parameter("lm_head.weight")
