@@ -21,8 +21,9 @@ from luthier.errors import Refused
 
 PROBE = "a"
 KNOWN = 1000  # pieces of text whose ids are remembered: what templates print around turns is always the same
-SHORT = 500  # characters of such a piece, or of a word, at most
+SHORT = 500  # characters of such a piece at most
 WORDS = 50_000  # remembered in the same way
+LONG = 50  # characters of such a word at most: in Chinese, where no blanks are, a word is a paragraph that never returns
 FEW = 5000  # so many are remembered whatever text they stand in
 # pre-tokenizers that do with a piece of text what they do with it beside a special token
 LOCAL = {"ByteLevel", "Split", "Digits", "Punctuation", "Whitespace", "WhitespaceSplit"}
@@ -168,7 +169,7 @@ class Tokens:
         fresh = dict(zip(new, self._encode(new), strict=True)) if new else {}
         if len(known) > WORDS:
             known.clear()
-        known.update((word, ids) for word, ids in fresh.items() if len(word) <= SHORT)
+        known.update((word, ids) for word, ids in fresh.items() if len(word) <= LONG)
         return [i for word in words for i in (found[word] or fresh.get(word, ()))]
 
     def _encode(self, texts: list[str]) -> list[Ids]:

@@ -29,7 +29,7 @@ from luthier.data.encode import (
 )
 from luthier.data.formats import FORMATS, BadRow, Message
 from luthier.data.jinja import Jinja
-from luthier.data.tokens import SPLITS, Tokens, borders, has_words, is_plain
+from luthier.data.tokens import LONG, SPLITS, Tokens, borders, has_words, is_plain
 from luthier.errors import Failed, Refused
 
 SAMPLES = Path(os.environ.get("LUTHIER_CONFIGS", "absent"), "paddlenlp", "_sample-data")
@@ -654,6 +654,16 @@ class TestTheShortWayToIds:
         assert tokens._words
         text = "a b<end of turn>b a"
         assert tokens(text) == self.plainly(tokenizer, text)
+
+    def test_paragraphs_without_blanks_are_not_remembered(self) -> None:
+        tokenizer = copy.deepcopy(tiny.byte_level())
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokens = Tokens(tokenizer)
+        text = "你" * 60 + " b " + "你" * 300
+        for _ in range(2):
+            assert tokens(text + " " + text) == self.plainly(tokenizer, text + " " + text)
+        assert " b" in tokens._known_words
+        assert max(map(len, tokens._known_words)) <= LONG
 
     def test_words_without_ids(self) -> None:
         """A byte that no token stands for has none."""
