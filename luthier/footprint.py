@@ -301,7 +301,7 @@ def _read(
     rows, length = config.micro_batch, config.data.length
     width = hidden.element_size()
     quantized: list[Any] = [m for m in model.modules() if is_quantized(m)]
-    peak += max((tile_bytes(m, device, width) for m in quantized), default=0)
+    peak += max((tile_bytes(m.spec, device, width) for m in quantized), default=0)
     vocabulary, trained = head.weight.shape[0], head.weight.requires_grad
     numbers = head.weight.numel() * trained
     budget = max(CHUNK_BYTES, numbers * 4)
