@@ -78,6 +78,8 @@ class Encoder:
         self.formats = [self._format(p) for p in range(len(source.parts))]
         if self.columns:
             self.notes += check_sources(self.columns, list(self._first_rows()))
+        if renderer.blanks is not None and "text" not in self.formats:
+            self.notes.append("data.blanks does nothing here: blanks are made in rows of text only")
         if pose is not None and pose.form == "paddlenlp" and set(self.formats) != {"text"}:
             raise Refused(
                 f"data.pose=paddlenlp with rows of the format {self.formats[0]}",
