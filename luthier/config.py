@@ -315,7 +315,7 @@ class RunConfig(Section):
         """Refuse what has no meaning in the mode of the run."""
         data, pretraining = self.data, self.train.mode == "pretrain"
         own = {"split", "borders", "cache"}
-        others = {"packing", "overlong", "source_length", "template"}
+        others = {"packing", "overlong", "source_length", "template", "supervise"}
         for key in sorted((others if pretraining else own) & data.model_fields_set):
             if getattr(data, key) != type(data).model_fields[key].default:
                 raise ValueError(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,16 @@ import numpy as np
 from luthier.batch import IGNORE
 from luthier.config import DataConfig, RunConfig
 from luthier.data.encode import Dropped, Example, Renderer, check_labels, check_supervision
-from luthier.data.formats import FORMATS, BadRow, EmptyRow, Message, check_columns, detect, rename
+from luthier.data.formats import (
+    FORMATS,
+    BadRow,
+    EmptyRow,
+    Message,
+    check_columns,
+    check_sources,
+    detect,
+    rename,
+)
 from luthier.data.ledger import Ledger, Record
 from luthier.data.pose import Pose, pose_of
 from luthier.data.rowfiles import Unreadable
@@ -28,6 +38,7 @@ from luthier.errors import Refused
 from luthier.seeding import derive
 
 SAMPLE_ROWS = 256  # rows of lazy data that are tried before the run starts
+LOOKED_ROWS = 16  # of each part, for the fields that `data.columns` names
 WORTH_SECONDS = 8.0  # tokenising that lasts longer in this process alone is spread over workers
 
 PROVEN_ROWS = 8  # rows whose supervision is compared with the prompts of prediction
@@ -65,6 +76,10 @@ class Encoder:
         self.pose = pose
         self.notes: list[str] = []
         self.formats = [self._format(p) for p in range(len(source.parts))]
+        if self.columns:
+            self.notes += check_sources(self.columns, list(self._first_rows()))
+        if renderer.blanks is not None and "text" not in self.formats:
+            self.notes.append("data.blanks does nothing here: blanks are made in rows of text only")
         if pose is not None and pose.form == "paddlenlp" and set(self.formats) != {"text"}:
             raise Refused(
                 f"data.pose=paddlenlp with rows of the format {self.formats[0]}",
@@ -158,6 +173,13 @@ class Encoder:
             self.notes.append(f"{part.name}: format {name}, recognised by its field names")
         check_columns(self.columns, name)
         return name
+
+    def _first_rows(self) -> Iterator[dict[str, Any]]:
+        """A few rows of each part; those that cannot be read are told with all others."""
+        for part in self.source.parts:
+            for index in range(min(LOOKED_ROWS, len(part.files[0]))):
+                with suppress(Unreadable):
+                    yield part.files[0].row(index)[0]
 
 
 @dataclass(frozen=True)

@@ -117,6 +117,24 @@ def check_columns(columns: Mapping[str, str], name: str) -> None:
             )
 
 
+def check_sources(columns: Mapping[str, str], rows: Sequence[Row]) -> list[str]:
+    """What to remark on fields of `data.columns` that none of the first rows has. Refused where they have one of the
+    format's own name: it would be read in the place of the one that was asked for."""
+    fields = dict.fromkeys(name for row in rows for name in row)
+    missing = {name: source for name, source in columns.items() if rows and source not in fields}
+    for name, source in missing.items():
+        if name in fields:
+            raise Refused(
+                f"data.columns takes '{name}' from the field '{source}'",
+                f"the first rows have no such field, but {_names(fields)}",
+                suggest(source, fields) or f"to read '{name}' itself, leave it out of data.columns",
+            )
+    return [
+        f"data.columns: the first rows have no field '{source}', from which '{name}' is taken"
+        for name, source in missing.items()
+    ]
+
+
 @FORMATS.register("src_tgt")
 def src_tgt(row: Row, *, predict: bool = False) -> list[Message]:
     """PaddleNLP's rows: `src` and `tgt`, strings or lists of equal length (one item per turn); optional

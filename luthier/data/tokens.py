@@ -21,8 +21,9 @@ from luthier.errors import Refused
 
 PROBE = "a"
 KNOWN = 1000  # pieces of text whose ids are remembered: what templates print around turns is always the same
-SHORT = 500  # characters of such a piece, or of a word, at most
+SHORT = 500  # characters of such a piece at most
 WORDS = 50_000  # remembered in the same way
+LONG = 50  # characters of such a word at most: in Chinese, where no blanks are, a word is a paragraph that never returns
 FEW = 5000  # so many are remembered whatever text they stand in
 # pre-tokenizers that do with a piece of text what they do with it beside a special token
 LOCAL = {"ByteLevel", "Split", "Digits", "Punctuation", "Whitespace", "WhitespaceSplit"}
@@ -144,13 +145,15 @@ class Tokens:
             return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         if self._borders is None:
             return list(self._piece(text))
-        return [i for piece in self._borders.split(text) if piece for i in self._piece(piece)]
+        pieces = enumerate(self._borders.split(text))  # every second one is an added token
+        return [i for n, piece in pieces if piece for i in self._piece(piece, whole=n % 2 == 1)]
 
-    def _piece(self, text: str) -> Ids:
-        """Ids that nobody may change."""
+    def _piece(self, text: str, *, whole: bool = False) -> Ids:
+        """Ids that nobody may change; of a text that has no words if it is `whole`."""
         found = self._known.get(text)
         if found is None:
-            found = self._of_words(text) if self._words else self._encode([text])[0]
+            by_words = self._words and not whole
+            found = self._of_words(text) if by_words else self._encode([text])[0]
             if len(text) <= SHORT:
                 if len(self._known) >= KNOWN:
                     self._known.clear()
@@ -159,15 +162,15 @@ class Tokens:
 
     def _of_words(self, text: str) -> Ids:
         words, known = WORD.split(text), self._known_words
-        new = [word for word in dict.fromkeys(words) if word not in known]
+        found = {word: known.get(word) for word in words}  # another thread may empty what is known
+        new = [word for word, ids in found.items() if ids is None]
         if 2 * len(new) > len(words) and len(known) > FEW:
             return self._encode([text])[0]  # of rare words: word by word would be slower
+        fresh = dict(zip(new, self._encode(new), strict=True)) if new else {}
         if len(known) > WORDS:
             known.clear()
-            new = list(dict.fromkeys(words))
-        fresh = dict(zip(new, self._encode(new), strict=True)) if new else {}
-        known.update((word, ids) for word, ids in fresh.items() if len(word) <= SHORT)
-        return [i for word in words for i in known.get(word) or fresh[word]]
+        known.update((word, ids) for word, ids in fresh.items() if len(word) <= LONG)
+        return [i for word in words for i in (found[word] or fresh.get(word, ()))]
 
     def _encode(self, texts: list[str]) -> list[Ids]:
         rust = self.tokenizer.backend_tokenizer

@@ -34,7 +34,7 @@ from luthier.files import PARTIAL, check_writable
 from luthier.models.load import resolve_device
 from luthier.parallel.degrees import check_processes, fewer
 from luthier.train.checkpoint import FOLDER, steps_in
-from luthier.train.metrics import FILE, read_metrics
+from luthier.train.metrics import FILE, cut_back, read_metrics
 
 STEPS, EVERY = 8, 2  # of the shortened run, and of its checkpoints
 POLL = 0.003  # seconds between two looks at a run
@@ -126,10 +126,12 @@ class Run:
         return f"rank {at}" if ranks else "the process"
 
     def take_back(self, step: int) -> None:
-        """Let the next start go on from `step` at the latest: remove the checkpoints behind it."""
+        """Let the next start go on from `step` at the latest: remove the checkpoints behind it, and what is told of
+        steps behind it, or else they would seem to be made at once."""
         for number, path in steps_in(self.output):
             if number > step:
                 shutil.rmtree(path)
+        cut_back(self.output / FILE, step)
 
     def end(self) -> None:
         """Leave no process behind."""

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from small_data import config
 
 from luthier.batch import IGNORE
 from luthier.data.blanks import KINDS, Blanks, _spans
+from luthier.data.dataset import prepare
 from luthier.data.encode import Renderer, check_labels, check_supervision
 from luthier.data.formats import BadRow, Message
 from luthier.errors import Failed, Refused
@@ -135,6 +138,16 @@ def test_blanks_are_glms(words: Any) -> None:
             Renderer(words[family], blanks="spans")
     with pytest.raises(BadRow, match="holds a mask token"):
         row(Renderer(words["glm_legacy"], blanks="rest"), "a [MASK] b")
+
+
+def test_rows_in_which_no_blanks_are_made_are_told(words: Any, tmp_path: Path) -> None:
+    for name, told in (("src", True), ("text", False)):
+        file = tmp_path / f"{name}.json"
+        file.write_text(json.dumps({name: "seven apples", "tgt": "in the box"}) + "\n", "utf-8")
+        run = config(file)
+        renderer = Renderer(words["glm_legacy"], length=64, blanks="spans")
+        data = prepare(run, renderer, "train")
+        assert data and any("data.blanks" in note for note in data.ledger.notes) == told
 
 
 # ---- Qwen's own supervision

@@ -521,6 +521,7 @@ def test_a_tokenizer_without_eos_is_refused(texts: Path, tmp_path: Path) -> None
         ({"data__format": "alpaca"}, r"data\.format=alpaca"),
         ({"evaluate__generate": True}, "no answers to compare"),
         ({"train__mode": "sft"}, r"data\.cache has no meaning for train\.mode=sft"),
+        ({"data__supervise": "turns"}, r"data\.supervise has no meaning for train\.mode=pretrain"),
     ],
 )
 def test_keys_without_a_meaning_are_refused(

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import tiny_tokenizers as tiny
 import torch
-from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from luthier.batch import IGNORE, PADDING
@@ -29,7 +29,7 @@ from luthier.data.encode import (
 )
 from luthier.data.formats import FORMATS, BadRow, Message
 from luthier.data.jinja import Jinja
-from luthier.data.tokens import SPLITS, Tokens, borders, has_words, is_plain
+from luthier.data.tokens import LONG, SPLITS, Tokens, borders, has_words, is_plain
 from luthier.errors import Failed, Refused
 
 SAMPLES = Path(os.environ.get("LUTHIER_CONFIGS", "absent"), "paddlenlp", "_sample-data")
@@ -645,6 +645,35 @@ class TestTheShortWayToIds:
             text = "".join(draw.choices(pieces, k=draw.randint(1, 12)))
             assert tokens(text) == self.plainly(tokenizer, text), repr(text)
         assert tokens._known_words
+
+    def test_an_added_token_is_no_words(self) -> None:
+        tokenizer = copy.deepcopy(tiny.byte_level())
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<end of turn>"]})
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokens = Tokens(tokenizer)
+        assert tokens._words
+        text = "a b<end of turn>b a"
+        assert tokens(text) == self.plainly(tokenizer, text)
+
+    def test_paragraphs_without_blanks_are_not_remembered(self) -> None:
+        tokenizer = copy.deepcopy(tiny.byte_level())
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokens = Tokens(tokenizer)
+        text = "你" * 60 + " b " + "你" * 300
+        for _ in range(2):
+            assert tokens(text + " " + text) == self.plainly(tokenizer, text + " " + text)
+        assert " b" in tokens._known_words
+        assert max(map(len, tokens._known_words)) <= LONG
+
+    def test_words_without_ids(self) -> None:
+        """A byte that no token stands for has none."""
+        core = Tokenizer(models.BPE(vocab={"a": 0, "Ġ": 1}, merges=[]))
+        core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<s>")
+        tokens = Tokens(tokenizer)
+        assert tokens._words
+        for text in ("x a", "x a a", "x"):
+            assert tokens(text) == self.plainly(tokenizer, text)
 
     def test_other_ways_have_no_words(self) -> None:
         for step in (_split(" a+"), pre_tokenizers.ByteLevel(False, use_regex=False)):

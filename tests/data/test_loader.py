@@ -593,6 +593,14 @@ def test_columns_rename_fields(prepared: Callable[..., Any]) -> None:
         prepared(rows, columns={"source": "content"}, format="src_tgt")
 
 
+def test_a_field_that_is_nowhere_is_not_another_one(prepared: Callable[..., Any]) -> None:
+    rows = [{"text": r["src"], "body": r["tgt"]} for r in ROWS]
+    with pytest.raises(Refused, match=r"'text' from the field 'bdy'.*'body'.*did you mean 'body'"):
+        prepared(rows, columns={"text": "bdy"})
+    data = prepared(ROWS, columns={"system": "sytem"})
+    assert any("no field 'sytem'" in note for note in data.ledger.notes)
+
+
 def test_padding_is_measured_on_the_batches(opened: Open) -> None:
     for packing in METHODS:
         for lazy in (False, True):
