@@ -425,7 +425,7 @@ def test_errors_in_the_background_reach_the_caller(
     def fail(*_: Any) -> None:
         raise Failed("checking", "broken")
 
-    monkeypatch.setattr("luthier.data.loader.check_labels", fail)
+    monkeypatch.setattr("luthier.data.collate.check_labels", fail)
     with pytest.raises(Failed, match="broken"):
         take(loader, 1)
 

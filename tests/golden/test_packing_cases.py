@@ -112,7 +112,7 @@ def collate_unchecked(rows: list[list[dict[str, Any]]], pad_id: int = 0) -> Any:
         [(np.array(r["input_ids"]), np.array(r["labels"])) for r in records] for records in rows
     ]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("luthier.data.loader.check_labels", lambda *_: None)
+        patch.setattr("luthier.data.collate.check_labels", lambda *_: None)
         return collate(arrays, pad_id)
 
 
