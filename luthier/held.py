@@ -105,7 +105,7 @@ def hold(tensor: Tensor, ways: Collection[Way], device: torch.device | None = No
 
 def put(tensor: Tensor, whole: Tensor) -> None:
     """Give a tensor, held or not, the values of a whole one. All ranks must give the same."""
-    if _away(tensor):
+    if is_away(tensor):
         ways, tensor.data = ways_of(tensor), whole.to(tensor.device, tensor.dtype)
         hold(tensor, ways)
     else:
@@ -120,7 +120,7 @@ def ways_of(tensor: Tensor) -> list[Way]:
 
 def whole_of(tensor: Tensor) -> Tensor:
     """The whole of a held tensor, without gradient; any other as it is."""
-    return getattr(tensor, _HELD).whole() if _away(tensor) else tensor
+    return getattr(tensor, _HELD).whole() if is_away(tensor) else tensor
 
 
 def release(module: nn.Module, axis: str | None = None, *, keep: bool = True) -> None:
@@ -141,7 +141,7 @@ def release(module: nn.Module, axis: str | None = None, *, keep: bool = True) ->
 @contextmanager
 def filled(module: nn.Module) -> Iterator[None]:
     """The module has its whole weights inside."""
-    parameters = [p for p in module.parameters() if _away(p)]
+    parameters = [p for p in module.parameters() if is_away(p)]
     _fill(parameters)
     try:
         yield
@@ -152,7 +152,7 @@ def filled(module: nn.Module) -> Iterator[None]:
 @contextmanager
 def lent(model: nn.Module) -> Iterator[None]:
     """A forward of the model finds whole weights inside: each layer's while it computes, and all that is in no layer."""
-    held = {id(p): p for p in model.parameters() if _away(p)}
+    held = {id(p): p for p in model.parameters() if is_away(p)}
     handles = []
     for layer in _layers(model) if held else []:
         own = [held.pop(id(p)) for p in layer.parameters() if id(p) in held]
@@ -171,7 +171,7 @@ def lent(model: nn.Module) -> Iterator[None]:
         _empty(rest)
 
 
-def _away(tensor: Tensor) -> bool:
+def is_away(tensor: Tensor) -> bool:
     """Whether only rows of it are here, and nobody has lent it the others."""
     held: Held | None = getattr(tensor, _HELD, None)
     return held is not None and tensor.data_ptr() == held.stand.data_ptr()

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from luthier.held import is_away
+
 STACKS = ("gate_up_proj", "up_proj", "down_proj")  # in the order of use
 
 
@@ -50,6 +52,13 @@ def linear_of(model: nn.Module, name: str) -> nn.Module:
     return model.get_submodule(name)
 
 
+def shape_of_matrix(model: nn.Module, name: str) -> tuple[int, int] | None:
+    """(out, in) of the matrices of stack `name`; None for what is no stack. No weight is looked at."""
+    path, _, last = name.rpartition(".")
+    parent: Any = model.get_submodule(path)
+    return shape_of(parent, last)[1:] if last in own_stacks(parent) else None
+
+
 def stand_in(experts: Any, stack: str, number: int) -> nn.Linear:
     """A linear layer without bias whose weight is matrix `number` of the stack, not a copy of it (of a quantised
     one: its dequantised matrix)."""
@@ -65,6 +74,9 @@ def matrix(experts: Any, stack: str, number: int) -> Tensor:
     if coded(held):
         if held.device.type == "meta":
             return torch.empty(held.spec.shape[1:], dtype=held.dtype, device="meta")
+        if is_away(held.codes):  # rows of codes are no weight: its shape alone, as of a dense one
+            nothing = torch.zeros((), dtype=held.dtype, device=held.device)
+            return nothing.expand(held.spec.shape[1:])
         return held.dequantize(index=number)
     return held[number].t() if experts.is_transposed else held[number]
 

@@ -29,7 +29,7 @@ from luthier.errors import Failed, Refused
 from luthier.layers import dense_weight, features, is_double, is_linear, is_transposed
 from luthier.parts import Part, Stretch, both
 from luthier.registry import Registry
-from luthier.stacks import linear_of
+from luthier.stacks import shape_of_matrix
 
 ADAPTERS: Registry[type[Adapter]] = Registry("adapter method")
 
@@ -343,7 +343,8 @@ class Additive(Adapter):
 def check_rank(model: nn.Module, plan: Mapping[str, AdapterConfig]) -> None:
     """Refuse a rank above that of a layer's weight."""
     for name, config in plan.items():
-        num_in, num_out = features(linear_of(model, name))
+        stack = shape_of_matrix(model, name)
+        num_in, num_out = features(model.get_submodule(name)) if stack is None else stack[::-1]
         if config.rank > min(num_in, num_out):
             raise Refused(
                 f"adapter.rank={config.rank}",
