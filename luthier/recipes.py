@@ -180,9 +180,16 @@ def _finetune(
         remarks.append(
             "there are no evaluation rows: no evaluation, the last model is the final one"
         )
+    family = text.model_config.model_type
+    made, axes = 1 if text.renderer.positions is None else 2, position_axes(family)
+    if made != axes:
+        raise Refused(
+            f"model.path={config.model.path}",
+            f"config.json is of the family '{family}', whose positions have {axes} axes; the tokenizer makes {made}",
+            "give a folder whose config.json, weights and tokenizer are of one model",
+        )
     first = data.loader.peek()
     for batch in first:
-        axes = position_axes(text.model_config.model_type)
         check_batch(batch, skips=config.data.pose != "off", axes=axes)
 
     if config.adapter.method == "reft" and config.adapter.positions != "all":

@@ -86,12 +86,12 @@ BAD: dict[str, tuple[str, Spoil, str]] = {
     "v2 weights, v1 config": (
         "chatglm2",
         config_of("chatglm"),
-        "no tensor is called transformer.layers.",
+        "config.json is of the family 'chatglm', whose positions have 2 axes; the tokenizer makes 1",
     ),
     "v1 weights, v2 config": (
         "chatglm",
         config_of("chatglm2"),
-        "no tensor is called transformer.encoder.",
+        "config.json is of the family 'chatglm2', whose positions have 1 axes; the tokenizer makes 2",
     ),
     "v2 key in a v1 config": ("chatglm", changed(kv_channels=16), "both"),
     "int4 config": ("chatglm", changed(quantization_bit=4), "quantization_bit=4"),
