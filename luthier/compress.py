@@ -30,6 +30,7 @@ from luthier.prequantized import prequantized
 from luthier.quantize import QuantizedLinear, codes, layouts
 from luthier.quantize.folders import pack
 from luthier.quantize.loading import Quantization, plan_quantization
+from luthier.quantize.spec import Spec
 from luthier.recipes import Source, say
 
 PIECE = 2**20  # numbers of a layer that are compared with its codes at once
@@ -135,7 +136,7 @@ def _square(values: Tensor) -> float:
     return float(torch.linalg.vector_norm(values, dim=-1).double().square().sum())
 
 
-def form_of(spec: codes.Spec) -> str:
+def form_of(spec: Spec) -> str:
     """`nf4 64`, `nf4 64 double`, `int8 per output`."""
     whole = spec.scheme.startswith("int") and spec.block_size == spec.shape[-1]
     size = "per output" if whole else str(spec.block_size)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
+from transformers.quantizers.base import HfQuantizer
 
 from luthier.heap import return_freed_memory
 from luthier.parts import Part
@@ -93,6 +94,27 @@ class Holding(ConversionOps):
             parameter = model.get_parameter(name)
             parameter.data = held.stand
             setattr(parameter, _HELD, held)
+
+
+class HoldingQuantizer(HfQuantizer):
+    """What is ours of transformers' seam for quantised models: it hands us tensors as they are read. A subclass makes
+    `holding` before weights are read and settles it behind them. A loaded model forgets it
+    (`remove_quantization_config`): to transformers it is an ordinary model, whatever its layers."""
+
+    holding: Holding
+
+    def is_serializable(self) -> bool:
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        return param_name in self.holding.wanted
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return self.holding
 
 
 def hold(tensor: Tensor, ways: Collection[Way], device: torch.device | None = None) -> None:

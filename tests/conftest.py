@@ -189,3 +189,18 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
         return folder
 
     return make
+
+
+@pytest.fixture(scope="module")
+def folders(
+    request: pytest.FixtureRequest,
+    model_folder: Callable[[str], Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Path, Path, Path]:
+    """Model, data and an unused output, as `tiny_config` takes them; a module's `FOLDERS` names another family and
+    numbers of rows."""
+    from tiny_runs import write_data
+
+    family, train, dev = getattr(request.module, "FOLDERS", ("llama", 24, 6))
+    data = write_data(tmp_path_factory.mktemp("data"), train, dev)
+    return model_folder(family), data, Path("unused")

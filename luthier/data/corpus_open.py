@@ -122,6 +122,12 @@ def _given(config: RunConfig, split: Split) -> tuple[list[DataPart], tuple[DataP
                 'give data.split, "95,5,0" say',
             )
     texts = tuple(part for part in given if part not in files)
+    if data.columns and not texts and data.validation_path is None:
+        raise Refused(
+            f"data.columns of {', '.join(part.path for part in files)}",
+            "they name fields of rows, and these are token files",
+            "leave data.columns out",
+        )
     if split != "train" and data.validation_path is None and data.split is None:
         files = []  # token files are training data unless they are split
     return files, texts

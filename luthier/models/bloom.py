@@ -16,6 +16,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.models.bloom.modeling_bloom import BloomAttention
 
 from luthier.errors import Refused
+from luthier.models.replacing import replace_attention
 
 
 class PackedBloomAttention(BloomAttention):
@@ -86,15 +87,6 @@ def repair(model: PreTrainedModel) -> None:
     base: Any = model.base_model
     # the bias of key 1, whose distance from key 0 is 1; as the family computes it, for any number of heads
     slopes = base.build_alibi_tensor(torch.ones(1, 2), config.n_head, torch.float32)[:, 0, 1]
-    for module in model.modules():
-        if isinstance(module, BloomAttention):
-            module.__class__ = PackedBloomAttention
-            module.config = config
-            module.alibi_slopes = slopes
-        if isinstance(module, PreTrainedModel):
-            # transformers judges by the source of the class that these layers have left
-            module._can_set_attn_implementation = _true  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def _true() -> bool:
-    return True
+    replace_attention(
+        model, BloomAttention, PackedBloomAttention, config=config, alibi_slopes=slopes
+    )

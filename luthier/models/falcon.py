@@ -19,6 +19,8 @@ from transformers.models.falcon.modeling_falcon import (
     build_alibi_tensor,
 )
 
+from luthier.models.replacing import replace_attention
+
 OWN = ("eager", "sdpa")  # what the family computes by itself
 
 
@@ -92,17 +94,7 @@ def repair(model: PreTrainedModel) -> None:
         # the bias of key 1, whose distance from key 0 is 1; it is scaled with the scores
         bias = build_alibi_tensor(torch.ones(1, 2), config.num_attention_heads, torch.float32)
         slopes = bias[:, 0, 1] * (config.hidden_size // config.num_attention_heads) ** -0.5
-    for module in model.modules():
-        if isinstance(module, FalconAttention):
-            module.__class__ = PackedFalconAttention
-            module.alibi_slopes = slopes  # pyright: ignore[reportArgumentType]
-        if isinstance(module, PreTrainedModel):
-            # transformers judges by the source of the class that these layers have left
-            module._can_set_attn_implementation = _true  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def _true() -> bool:
-    return True
+    replace_attention(model, FalconAttention, PackedFalconAttention, alibi_slopes=slopes)
 
 
 FALCON_ATTENTION_CLASSES["luthier"] = PackedFalconAttention

@@ -16,6 +16,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.models.mpt.modeling_mpt import MptAttention, build_mpt_alibi_tensor
 
 from luthier.batch import current_layout
+from luthier.models.replacing import replace_attention
 
 
 class PackedMptAttention(MptAttention):
@@ -67,15 +68,4 @@ def repair(model: PreTrainedModel) -> None:
     # the bias of the last of two keys less that of the first, whose distance is 1
     table = build_mpt_alibi_tensor(config.n_heads, 2)  # [H, 1, 2]
     slopes = (table[:, 0, 1] - table[:, 0, 0]).float()
-    for module in model.modules():
-        if isinstance(module, MptAttention):
-            module.__class__ = PackedMptAttention
-            module.config = config
-            module.alibi_slopes = slopes
-        if isinstance(module, PreTrainedModel):
-            # transformers judges by the source of the class that these layers have left
-            module._can_set_attn_implementation = _true  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def _true() -> bool:
-    return True
+    replace_attention(model, MptAttention, PackedMptAttention, config=config, alibi_slopes=slopes)

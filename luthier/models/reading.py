@@ -17,12 +17,10 @@ import torch
 from safetensors import safe_open
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
-from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
-from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from luthier.held import Holding, Way
+from luthier.held import Holding, HoldingQuantizer, Way
 from luthier.models.stage import decoder_layers
 
 LeaveOut = Callable[[PreTrainedModel], Collection[int]]
@@ -96,25 +94,12 @@ class Rows(QuantizationConfigMixin):
 
 
 @register_quantizer(ROWS)
-class _RowReader(HfQuantizer):
+class _RowReader(HoldingQuantizer):
     quantization_config: Rows
-
-    def is_serializable(self) -> bool:
-        return False
-
-    @property
-    def is_trainable(self) -> bool:
-        return True
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         asked = self.quantization_config
         self.holding = Holding(model, asked.ways, asked.device)
-
-    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
-        return param_name in self.holding.wanted
-
-    def get_quantize_ops(self) -> ConversionOps:
-        return self.holding
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         self.holding.settle(model)

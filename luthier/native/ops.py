@@ -144,3 +144,17 @@ def rms_norm_backward(
         *((found, scratch) if wanted else (None, None)),
     )
     return out, found
+
+
+@_operator(
+    "dequantize(Tensor codes, Tensor scale, Tensor levels, int block, Tensor(a!) out) -> ()",
+    lambda *_: None,
+)
+def dequantize(codes: Tensor, scale: Tensor, levels: Tensor, block: int, out: Tensor) -> None:
+    """Write level x scale into `out` [rows, width], contiguous.
+
+    `codes` [rows, bytes] of two 4-bit codes each and `scale` [rows, blocks], float32, may be parts of wider rows;
+    `levels` [16], float32. Blocks are even, a row's last may be short.
+    """
+    rows = codes.stride(0), scale.stride(0)
+    _run("luthier_dequantize", codes, scale, levels, *out.shape, block, *rows, out)

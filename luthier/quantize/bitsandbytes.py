@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from luthier.errors import Refused
-from luthier.quantize.codes import Spec, dynamic_levels, levels_of, make_spec
+from luthier.quantize.codes import dynamic_levels, levels_of
+from luthier.quantize.spec import Spec, make_spec
 from luthier.quantize.stored import (
     BITS,
     FLOATING,

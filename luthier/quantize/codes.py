@@ -11,16 +11,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import cache
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from luthier.errors import Refused, suggest
-
-Scheme = Literal["nf4", "fp4", "int8", "int4"]
+from luthier.errors import Refused
+from luthier.native import ops
+from luthier.quantize.spec import CODE_BOOKS, NESTED_BLOCK, Scheme, Spec
 
 # quantiles of a normal distribution, scaled to [-1, 1], with an exact zero (arXiv:2305.14314, appendix E)
 _NF4 = (
@@ -34,118 +32,11 @@ _FP4 = (0, 0.0625, 8, 12, 4, 6, 2, 3)
 # the codes of fp4 by value; of its two zeros code 0 is the lower one, as in bitsandbytes
 _FP4_ORDER = (11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3)
 
-_CODE_BOOKS = ("nf4", "fp4")
-_BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # of code books, as in bitsandbytes
-NESTED_BLOCK = 256
 _LARGEST_CODE = {"int8": 127, "int4": 7}
 _TINY = 1e-38  # instead of a zero absmax, as in bitsandbytes
 
 Tensors = Mapping[str, Tensor]
 """The tensors of one quantised weight, by the names in `Spec.layout`."""
-
-
-@dataclass(frozen=True)
-class Spec:
-    """How a weight of `shape` [..., out, in] is stored. Make it with `make_spec`, which checks it."""
-
-    scheme: Scheme
-    shape: tuple[int, ...]
-    block_size: int
-    double_quant: bool
-    nested_block: int = NESTED_BLOCK  # scales per scale of theirs, under double_quant
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def num_blocks(self) -> int:
-        return -(-self.numel // self.block_size)
-
-    @property
-    def bits(self) -> int:
-        return 8 if self.scheme == "int8" else 4
-
-    @property
-    def unit(self) -> int:
-        """Numbers that can be decoded alone: whole blocks, and whole pairs of bytes of 4-bit codes."""
-        return self.block_size if self.bits == 8 else math.lcm(self.block_size, 4)
-
-    @property
-    def by_rows(self) -> bool:
-        """Whether each row has its own blocks and bytes: then the weight's dimensions are those of the tensors."""
-        return self.shape[-1] % self.unit == 0
-
-    @property
-    def layout(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Name -> (shape, dtype) of the stored tensors.
-
-        `codes`: int8, or uint8 with two 4-bit codes per byte, the first in the high half. `absmax`:
-        float32, or uint8 under `double_quant`, where it is dynamic 8-bit codes of absmax - nested_offset in
-        blocks of `nested_block` with scales `nested_absmax`.
-        """
-        if self.by_rows:
-            lead = self.shape[:-1]
-            codes = (*lead, self.shape[-1] * self.bits // 8)
-            absmax = (*lead, self.shape[-1] // self.block_size)
-        else:
-            codes, absmax = (-(-self.numel * self.bits // 8),), (self.num_blocks,)
-        code_type = torch.int8 if self.bits == 8 else torch.uint8
-        if not self.double_quant:
-            return {"codes": (codes, code_type), "absmax": (absmax, torch.float32)}
-        nested = -(-self.num_blocks // self.nested_block)
-        return {
-            "codes": (codes, code_type),
-            "absmax": (absmax, torch.uint8),
-            "nested_absmax": ((nested,), torch.float32),
-            "nested_offset": ((1,), torch.float32),
-        }
-
-
-def make_spec(
-    scheme: str, shape: tuple[int, ...], block_size: int | None = None, double_quant: bool = False
-) -> Spec:
-    """The checked `Spec` of a weight [..., out, in].
-
-    `block_size`: numbers per scale. None is 64 for nf4 and fp4, whose blocks run on over the ends of
-    rows, and a whole row (one scale per output channel) for int8 and int4. Refused: an unknown scheme, a
-    block size that the scheme or the shape does not allow, `double_quant` of integers.
-    """
-    if scheme not in get_args(Scheme):
-        raise Refused(
-            f"quantize.weights={scheme}",
-            f"known are {', '.join(get_args(Scheme))}",
-            suggest(scheme, get_args(Scheme)) or "give one of these",
-        )
-    if len(shape) < 2 or math.prod(shape) == 0:
-        raise Refused(
-            f"quantising a weight of shape {list(shape)}",
-            "only matrices, or stacks of them, with at least one number are quantised",
-            "leave this layer out of quantize.modules",
-        )
-    if scheme in _CODE_BOOKS:
-        block_size = 64 if block_size is None else block_size
-        if block_size not in _BLOCK_SIZES:
-            raise Refused(
-                f"quantize.block_size={block_size} with quantize.weights={scheme}",
-                f"its block sizes are {', '.join(map(str, _BLOCK_SIZES))}",
-                "give one of these",
-            )
-    else:
-        block_size = shape[-1] if block_size is None else block_size
-        if block_size < 1 or shape[-1] % block_size:
-            raise Refused(
-                f"quantize.block_size={block_size} with quantize.weights={scheme}",
-                f"it does not divide the {shape[-1]} inputs of a weight of shape {list(shape)}",
-                "give a divisor, or none for one scale per output channel",
-            )
-        if double_quant:
-            raise Refused(
-                f"quantize.double_quant=true with quantize.weights={scheme}",
-                "only the scales of nf4 and fp4 are quantised a second time",
-                "set quantize.double_quant=false, or quantize.weights=nf4",
-            )
-    return Spec(scheme, tuple(shape), block_size, double_quant)  # pyright: ignore[reportArgumentType]
 
 
 def quantize(weight: Tensor, spec: Spec) -> dict[str, Tensor]:
@@ -208,7 +99,7 @@ def scales(tensors: Tensors, spec: Spec) -> Tensor:
     if absmax.dtype != torch.float32:
         # a cast would go unnoticed and cost more than quantising did
         raise TypeError(f"scales of a quantised weight are float32, not {absmax.dtype}")
-    return absmax if spec.scheme in _CODE_BOOKS else absmax / _LARGEST_CODE[spec.scheme]
+    return absmax if spec.scheme in CODE_BOOKS else absmax / _LARGEST_CODE[spec.scheme]
 
 
 def dequantize_range(
@@ -226,6 +117,10 @@ def dequantize_range(
         out.view(-1).copy_(wide[start - first : stop - first])
         return
     codes, scale, flat, size = codes.view(-1), scale.view(-1), out.view(-1), spec.block_size
+    if _by_native(spec, size, out):
+        packed, scale = codes[None, start // 2 : -(-stop // 2)], scale[None, start // size :]
+        ops.dequantize(packed, scale, levels_of(spec.scheme), size, flat[None])
+        return
     for begin, end in _pieces(start, stop, spec.unit, codes.device):
         levels = _levels(codes[begin * spec.bits // 8 : -(-end * spec.bits // 8)], spec)
         levels, scale_of = levels[: end - begin], scale[begin // size : -(-end // size)]
@@ -245,11 +140,19 @@ def dequantize_columns(
     width, size = stop - start, min(spec.block_size, stop - start)
     codes = codes.flatten(0, -2)[:, start * spec.bits // 8 : stop * spec.bits // 8]
     scale = scale.flatten(0, -2)[:, start // spec.block_size : -(-stop // spec.block_size)]
+    if _by_native(spec, size, out):
+        ops.dequantize(codes, scale, levels_of(spec.scheme), size, out)
+        return
     for begin, end in _pieces(0, len(out) * width, width, codes.device):
         rows = slice(begin // width, end // width)
         levels = _levels(codes[rows].reshape(-1), spec)  # contiguous: the columns were strided
         levels.view(-1, size).mul_(scale[rows].reshape(-1, 1))
         out[rows].copy_(levels.view(-1, width))
+
+
+def _by_native(spec: Spec, size: int, out: Tensor) -> bool:
+    """Whether the kernel writes `out`; torch's path is its reference, and as fast for int8."""
+    return spec.bits == 4 and size % 2 == 0 and ops.takes(out)
 
 
 def column_step(spec: Spec) -> int:

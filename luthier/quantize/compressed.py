@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from luthier.errors import Refused
-from luthier.quantize.codes import Spec, make_spec, pack, unpack
+from luthier.quantize.codes import pack, unpack
+from luthier.quantize.spec import Spec, make_spec
 from luthier.quantize.stored import (
     FLOATING,
     Headers,

@@ -17,17 +17,17 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import ConversionOps, WeightRenaming, apply_renamings
+from transformers.core_model_loading import WeightRenaming, apply_renamings
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from luthier.config import QuantizeConfig
 from luthier.errors import Refused
-from luthier.held import Holding, Way
+from luthier.held import Holding, HoldingQuantizer, Way
 from luthier.layers import features, is_linear
 from luthier.quantize import layouts
 from luthier.quantize.linears import QuantizedLinear, QuantizedTensor
-from luthier.quantize.loading import OwnQuantizer, hold_codes, plan_quantization, replace, stand_in
+from luthier.quantize.loading import hold_codes, plan_quantization, replace, stand_in
 from luthier.quantize.stored import Headers, Read, Stored, broken
 
 METHOD = "luthier-folder"  # our name among transformers' quantisers
@@ -156,7 +156,7 @@ class _Awaited(nn.Module):
 
 
 @register_quantizer(METHOD)
-class _FolderQuantizer(OwnQuantizer):
+class _FolderQuantizer(HoldingQuantizer):
     quantization_config: Prequantized
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
@@ -167,12 +167,6 @@ class _FolderQuantizer(OwnQuantizer):
             made = QuantizedLinear.like(layer, spec.scheme, spec.block_size, spec.double_quant)
             model.set_submodule(name, _Awaited(layer, made))
         self.holding = Holding(model, asked.ways, asked.device)
-
-    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
-        return param_name in self.holding.wanted
-
-    def get_quantize_ops(self) -> ConversionOps:
-        return self.holding
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         source = self.quantization_config
@@ -234,7 +228,7 @@ def save_packed(model: Any) -> None:
         model.hf_quantizer = _Packer(QuantizationConfigMixin(quant_method=cast(Any, METHOD)))
 
 
-class _Packer(OwnQuantizer):
+class _Packer(HoldingQuantizer):
     """Says what of a quantised model is saved. Refused: an adapter on it, and what `pack` refuses."""
 
     def is_serializable(self) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from luthier.errors import Refused
 from luthier.quantize import bitsandbytes, compressed
-from luthier.quantize.codes import Spec
+from luthier.quantize.spec import Spec
 from luthier.quantize.stored import Headers, Read, Stored
 
 BITSANDBYTES, COMPRESSED = bitsandbytes.METHOD, compressed.METHOD

@@ -18,9 +18,9 @@ from transformers.pytorch_utils import Conv1D
 from luthier.errors import Refused
 from luthier.parts import Part
 from luthier.quantize import codes
-from luthier.quantize.codes import make_spec
 from luthier.quantize.parts import check_part, take_part
 from luthier.quantize.products import Product, times, times_transposed
+from luthier.quantize.spec import make_spec
 
 
 class QuantizedTensor(nn.Module):

@@ -16,16 +16,15 @@ import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
-from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from luthier.config import QuantizeConfig
 from luthier.errors import Refused
 from luthier.heap import return_freed_memory
-from luthier.held import Holding, Way, hold
+from luthier.held import Holding, HoldingQuantizer, Way, hold
 from luthier.layers import ALL_LINEAR, features, is_quantized, select_linear
-from luthier.quantize.codes import Spec, make_spec
 from luthier.quantize.linears import QuantizedLinear, QuantizedTensor
+from luthier.quantize.spec import Spec, make_spec
 from luthier.stacks import own_stacks, run, shape_of
 
 METHOD = "luthier"  # our name among transformers' quantisers
@@ -142,20 +141,8 @@ class _Quantize(ConversionOps):
         return self.quantizer.holding.convert(rest) if rest else {}
 
 
-class OwnQuantizer(HfQuantizer):
-    """What is ours of transformers' seam. A loaded model forgets it (`remove_quantization_config`): to transformers it
-    is an ordinary model with other layers."""
-
-    def is_serializable(self) -> bool:
-        return False
-
-    @property
-    def is_trainable(self) -> bool:
-        return True
-
-
 @register_quantizer(METHOD)
-class _Quantizer(OwnQuantizer):
+class _Quantizer(HoldingQuantizer):
     quantization_config: Quantization
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from luthier.errors import Refused
 from luthier.parts import Part
-from luthier.quantize.codes import NESTED_BLOCK, Spec, Tensors
+from luthier.quantize.codes import Tensors
+from luthier.quantize.spec import NESTED_BLOCK, Spec
 
 LEAST = 8  # numbers of a block: of less, scales would outweigh the codes
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from luthier.quantize import codes
-from luthier.quantize.codes import Spec
+from luthier.quantize.spec import Spec
 
 # numbers dequantised at a time on CPU: a product with less of the weight is slower, by a quarter at 2**20
 TILE = 2**22

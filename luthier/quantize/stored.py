@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from luthier.errors import Refused
-from luthier.quantize.codes import Spec
+from luthier.quantize.spec import Spec
 
 Headers = Mapping[str, Mapping[str, Any]]
 """Tensor name -> {dtype, shape} of all files of a folder, as in safetensors' headers."""

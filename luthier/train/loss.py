@@ -243,7 +243,10 @@ def _losses(
     parts = vocabulary.everybody(torch.stack([among + picked, picked * own]))  # [ranks, 2, n]
     log_sum = parts[:, 0].logsumexp(0)  # A
     if gradient is not None:
-        gradient *= (among + picked - log_sum).exp()[:, None]
+        blocks = _blocks(gradient)  # at once it would be multiplied as a float32 copy of all of it
+        share = (among + picked - log_sum).exp()[:, None].split([len(block) for block in blocks])
+        for block, by in zip(blocks, share, strict=True):
+            block *= by
         wanted = (picked - log_sum).exp() - own.to(picked.dtype)
         gradient.scatter_(1, here[:, None], wanted[:, None].to(gradient.dtype))
     return log_sum - parts[:, 1].sum(0)

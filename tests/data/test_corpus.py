@@ -320,6 +320,8 @@ def test_no_split_trains_all_and_held_out_rows_are_apart(texts: Path, tmp_path: 
     write_tokens(tmp_path / "tokens", [ids_of(text) for text in TEXTS], VOCAB, {})
     with pytest.raises(Refused, match=r"divided by data\.split"):
         corpus_of(tmp_path / "tokens", tmp_path, **keys)
+    with pytest.raises(Refused, match="these are token files"):
+        corpus_of(tmp_path / "tokens", tmp_path, data__columns={"text": "body"})
 
 
 def test_evaluation_rows_are_spread_over_all(texts: Path, tmp_path: Path) -> None:

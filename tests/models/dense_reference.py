@@ -1,6 +1,10 @@
-"""Attention written out for one query after the other: what every kernel must give, for tests."""
+"""What every kernel and every cache must give, for tests: attention written out for one query after the other, and
+greedy answers without a cache."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,3 +67,16 @@ def _one(q, keys, values, distance, scores) -> Tensor:
     if scores.sinks is not None:
         total = total + scores.sinks.exp()[:, None]
     return torch.einsum("hj,jhd->hd", weights / total, values)
+
+
+@torch.no_grad()
+def greedy(model: Any, prompts: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:
+    """The next `tokens` of each prompt: one prompt at a time, all of it anew for each token."""
+    answers = []
+    for prompt in prompts:
+        ids = list(prompt)
+        while len(ids) < len(prompt) + tokens:
+            logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
+            ids.append(int(logits.argmax()))
+        answers.append(ids[len(prompt) :])
+    return answers

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from dense_reference import attention as definition
+from dense_reference import greedy
 from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM, DynamicCache
 
 from luthier.batch import IGNORE, PADDING, Layout, PrefixKeys
@@ -170,14 +171,7 @@ def test_generation_is_plain_transformers(heads, tiny_model):
     """Padded micro-batches with a cache against one prompt at a time without one."""
     prompts = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14, 15, 16], [20], [30, 31, 32, 33]]
     plain = tiny_model("bloom", n_head=heads, attention="eager")
-    expected = []
-    for prompt in prompts:
-        ids = list(prompt)
-        while len(ids) < len(prompt) + 12:
-            with torch.no_grad():
-                logits = plain(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
-            ids.append(int(logits.argmax()))
-        expected.append(ids[len(prompt) :])
+    expected = greedy(plain, prompts, 12)
     model = tiny_model("bloom", n_head=heads)
     options = GenerateOptions(12)
     assert generate(model, prompts, options, pad_id=0, stop_ids=(), micro_batch=4) == expected
@@ -275,14 +269,7 @@ def test_mpt_reaches_beyond_its_table(tiny_model, random_batch, relative):
         alone = [plain(input_ids=i[None]).logits[0] for i in batch.input_ids[0].split([40, 25])]
     assert relative(logits, torch.cat(alone)) < 2e-6
     prompts = [batch.input_ids[0, :30].tolist(), [5, 6, 7]]
-    expected = []
-    for prompt in prompts:
-        ids = list(prompt)
-        while len(ids) < len(prompt) + 4:
-            with torch.no_grad():
-                found = plain(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
-            ids.append(int(found.argmax()))
-        expected.append(ids[len(prompt) :])
+    expected = greedy(plain, prompts, 4)
     options = GenerateOptions(4)
     assert generate(ours, prompts, options, pad_id=0, stop_ids=(), micro_batch=2) == expected
     before = ours(batch.input_ids[:, :12]).logits

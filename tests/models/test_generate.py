@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from dense_reference import greedy
 
 from luthier.errors import Refused
 from luthier.models.generate import GenerateOptions, generate
@@ -23,14 +24,7 @@ def _run(model, options, prompts=PROMPTS, micro_batch=2, stop_ids=(2,), **kwargs
 def test_greedy_is_plain_transformers(family, tiny_model, capfd):
     """Padded micro-batches with a cache against one prompt at a time without one."""
     plain = tiny_model(family, attention="eager")
-    expected = []
-    for prompt in PROMPTS:
-        ids = list(prompt)
-        while len(ids) < len(prompt) + 12:
-            with torch.no_grad():
-                logits = plain(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
-            ids.append(int(logits.argmax()))
-        expected.append(ids[len(prompt) :])
+    expected = greedy(plain, PROMPTS, 12)
     capfd.readouterr()
     model = tiny_model(family)
     for options in (GenerateOptions(12), GenerateOptions(12, top_k=50, temperature=0)):

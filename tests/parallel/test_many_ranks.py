@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from layouts import config_of, steps, worst
 from ranks import run_ranks
-from tiny_runs import write_data
 
 from luthier.parallel.degrees import fit_batch
 from luthier.parallel.world import World
@@ -20,14 +18,7 @@ from luthier.use import _evaluate, _predict
 
 FULL = {"adapter__method": "none", "adapter__rank": None}
 TWELVE = {"train__batch": 12, "train__micro_batch": 1, "data__length": 128, "train__epochs": 9}
-
-
-@pytest.fixture(scope="module")
-def folders(
-    model_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, Path, Path]:
-    data = write_data(tmp_path_factory.mktemp("many"), train=32, dev=6)
-    return model_folder("qwen2"), data, Path("unused")  # tied embeddings
+FOLDERS = ("qwen2", 32, 6)  # tied embeddings
 
 
 @pytest.mark.parametrize(

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from layouts import config_of, with_layout
 from ranks import run_ranks
-from tiny_runs import write_data
 
 from luthier.assemble import build, evaluation_rows, make_updater, open_data, open_text
 from luthier.parallel.degrees import fit_batch
@@ -24,13 +22,6 @@ KEYS: dict[str, Any] = {
     "adapter__rank": None,
     "checkpoint__every": 2,
 }
-
-
-@pytest.fixture(scope="module")
-def folders(
-    model_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, Path, Path]:
-    return model_folder("llama"), write_data(tmp_path_factory.mktemp("data")), Path("unused")
 
 
 def two_steps(

@@ -13,7 +13,7 @@ import pytest
 import torch
 from layouts import config_of
 from ranks import run_ranks
-from tiny_runs import resolved, tiny_config, write_data
+from tiny_runs import resolved, tiny_config
 
 import luthier.built
 import luthier.crossing
@@ -106,14 +106,6 @@ def check(world: World, folders: Any, keys: dict[str, Any], fault: str | None) -
         except Failed as error:
             return str(error), said
     return found, said
-
-
-@pytest.fixture(scope="module")
-def folders(
-    model_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, Path, Path]:
-    data = write_data(tmp_path_factory.mktemp("verified"), train=24, dev=2)
-    return model_folder("llama"), data, Path("unused")
 
 
 BATCH = {"train__batch": 8, "train__micro_batch": 2}

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_runs import tiny_config, write_data
+from tiny_runs import tiny_config
 
 from luthier.assemble import open_data, open_text
 from luthier.cli import main
@@ -30,13 +29,6 @@ KEYS: dict[str, Any] = {
     "evaluate__every": 2,
     "checkpoint__every": 2,
 }
-
-
-@pytest.fixture(scope="module")
-def folders(
-    model_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, Path, Path]:
-    return model_folder("llama"), write_data(tmp_path_factory.mktemp("data")), Path("unused")
 
 
 def config_of(folders: tuple[Path, Path, Path], **keys: Any) -> RunConfig:

@@ -102,6 +102,20 @@ def test_every_fast_path_is_taken(
     assert not remarks
 
 
+@built
+def test_codes_of_a_quantised_base_are_read_by_the_kernel(
+    tmp_path: Path, model_folder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = {"model__dtype": "bfloat16", "quantize__weights": "nf4"}
+    calls, _ = one_step(tmp_path, model_folder("llama"), monkeypatch, **keys)
+    # forward, and backward to the inputs of all but what the first layer's q, k and v get from the embedding
+    assert calls["luthier.dequantize"] >= LAYERS * LINEARS + (LAYERS - 1) * LINEARS
+    assert not calls["aten.index_select"]
+    monkeypatch.setenv(native.SWITCH, "0")
+    calls, _ = one_step(tmp_path, model_folder("llama"), monkeypatch, **keys)
+    assert not calls["luthier.dequantize"] and calls["aten.index_select"]
+
+
 def test_without_the_kernels_torch_computes_and_the_run_says_why(
     tmp_path: Path, model_folder: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

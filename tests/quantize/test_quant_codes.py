@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from luthier import native
 from luthier.errors import Refused
 from luthier.quantize import codes, dequantize, make_spec, quantize
-from luthier.quantize.codes import Scheme, Spec
+from luthier.quantize.spec import Scheme, Spec
 from luthier.seeding import generator
 
 SCHEMES: tuple[Scheme, ...] = ("nf4", "fp4", "int8", "int4")
@@ -185,6 +186,41 @@ def test_any_part_is_that_part_of_the_whole(scheme: Scheme, shape: tuple[int, in
         out = torch.empty(stop - start)
         codes.dequantize_range(tensors["codes"], scale, spec, start, stop, out)
         assert torch.equal(out, whole[start:stop])
+
+
+@pytest.mark.skipif(native.library() is None, reason=native.status())
+@pytest.mark.parametrize(
+    ("shape", "block"), [((6, 128), 64), ((7, 33), None), ((9, 130), 26), ((3, 5, 64), 32), ((3, 2100), None)], ids=str
+)  # fmt: skip
+@pytest.mark.parametrize("scheme", ["nf4", "fp4", "int4"])
+def test_the_kernel_gives_the_bits_of_the_path_in_torch(
+    scheme: Scheme, shape: tuple[int, ...], block: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if scheme == "int4":
+        block = block if block is None or shape[-1] % block == 0 else None
+    else:
+        block = block if block in (32, 64) else None
+    # from rows that bfloat16 rounds to zero, or to numbers below its normal ones, to large ones
+    rows = torch.logspace(-44, 30, shape[-2])[:, None]
+    weight, spec = weight_of(*shape) * rows, make_spec(scheme, shape, block)
+    tensors, results = quantize(weight, spec), []
+    scale = codes.scales(tensors, spec)
+    lead, width = weight[..., 0].numel(), shape[-1]
+    parts = [(0, spec.numel), (width + 1, spec.numel - 1), (spec.unit, spec.numel)]
+    for switch in ("1", "0"):
+        monkeypatch.setenv(native.SWITCH, switch)
+        found = [torch.empty(max(0, b - a), dtype=torch.bfloat16) for a, b in parts]
+        for (start, stop), out in zip(parts, found, strict=True):
+            if start < stop:
+                codes.dequantize_range(tensors["codes"], scale, spec, start, stop, out)
+        if spec.by_rows:
+            step = codes.column_step(spec)
+            for start in (0, step):
+                found.append(torch.empty(lead, width - start, dtype=torch.bfloat16))
+                packed = tensors["codes"]
+                codes.dequantize_columns(packed, scale, spec, start, width, found[-1])
+        results.append(torch.cat([x.flatten() for x in found]).view(torch.int16))
+    assert torch.equal(*results)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

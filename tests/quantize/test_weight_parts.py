@@ -11,9 +11,9 @@ from luthier.bases import storage_words
 from luthier.errors import Refused
 from luthier.layers import count
 from luthier.parts import Part
-from luthier.quantize.codes import make_spec
 from luthier.quantize.linears import QuantizedLinear, QuantizedTensor
 from luthier.quantize.parts import part_block
+from luthier.quantize.spec import make_spec
 
 NF4D = {"scheme": "nf4", "double_quant": True}
 CASES: list[tuple[Any, tuple[int, ...], dict[str, Any], int]] = [
