@@ -79,6 +79,7 @@ class Footprint:
     peak: int  # most that is alive in forward or backward, besides weights and their gradients
     hidden: int  # the last hidden states [B, S, D]
     logits: int  # a chunk of logits and its gradient
+    entering: int  # a chunk of the hidden states that the head takes, and its gradient
     head_gradient: int  # while the loss is computed, where the head is trained
     tied_gradient: int  # a second gradient of tied embeddings
     head: Part  # also in `rest`
@@ -333,6 +334,7 @@ def _read(
         peak=peak,
         hidden=hidden.numel() * width,
         logits=chunk * vocabulary * (2 * width + scratch),
+        entering=2 * chunk * width_all * width,
         # a chunk's, and from the second one on their sum in float32
         head_gradient=numbers * (width + (4 if number > 1 else 0)),
         tied_gradient=numbers * width if tied else 0,

@@ -16,6 +16,7 @@ from luthier.config import RunConfig
 from luthier.footprint import Footprint, Part, optimizer_bytes
 from luthier.parallel.degrees import WHOLE
 from luthier.parallel.shard import BUCKET
+from luthier.train.loss import BLOCK_BYTES
 
 COPY = "copy of a background save"
 NODE = 8  # devices behind one fast link: tensor parallelism is proposed up to here
@@ -136,6 +137,8 @@ def device_share(
     working += 2 * found.hidden / c * (t > 1)  # gathered inputs, or inputs that are whole
     working += found.keys / t * (c > 1)  # keys and values of all ranks
     heads = (last or p == 1) / t
+    # a rank's part of the probabilities is scaled in float32, some rows at a time
+    shares = 2 * BLOCK_BYTES * (t > 1 and heads > 0 and found.on_cpu)
     return replace(
         found,
         layers=layers,
@@ -148,7 +151,7 @@ def device_share(
         hidden=int(found.hidden / c),
         # the cut is tried before the run: a forward of the whole model, and one of what is cut
         kernels=found.kernels + 2 * found.tried * (t > 1),
-        logits=int(found.logits * heads),
+        logits=int(found.logits * heads) + shares,
         head_gradient=int(found.head_gradient * heads),
         tied_gradient=int(found.tied_gradient / t) if p == 1 else 0,
     )
@@ -229,7 +232,7 @@ def _moments(
         "loss": {
             "gradients": before,
             "activations": found.saved + found.hidden,
-            "logits": found.logits,
+            "logits": found.logits + found.entering,
             "gradient of the head": found.head_gradient,
         },
         "backward, last layer": {

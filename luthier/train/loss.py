@@ -66,6 +66,7 @@ def token_loss(
             chunk = hidden.reshape(-1, hidden.shape[-1])[rows]
             logits = head(chunk) if relative is None else relative(chunk, targets)
             loss += _losses(logits, targets, vocabulary).sum()
+            del logits
     return loss
 
 
@@ -91,6 +92,7 @@ def token_stats(
         loss += float(_losses(logits, targets, vocabulary).sum(dtype=torch.float64))
         correct += _hits(logits, targets, vocabulary)
         count += len(targets)
+        del logits
     return loss, correct, count
 
 
@@ -144,6 +146,7 @@ class _TokenLoss(torch.autograd.Function):
                 if grad_chunk is not None:
                     grad_hidden.index_copy_(0, rows, grad_chunk)
             grads = [_add(total, part) for total, part in zip(grads, found, strict=True)]
+            del logits  # or it would stand beside the next chunk's
         ctx.shapes = hidden.shape, [(p.shape, p.dtype) for p in trained]
         ctx.save_for_backward(grad_hidden, *grads)
         return loss
