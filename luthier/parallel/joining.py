@@ -82,7 +82,7 @@ def meet(store: Any, place: Place, facts: Mapping[str, Any], seconds: float | No
     """Wait until every rank is there, exactly once, with the same `facts` (config, versions) as rank 0.
 
     Raises Failed naming who is missing after `seconds`; Refused for two processes of one rank (two runs on one
-    port) and for facts that differ.
+    port) and, on every rank, for facts that differ on one.
     """
     seconds = JOIN_SECONDS if seconds is None else seconds
     if place.rank == 0:
@@ -108,9 +108,22 @@ def meet(store: Any, place: Place, facts: Mapping[str, Any], seconds: float | No
     changed = [k for k in {**theirs, **ours} if theirs.get(k) != ours.get(k)]
     if changed:
         lines = [f"{k} is {ours.get(k)} here, {theirs.get(k)} on rank 0" for k in changed[:4]]
+        here = f"{place.words} on {socket.gethostname()}", "; ".join(lines)
+        store.set("different", json.dumps(here))
+    # the others would wait for one that has left until the group's time is over
+    store.add("compared", 1)
+    while store.add("compared", 0) < place.size and time.monotonic() - begin < 2 * seconds:
+        time.sleep(0.05)
+    if store.check(["different"]):
+        who, found = json.loads(store.get("different"))
+        store.add("left", 1)
+        while place.rank == 0 and store.add("left", 0) < place.size:  # the store may be its own
+            if time.monotonic() - begin > 2 * seconds:
+                break
+            time.sleep(0.05)
         raise Refused(
-            f"joining the run as {place.words} on {socket.gethostname()}",
-            "; ".join(lines),
+            f"joining the run as {who}",
+            found,
             "start every process with the same config, overrides and version of Luthier",
         )
 
