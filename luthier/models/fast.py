@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import saved_tensors_hooks
 
 from luthier.held import filled
 from luthier.native import ops
@@ -56,6 +57,7 @@ def fasten(model: nn.Module) -> list[str]:
             why = known[kind]
             if why is None:
                 vars(module)["forward"] = MethodType(_mlp_forward, module)
+                vars(module)["luthier_keeps"] = False
         else:
             continue
         if why is not None:
@@ -177,7 +179,34 @@ def _mlp_forward(self: Any, x: Tensor) -> Tensor:
     gate, up = self.gate_proj(x), self.up_proj(x)
     if not ops.takes(gate, up):
         return self.down_proj(self.act_fn(gate) * up)
-    return self.down_proj(_SwiGLU.apply(gate, up))
+    product: Any = _SwiGLU.apply(gate, up)
+    if not product.requires_grad or self.luthier_keeps or torch.compiler.is_compiling():
+        return self.down_proj(product)
+    with _made_again(product, gate, up):
+        return self.down_proj(product)
+
+
+def keep_products(model: nn.Module, on: bool) -> None:
+    """Whether MLPs keep silu(gate) up for the backward. If not they make it again from gate and up, which
+    are kept anyway: a sixth of what a layer keeps less. In a layer that is recomputed as a whole nothing is kept, and
+    keeping gate and up for this would be more."""
+    for module in model.modules():
+        if "luthier_keeps" in vars(module):
+            module.luthier_keeps = on  # pyright: ignore[reportArgumentType]
+
+
+def _made_again(product: Tensor, gate: Tensor, up: Tensor) -> saved_tensors_hooks:
+    """Inside, `product` is not kept for the backward."""
+    where, gate, up = product.untyped_storage()._cdata, gate.detach(), up.detach()
+
+    def pack(x: Tensor) -> Tensor | torch.Size:
+        same = x.untyped_storage()._cdata == where and x.numel() == gate.numel()
+        return x.shape if same and x.is_contiguous() else x.detach()
+
+    def unpack(kept: Tensor | torch.Size) -> Tensor:
+        return kept if isinstance(kept, Tensor) else ops.swiglu(gate, up).view(kept)
+
+    return saved_tensors_hooks(pack, unpack)
 
 
 class _SwiGLU(Function):

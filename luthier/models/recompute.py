@@ -23,6 +23,7 @@ from luthier.batch import current_layout, layout_scope
 from luthier.errors import Refused
 from luthier.models import cpu_attention as cpu_attention  # registers the operator
 from luthier.models.absent import Absent, present
+from luthier.models.fast import keep_products
 from luthier.models.stage import Stage, decoder_layers
 
 _ATTENTION = {  # of the kernels `native`, `sdpa` and `varlen`
@@ -52,6 +53,7 @@ def set_recompute(
     The results are the same. It acts in training mode only.
     """
     stage.recompute, stage.keep_attention = mode, keep_attention
+    keep_products(stage.model, mode != "none")
     if mode == "none":
         for module in stage.model.modules():
             if isinstance(module, GradientCheckpointingLayer):

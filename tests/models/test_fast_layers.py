@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from luthier import native
+from luthier.adapters import adapter_parameters, attach
+from luthier.config import AdapterConfig
 from luthier.models import fast
 from luthier.models.recompute import set_recompute
 from luthier.models.stage import Stage
@@ -143,6 +146,41 @@ def test_gradients_no_further_from_float32(
     for mode in ("layer", "selective"):
         again = gradients(ours, batch, mode)
         assert all(torch.equal(again[n], found[0][n]) for n in again)
+
+
+@built
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_the_product_of_gate_and_up_is_made_again(
+    method: str, tiny_model: Any, random_batch: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing keeps it between forward and backward, and the gradients have the same bits."""
+    batch = random_batch(lengths_per_row=[[5, 17], [30]])
+    stage = Stage(tiny_model("llama", torch.bfloat16).train().requires_grad_(True))
+    assert not fast.fasten(stage.model)
+    if method == "lora":
+        attach(stage.model, AdapterConfig.model_validate({"method": "lora", "rank": 2}), seed=0)
+        for parameter in adapter_parameters(stage.model).values():
+            parameter.data.add_(0.01)
+    made: list[Any] = []
+    plain = ops.swiglu
+
+    def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+        out = plain(gate, up)
+        made.append(weakref.ref(out.untyped_storage()))
+        return out
+
+    monkeypatch.setattr(ops, "swiglu", swiglu)
+    found: list[list[Tensor]] = []
+    for kept in (False, True):
+        stage.model.zero_grad()
+        fast.keep_products(stage.model, kept)
+        made.clear()
+        loss = token_loss(stage(batch), batch.labels, stage.head, stage.head_parameters())
+        assert [one() is not None for one in made] == [kept] * 2  # one for each layer
+        loss.backward()
+        assert (len(made) > 2) == (not kept)
+        found.append([p.grad for p in stage.model.parameters() if p.grad is not None])
+    assert len(found[0]) > 10 and all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 class OtherRMSNorm(nn.Module):
