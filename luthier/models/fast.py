@@ -42,11 +42,14 @@ def fasten(model: nn.Module) -> list[str]:
     Call it on a model with its weights and without adapters, or, to find its sizes alone, on one of fake tensors,
     outside of their mode. Where the kernels are not for the model at all nothing is done and nothing said.
     """
-    if not ops.takes(next(model.parameters())):
+    here = next((p for p in model.parameters() if not p.is_meta), None)
+    if here is None or not ops.takes(here):
         return []
     left: dict[str, str] = {}
     known: dict[tuple[Any, ...], str | None] = {}  # one layer of a kind is tried, its weights cost
     for module in list(model.modules()):
+        if any(p.is_meta for p in module.parameters()):
+            continue  # of another stage of a pipeline
         name = type(module).__name__
         if name.endswith(NORMS):
             why = _fasten_norm(module)
