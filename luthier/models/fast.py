@@ -190,9 +190,9 @@ def _mlp_forward(self: Any, x: Tensor) -> Tensor:
 
 
 def keep_products(model: nn.Module, on: bool) -> None:
-    """Whether MLPs keep silu(gate) up for the backward. If not they make it again from gate and up, which
-    are kept anyway: a sixth of what a layer keeps less. In a layer that is recomputed as a whole nothing is kept, and
-    keeping gate and up for this would be more."""
+    """Whether MLPs keep silu(gate) up for the backward. If not they make it again from gate and up, which are kept
+    anyway: a fifth less where the MLP is four times as wide as the model. In a layer that is recomputed as a whole
+    nothing is kept, and keeping gate and up for this would be more."""
     for module in model.modules():
         if "luthier_keeps" in vars(module):
             module.luthier_keeps = on  # pyright: ignore[reportArgumentType]
