@@ -35,7 +35,8 @@ from luthier.files import write_json
 from luthier.train.metrics import memory, read_metrics
 
 RESULTS = Path(__file__).parent / "results"
-CHARACTERS = 80  # of a question and of an answer: short rows
+WORDS = 14  # of a question and of an answer: short rows
+STEP = 7919  # words between the places of two texts; prime, so that no place comes twice soon
 LENGTH = 2048
 SAMPLE = 4000  # rows that one process is timed on
 
@@ -83,14 +84,16 @@ def main() -> int:
 
 
 def write_rows(path: Path, rows: list[dict[str, str]], count: int) -> None:
-    """`count` different short rows as JSON lines."""
+    """`count` short rows as JSON lines: questions and answers are runs of words out of the data's own texts, each
+    from a place of its own."""
+    words = [
+        w for row in rows for w in f"{row['instruction']} {row['output']}".split(" ") if w.strip()
+    ]
+    places = (i * STEP % (len(words) - WORDS) for i in itertools.count())
     with path.open("w", encoding="utf-8") as file:
-        for i, row in zip(range(count), itertools.cycle(rows), strict=False):
-            pair = {
-                "src": f"{i} {row['instruction'][:CHARACTERS]}",
-                "tgt": row["output"][:CHARACTERS],
-            }
-            file.write(json.dumps(pair) + "\n")
+        for _ in range(count):
+            src, tgt = (" ".join(words[i : i + WORDS]) for i in itertools.islice(places, 2))
+            file.write(json.dumps({"src": src, "tgt": tgt}) + "\n")
 
 
 def config_of(model: str, path: Path, *overrides: str) -> RunConfig:

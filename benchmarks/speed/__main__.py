@@ -42,7 +42,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--only-peers", nargs="*", help="environments that --setup makes")
     parser.add_argument("--only", nargs="*", help="names of contestants")
     parser.add_argument("--also", action="append", default=[], metavar="NAME:KEY=VALUE,...",
-                        help="one more way of Luthier: its name and overrides")  # fmt: skip
+                        help="one more way of Luthier: its name, overrides and variables")  # fmt: skip
     parser.add_argument("--jobs", nargs="*", choices=["lora", "full", "qlora", "shapes"])
     parser.add_argument("--quantize", choices=["nf4", "fp4"], help="adds the job qlora")
     parser.add_argument("--length", type=int, default=2048)

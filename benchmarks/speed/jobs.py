@@ -71,7 +71,13 @@ def chosen(args: argparse.Namespace, kind: str) -> list[peers.Contestant]:
     also = []
     for text in args.also:
         name, _, words = text.partition(":")
-        options = {"overrides": [word for word in words.split(",") if word]}
+        pairs = [word for word in words.split(",") if word]
+        options = {
+            "overrides": [pair for pair in pairs if not pair.split("=")[0].isupper()],
+            "environment": dict(
+                pair.split("=", 1) for pair in pairs if pair.split("=")[0].isupper()
+            ),
+        }
         full = f"{peers.LUTHIER}, {name}"
         jobs = ("lora", "full", "qlora")
         also.append(peers.Contestant(full, "run_luthier", None, words, options, jobs))

@@ -82,6 +82,13 @@ CONTESTANTS = (
         {"overrides": ["train.compile=true"]},
     ),
     Contestant(
+        "luthier, torch alone",
+        "run_luthier",
+        None,
+        "without its native kernels",
+        {"environment": {"LUTHIER_NATIVE": "0"}},
+    ),
+    Contestant(
         "TRL, best",
         "run_trl",
         "trl",
@@ -195,7 +202,7 @@ def environment_of(job: Mapping[str, Any]) -> dict[str, str]:
     kept |= {"PYTHONUNBUFFERED": "1", "WANDB_MODE": "disabled"}
     if job["contestant"].startswith(LUTHIER):
         kept["PYTHONPATH"] = str(HERE.parents[1])
-    return kept
+    return kept | job.get("options", {}).get("environment", {})
 
 
 def setup(folder: Path, only: list[str] | None, gpu: bool) -> int:

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from luthier.batch import FILLER, IGNORE, PADDING, Batch
-from luthier.data.encode import Positions, check_labels
+from luthier.data.checks import check_labels
+from luthier.data.encode import Positions
 from luthier.data.streaming import Row, Step
 
 

@@ -12,13 +12,13 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from luthier.batch import IGNORE
 from luthier.config import DataConfig, RunConfig
-from luthier.data.encode import Dropped, Example, Renderer, check_labels, check_supervision
+from luthier.data.checks import check_labels, check_supervision
+from luthier.data.encode import Dropped, Example, Renderer
 from luthier.data.formats import (
     FORMATS,
     BadRow,
@@ -46,8 +46,7 @@ PROVEN_ROWS = 8  # rows whose supervision is compared with the prompts of predic
 Progress = Callable[[int, int], object]  # rows done, rows in all
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """What one row became; `examples` is empty unless the record says used or cut."""
 
     record: Record
@@ -121,17 +120,18 @@ class Encoder:
         except BadRow as bad:
             status = "dropped" if isinstance(bad, (Dropped, EmptyRow)) else "invalid"
             return Outcome(Record(index, place, status, bad.reason))
-        cut = sum(example.cut for example in examples)
+        cut = sum([example.cut for example in examples])
+        trained = [example.trained for example in examples]
         record = Record(
             index,
             place,
             "cut" if cut else "used",
             cut=cut,
             num_examples=len(examples),
-            num_tokens=sum(len(example.input_ids) for example in examples),
-            num_supervised=sum(int((example.labels != IGNORE).sum()) for example in examples),
-            ended=self.renderer.ends_in_stop(examples[-1]),
-            note="; ".join(dict.fromkeys(example.note for example in examples if example.note)),
+            num_tokens=sum([len(example.input_ids) for example in examples]),
+            num_supervised=sum(map(len, trained)),
+            ended=self.renderer.stops(trained[-1]),
+            note="; ".join(dict.fromkeys([example.note for example in examples if example.note])),
         )
         return Outcome(record, tuple(examples))
 
@@ -331,7 +331,8 @@ def _read(
 
 def _encoded(encoder: Encoder, total: int, workers: int) -> Iterator[Encoded]:
     """All rows in order: in this process while that is quick, the rest in `workers` processes."""
-    chunks = [range(i, min(i + CHUNK_ROWS, total)) for i in range(0, total, CHUNK_ROWS)]
+    size = 4 * CHUNK_ROWS  # nobody waits for the first of them
+    chunks = [range(i, min(i + size, total)) for i in range(0, total, size)]
     begin = time.perf_counter()
     for done, chunk in enumerate(chunks):
         rest = (time.perf_counter() - begin) / max(done, 1) * (len(chunks) - done)

@@ -2,23 +2,22 @@
 
 `Renderer.encode` makes the examples that are trained, `Renderer.prompt` the ids to generate from; equal
 prompts have equal ids in both. This file decides what is kept when a row is too long (`data.overlong`)
-and what its labels are; how turns become text is `templates.py`, the cutting rules are `truncation.py`.
-The checks at the end prove labels and supervision on the arrays that training reads.
+and what its labels are; how turns become text is `templates.py`, the cutting rules are `truncation.py`. What is
+made here is proved by `checks.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from luthier.batch import IGNORE, PADDING
+from luthier.batch import IGNORE
 from luthier.data.blanks import Blanks
 from luthier.data.formats import BadRow, Message
-from luthier.data.jinja import LAST_ONLY
 from luthier.data.templates import choose
 from luthier.data.tokens import Tokens
 from luthier.data.truncation import Ids, cut_answer, cut_source, keep_rounds
@@ -50,6 +49,11 @@ class Example:
     cut: int = 0
     note: str = ""
     positions: np.ndarray | None = None
+
+    @property
+    def trained(self) -> np.ndarray:
+        """The supervised tokens, int64."""
+        return self.labels[self.labels != IGNORE]
 
 
 class Renderer:
@@ -95,6 +99,7 @@ class Renderer:
         self.notes = self.template.notes
         own = {self.tokens.eos, self.template.end_id, *self.tokens.stops, *stop_ids} - {None}
         self.stop_ids = tuple(sorted(i for i in own if i is not None))
+        self._stops = frozenset(self.stop_ids)
         if not self.stop_ids:
             raise Refused(
                 "answers and texts have to end in a token that says so",
@@ -109,7 +114,7 @@ class Renderer:
             return self._encode_text(messages[0].text)
         conversation, note = self._conversation(messages), ""
         if conversation.turns[-1].answer is None:
-            conversation = replace(conversation, turns=conversation.turns[:-1])
+            conversation = conversation._replace(turns=conversation.turns[:-1])
             note = UNANSWERED
         if not conversation.turns:
             raise BadRow("there is no answer to train on")
@@ -138,8 +143,8 @@ class Renderer:
             return kept, len(ids) + len(self.tokens.opening) - len(kept)
         conversation = self._conversation(messages)
         *earlier, asked = conversation.turns
-        conversation = replace(
-            conversation, turns=(*earlier, replace(asked, answer=None, metadata=""))
+        conversation = conversation._replace(
+            turns=(*earlier, asked._replace(answer=None, metadata=""))
         )
         whole = self.template.render(conversation, 0, len(conversation.turns))
         kept = whole
@@ -184,9 +189,12 @@ class Renderer:
 
     def ends_in_stop(self, example: Example) -> bool:
         """Whether the last supervised token is a stop token."""
-        trained = example.labels[example.labels != IGNORE]
-        last = trained[-1:] if self.marks is None else trained[-2:]  # a line end may follow
-        return any(token in self.stop_ids for token in last.tolist())
+        return self.stops(example.trained)
+
+    def stops(self, trained: np.ndarray) -> bool:
+        """`ends_in_stop` of an example with these supervised tokens."""
+        last = 1 if self.marks is None else 2  # a line end may follow
+        return not self._stops.isdisjoint(trained[-last:].tolist())
 
     def _conversation(self, messages: Sequence[Message]) -> Conversation:
         conversation = _conversation(messages)
@@ -209,7 +217,7 @@ class Renderer:
                 cut = len(ids) - len(chunks[0])
         pieces = [Rendered((Round(prefix, chunk),), [], [], cut) for chunk in chunks]
         if len(chunks) > 1 and len(prefix) + len(chunks[-1]) < 2:  # a lone EOS trains nothing
-            pieces[-2:] = [replace(pieces[-2], cut=1)]
+            pieces[-2:] = [pieces[-2]._replace(cut=1)]
         return [self._example(piece, "") for piece in pieces]
 
     def document(self, ids: Ids, cut: int = 0) -> Example:
@@ -275,7 +283,7 @@ class Renderer:
                 limits = f"data.length={self.length}"
                 limits += "" if source is None else f", data.source_length={source}"
                 raise Dropped(f"its prompt leaves no room for an answer ({limits})")
-        return replace(kept, cut=whole.cut + whole.size - kept.size)
+        return kept._replace(cut=whole.cut + whole.size - kept.size)
 
     def _split(self, conversation: Conversation, whole: Rendered) -> list[Rendered]:
         """Runs of rounds that fit, from the first on; a round too long by itself is cut or left out."""
@@ -304,7 +312,7 @@ class Renderer:
             start = stop
         if not pieces:
             raise Dropped(f"no trained round of it fits data.length={self.length}")
-        return [replace(pieces[0], cut=pieces[0].cut + lost), *pieces[1:]]
+        return [pieces[0]._replace(cut=pieces[0].cut + lost), *pieces[1:]]
 
     def _example(self, rendered: Rendered, note: str) -> Example:
         ids: Ids = list(rendered.head)
@@ -322,14 +330,16 @@ class Renderer:
                 f"it begins with two {self.tokens.tokenizer.bos_token}: the text or the template "
                 "already holds the one that the tokenizer puts in front"
             )
-        tokens = np.asarray(ids, dtype=np.int32)
-        following = np.full(len(ids), IGNORE, dtype=np.int64)  # each token as a label of its own
+        tokens = np.array(ids, dtype=np.int32)
+        following = np.full(
+            len(ids) + 1, IGNORE, dtype=np.int64
+        )  # each token as a label of its own
         for span in spans:
             following[span] = tokens[span]
         if self.marks is not None:
-            marked = np.asarray(self.marks(ids))
+            marked = np.flatnonzero(self.marks(ids))
             following[marked] = tokens[marked]
-        labels = np.append(following[1:], IGNORE)
+        labels = following[1:]
         if labels.max() == IGNORE:
             raise Dropped("no token of it is supervised")
         return Example(tokens, labels, rendered.cut, note)
@@ -350,49 +360,3 @@ def _conversation(messages: Sequence[Message]) -> Conversation:
     if len(rest) % 2:
         turns.append(Turn(rest[-1].text, None, tool=rest[-1].role == "tool"))
     return Conversation(system, tuple(turns), messages[0].context)
-
-
-def check_labels(input_ids: Any, labels: Any, document_ids: Any = None) -> None:
-    """Raise Failed unless every label is -100 or the next token of its own document; the last label of
-    a document and all labels of padding must be -100. Arrays or CPU tensors, [n] or [B, S]."""
-    ids, wanted = np.atleast_2d(np.asarray(input_ids)), np.atleast_2d(np.asarray(labels))  # [B, S]
-    documents = (
-        np.zeros_like(ids) if document_ids is None else np.atleast_2d(np.asarray(document_ids))
-    )
-    allowed = np.full(ids.shape, IGNORE, dtype=np.int64)
-    same = (documents[:, 1:] == documents[:, :-1]) & (documents[:, 1:] != PADDING)
-    allowed[:, :-1] = np.where(same, ids[:, 1:], IGNORE)
-    wrong = (wanted != IGNORE) & (wanted != allowed)
-    if wrong.any():
-        row, column = (int(i) for i in np.argwhere(wrong)[0])
-        raise Failed(
-            "checking the labels",
-            f"{int(wrong.sum())} of {int((wanted != IGNORE).sum())} are not the next token of their document; "
-            f"the first in row {row} at token {column}: label {wanted[row, column]}, next token {allowed[row, column]}",
-            "this is a defect of the data pipeline, please report it",
-        )
-
-
-def check_supervision(renderer: Renderer, messages: Sequence[Message], example: Example) -> None:
-    """Raise Failed unless the trained spans begin exactly where a prompt ends and the ids agree with it.
-
-    `example` holds all of `messages`: not one of several after a split. One that was cut is not checked.
-    """
-    if example.cut or messages[0].role == "text":
-        return
-    example = renderer.without_marks(messages, example)
-    answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
-    prompts = [renderer.prompt(messages[: i + 1]) for i in answers if messages[i].supervised]
-    trained = example.labels != IGNORE
-    starts = np.flatnonzero(trained & ~np.concatenate([[False], trained[:-1]])).tolist()
-    expected = [len(prompt) - 1 - renderer.tokens.trained_before for prompt in prompts]
-    if LAST_ONLY in example.note:
-        expected, prompts = expected[-1:], prompts[-1:]
-    same = all(example.input_ids[: len(p)].tolist() == p for p in prompts)
-    if starts != expected or not same:
-        raise Failed(
-            "checking which tokens are trained",
-            f"trained spans begin at tokens {starts}, answers at {expected}"
-            + ("" if same else "; the prompt differs from the one used in prediction"),
-            "this is a defect of the data pipeline, please report it",
-        )

@@ -9,8 +9,8 @@ newline that joins Alpaca's `instruction` and `input`. How messages become token
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
 
 from luthier.errors import Refused, suggest
 from luthier.registry import Registry
@@ -31,8 +31,7 @@ class EmptyRow(BadRow):
     """A well-formed row without content: an empty question, answer or text."""
 
 
-@dataclass(frozen=True)
-class Message:
+class Message(NamedTuple):
     """One turn. A list of messages is [system,] (user, assistant)..., with `tool` (what a tool said) in the
     place of later users, or one `text` (a document that is trained as a whole). `context` holds the row's
     own names for a chat template (first message only), `metadata` the tool that an answer calls."""
@@ -40,7 +39,7 @@ class Message:
     role: Role
     text: str
     supervised: bool
-    context: Mapping[str, Any] = field(default_factory=dict)
+    context: Mapping[str, Any] = MappingProxyType({})
     metadata: str = ""
 
 
@@ -262,21 +261,22 @@ def _messages(
     muted: Iterable[int] = (),
     metadata: Mapping[int, str] | None = None,
 ) -> list[Message]:
-    if not any(role == "user" for role, _ in turns):
+    roles = [role for role, _ in turns]
+    if "user" not in roles:
         raise BadRow("there is no user turn")
-    if not predict and not any(role == "assistant" for role, _ in turns):
+    if not predict and "assistant" not in roles:
         raise BadRow("there is no assistant turn, nothing to train")
     if turns[-1][0] == "assistant" and not turns[-1][1].strip():
         turns = turns[:-1]
     silent, kinds = set(muted), metadata or {}
     out = [
-        Message(role, text, role == "assistant" and i not in silent, {}, kinds.get(i, ""))
+        Message(role, text, role == "assistant" and i not in silent, metadata=kinds.get(i, ""))
         for i, (role, text) in enumerate(turns)
     ]
     if system:
         out.insert(0, Message("system", system, False))
     if context:
-        out[0] = replace(out[0], context=dict(context))
+        out[0] = out[0]._replace(context=dict(context))
     return out
 
 

@@ -9,7 +9,6 @@ positions, is known to the tokenizer (`document_positions`); `loader.py` puts th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, Protocol
 
 from luthier.data.jinja import LAST_ONLY
@@ -76,7 +75,7 @@ class Infilling(Template):
         if conversation.turns[turn].answer is None:
             prompt = self._prompt(self._text(conversation, turn, turn + 1), self.length)
         answer = cut_answer(only.answer, self.length - len(prompt))
-        return replace(rendered, rounds=(replace(only, prompt=prompt, answer=answer),))
+        return rendered._replace(rounds=(only._replace(prompt=prompt, answer=answer),))
 
     def _text(self, conversation: Conversation, start: int, stop: int) -> Ids:
         """Ids of the prompt's text of turns `start` to `stop`, whose last answer is left out."""
@@ -146,7 +145,7 @@ class Roles(Template):
         before, behind = [*self._head(conversation), *bare], only.prompt[-1:]
         prompt = cut_source(self.tokens(asked.user), limit, before, behind)
         answer = cut_answer(only.answer, self.length - len(prompt))
-        return replace(rendered, rounds=(replace(only, prompt=prompt, answer=answer),))
+        return rendered._replace(rounds=(only._replace(prompt=prompt, answer=answer),))
 
     def _head(self, conversation: Conversation) -> Ids:
         before, _ = self.own.special_ids_around([])

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import datetime
 import re
-from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from luthier.data.formats import BadRow
+from luthier.data.skeleton import Looked, cut, fill, marked, watched
 from luthier.data.tokens import Tokens
 from luthier.data.truncation import cut_answer, cut_source
 from luthier.data.turns import Conversation, Rendered, Round, Template, check_lost, system_message
@@ -25,6 +26,15 @@ from luthier.errors import Refused
 CLOCK = datetime.date(2024, 7, 26)  # what `strftime_now` of a template shows, so that runs repeat
 ANSWER = "7Zq3"  # a text that no template prints by itself
 LAST_ONLY = "only the last answer is trained: its prompt rewrites earlier turns"
+
+
+class _Pieces(NamedTuple):
+    """Prompt and answer of each turn and what stands behind the last; `stable`: no prompt rewrites earlier turns.
+    Texts, or skeletons of them."""
+
+    rounds: list[tuple[Any, Any]]
+    tail: Any
+    stable: bool
 
 
 class Jinja(Template):
@@ -46,6 +56,7 @@ class Jinja(Template):
         known = tokens.tokenizer
         own = type(known).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template
         self._special = None if own else dict(known.special_tokens_map)
+        self._skeletons: dict[tuple[int, str], _Pieces | None] = {}
         try:
             question = [{"role": "user", "content": "Q"}]
             prompt = self._text(question, True)
@@ -67,32 +78,80 @@ class Jinja(Template):
         self.notes = tuple(notes)
 
     def render(self, conversation: Conversation, start: int, stop: int) -> Rendered:
-        messages = system_message(conversation)
-        context = {k: v for k, v in conversation.context.items() if k != "system"}
-        done, stable, pieces = "", True, []
-        prompt = answer = whole = ""
         turns = conversation.turns[start:stop]
+        messages = system_message(conversation)
         for turn in turns:
             messages.append({"role": "user", "content": turn.user})
-            prompt = whole = self._text(messages, True, context)
-            stable = stable and prompt.startswith(done)
-            answer = ""
             if turn.answer is not None:
                 messages.append({"role": "assistant", "content": turn.answer})
-                whole = self._text(messages, False, context)
-                answer = self._answer(prompt, whole)
-            pieces.append((prompt[len(done) :], answer, turn.supervised))
-            done = prompt + answer
-        check_lost(messages, whole, "the chat template")
-        note = ""
-        if not stable:
-            note = LAST_ONLY if any(turn.supervised for turn in turns[:-1]) else ""
-            pieces = [(prompt, answer, turns[-1].supervised)]
+        context = {k: v for k, v in conversation.context.items() if k != "system"}
+        found = self._filled(messages) if not context else None
+        if found is None:
+            found = self._pieces(messages, partial(self._text, context=context))
+        note, supervised = "", [turn.supervised for turn in turns]
+        if not found.stable:
+            note = LAST_ONLY if any(supervised[:-1]) else ""
+            supervised = supervised[-1:]
         rounds = tuple(
-            Round((self.tokens.after if i else self.tokens)(p), self.tokens.after(a), supervised)
-            for i, (p, a, supervised) in enumerate(pieces)
+            Round((self.tokens.after if i else self.tokens)(p), self.tokens.after(a), trained)
+            for i, ((p, a), trained) in enumerate(zip(found.rounds, supervised, strict=True))
         )
-        return Rendered(rounds, [], self.tokens.after(whole[len(prompt + answer) :]), 0, note)
+        return Rendered(rounds, [], self.tokens.after(found.tail), 0, note)
+
+    def _pieces(
+        self, messages: list[dict[str, str]], text: Callable[[list[dict[str, str]], bool], str]
+    ) -> _Pieces:
+        """Prompt and answer of each turn, as `text` renders them; of the last one alone where a prompt rewrites
+        earlier turns."""
+        done, stable, rounds = "", True, []
+        prompt = answer = whole = ""
+        for i, message in enumerate(messages):
+            if message["role"] != "user":
+                continue
+            prompt = whole = text(messages[: i + 1], True)
+            stable = stable and prompt.startswith(done)
+            answer = ""
+            if i + 1 < len(messages):
+                whole = text(messages[: i + 2], False)
+                answer = self._answer(prompt, whole)
+            rounds.append((prompt[len(done) :], answer))
+            done = prompt + answer
+        plain = [{**message, "content": str(message["content"])} for message in messages]
+        check_lost(plain, whole, "the chat template")
+        return _Pieces(
+            rounds if stable else [(prompt, answer)], whole[len(prompt + answer) :], stable
+        )
+
+    def _filled(self, messages: list[dict[str, str]]) -> _Pieces | None:
+        """`_pieces`, from a skeleton; None where the template has none."""
+        if self._special is None:
+            return None
+        key = len(messages), messages[0]["role"]  # after the first one they alternate
+        if key not in self._skeletons:
+            self._skeletons[key] = self._skeleton(messages)
+        skeleton = self._skeletons[key]
+        if skeleton is None:
+            return None
+        contents = [message["content"] for message in messages]
+        rounds = [(fill(p, contents), fill(a, contents)) for p, a in skeleton.rounds]
+        return _Pieces(rounds, fill(skeleton.tail, contents), skeleton.stable)
+
+    def _skeleton(self, messages: list[dict[str, str]]) -> _Pieces | None:
+        template = watched(_compile_jinja_template(self.source), self.source)
+        if template is None:
+            return None
+        try:
+            found = self._pieces(
+                marked(messages), lambda some, to_answer: self._print(template, some, to_answer)
+            )
+        except (Looked, Refused, jinja2.TemplateError, TypeError):
+            return None  # each row has its own error
+        rounds = [(cut(p), cut(a)) for p, a in found.rounds]
+        # an answer could end, of itself, in what is taken off behind it
+        ends = [a[-1] if isinstance(a[-1], str) else "" for _, a in rounds if a]
+        if not found.stable or any(len(end) < len(self.tail) for end in ends):
+            return None
+        return _Pieces(rounds, cut(found.tail), True)
 
     def shorten(self, conversation: Conversation, turn: int, rendered: Rendered) -> Rendered:
         """The oldest tokens of the question are lost; system, headers and generation prompt survive."""
@@ -109,7 +168,7 @@ class Jinja(Template):
                 self.tokens.after(found), limit, self.tokens(before), self.tokens.after(behind)
             )
         answer = cut_answer(only.answer, self.length - len(prompt))
-        return replace(rendered, rounds=(replace(only, prompt=prompt, answer=answer),))
+        return rendered._replace(rounds=(only._replace(prompt=prompt, answer=answer),))
 
     def _answer(self, prompt: str, full: str) -> str:
         if not full.startswith(prompt):
@@ -133,14 +192,7 @@ class Jinja(Template):
             )
         try:
             if self._special is not None and not context:
-                # what apply_chat_template does with plain strings, without the copies that it makes first
-                return _compile_jinja_template(self.source).render(
-                    messages=messages,
-                    tools=None,
-                    documents=None,
-                    add_generation_prompt=to_answer,
-                    **self._special,
-                )
+                return self._print(_compile_jinja_template(self.source), messages, to_answer)
             return self.tokens.tokenizer.apply_chat_template(
                 messages,
                 chat_template=self.source,
@@ -152,6 +204,18 @@ class Jinja(Template):
             raise
         except (jinja2.TemplateError, TypeError) as error:
             raise BadRow(f"the chat template says: {error}") from error
+
+    def _print(
+        self, template: jinja2.Template, messages: list[dict[str, str]], to_answer: bool
+    ) -> str:
+        """What apply_chat_template does with plain strings, without the copies that it makes first."""
+        return template.render(
+            messages=messages,
+            tools=None,
+            documents=None,
+            add_generation_prompt=to_answer,
+            **(self._special or {}),
+        )
 
 
 # names of apply_chat_template's own arguments

@@ -11,7 +11,7 @@ import copy
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from luthier.errors import Failed, Refused
 
@@ -21,8 +21,7 @@ MAX_ENTRIES = 1000  # listed rows per status; the others are counted
 NAMED = 3  # rows that a message names
 
 
-@dataclass(frozen=True)
-class Record:
+class Record(NamedTuple):
     """The end of one input row. `place` is "file:line"; `num_examples` the documents it became (0 when
     dropped or invalid), `num_tokens` and `num_supervised` theirs, `cut` the tokens it lost; `ended` whether
     its last answer ends in a trained end token."""

@@ -25,6 +25,7 @@ SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet", ".arrow")
 DECODER = json.JSONDecoder()
 SPACE = re.compile(r"[ \t\r\n]*")
 BOM = b"\xef\xbb\xbf"
+BLOCK = 1 << 16  # bytes read at once of rows that follow each other
 CHUNK = 1 << 24  # bytes read at a time while looking for line ends
 SHORT = 16  # only lines of at most this many bytes are looked at for being blank
 
@@ -55,16 +56,15 @@ class JsonRows:
         self.starts = starts  # int64 [n + 1]; row i lies in bytes starts[i] to starts[i + 1]
         self.lines = lines  # int64 [n], 1-based; None where row i is line i + 1
         self.array = array  # elements of one array: a comma or bracket may follow a row
+        self._block = (0, b"")  # bytes read last, and where they lie
+        self._next = -1  # the byte behind the row read last
 
     def __len__(self) -> int:
         return len(self.starts) - 1
 
     def row(self, index: int) -> tuple[dict[str, Any], str]:
         start, stop = int(self.starts[index]), int(self.starts[index + 1])
-        # opened for each row: safe in threads and forked processes, and cheap beside tokenising
-        with FileIO(self.name) as handle:
-            handle.seek(start)
-            data = handle.read(stop - start)
+        data = self._bytes(start, stop)
         line = index + 1 if self.lines is None else int(self.lines[index])
         text = _decode(self.path, data, line, start).rstrip()  # an error stays on its line
         value, end = _parse(self.path, text, _skip(text, 0), line)
@@ -77,9 +77,21 @@ class JsonRows:
         place = f"{self.name}:{line}"
         if not isinstance(value, dict):
             raise Unreadable(place, f"the row is {type(value).__name__}, not an object {{...}}")
-        if "\\ud" in text.lower():
+        if "\\ud" in text or "\\uD" in text:
             _check_surrogates(value, place)
         return value, place
+
+    def _bytes(self, start: int, stop: int) -> bytes:
+        """A part of the file. Of rows that are asked for one after the other many are read at once."""
+        begin, block = self._block
+        if not begin <= start <= stop <= begin + len(block):
+            size = max(stop - start, BLOCK) if start == self._next else stop - start
+            # opened each time: safe in threads and forked processes, and cheap beside tokenising
+            with FileIO(self.name) as handle:
+                handle.seek(start)
+                begin, block = self._block = start, handle.read(size)
+        self._next = stop
+        return block[start - begin : stop - begin]
 
 
 class TableRows:

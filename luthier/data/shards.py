@@ -13,7 +13,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -244,7 +244,7 @@ class Shards:
                     raise _Stopped
                 for outcome in outcomes:
                     # rows count from the source's first: the shard may be read with other sources beside it
-                    ledger.add(replace(outcome.record, row=outcome.record.row - plan.begin))
+                    ledger.add(outcome.record._replace(row=outcome.record.row - plan.begin))
                     for example in outcome.examples:
                         writer.add(example.input_ids)
                 if ledger.rows["invalid"]:

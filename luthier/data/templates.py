@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -71,7 +70,7 @@ class Plain(Template):
             bare = prompt[len(self.tokens.prefix) : len(prompt) - len(self.tokens.suffix)]
             prompt = cut_source(bare, self.length, self.tokens.prefix, self.tokens.suffix)
         answer = cut_answer(only.answer, self.length - len(prompt))
-        return replace(rendered, rounds=(replace(only, prompt=prompt, answer=answer),))
+        return rendered._replace(rounds=(only._replace(prompt=prompt, answer=answer),))
 
 
 class PaddleNLP(Template):
@@ -139,7 +138,7 @@ class PaddleNLP(Template):
         ((prompt, answer),) = fit_rounds(
             len(rendered.head), [(only.prompt, only.answer)], limit, self.length
         )
-        return replace(rendered, rounds=(replace(only, prompt=prompt, answer=answer),))
+        return rendered._replace(rounds=(only._replace(prompt=prompt, answer=answer),))
 
 
 def choose(template: str, tokens: Tokens, length: int, source_length: int | None) -> Template:

@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Callable
 from functools import cached_property, partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,14 @@ from luthier.errors import Refused
 PROBE = "a"
 KNOWN = 1000  # pieces of text whose ids are remembered: what templates print around turns is always the same
 SHORT = 500  # characters of such a piece at most
-WORDS = 50_000  # remembered in the same way
+WORDS = 100_000  # remembered in the same way
 LONG = 50  # characters of such a word at most: in Chinese, where no blanks are, a word is a paragraph that never returns
 FEW = 5000  # so many are remembered whatever text they stand in
 # pre-tokenizers that do with a piece of text what they do with it beside a special token
 LOCAL = {"ByteLevel", "Split", "Digits", "Punctuation", "Whitespace", "WhitespaceSplit"}
 # Before a single space a pre-token ends, in GPT-2's way of cutting texts (ByteLevel's own) and in those of Llama 3
 # and Qwen 2: whatever holds a space begins with it, or is nothing but white space
-WORD = re.compile(r"(?<=\S)(?= \S)")
+WORD = re.compile(r"(?: ?\S+|\s+\S*)(?:(?! \S)\s+\S*)*")
 SPLITS = {
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
     rf"\p{{N}}{number}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -145,8 +146,14 @@ class Tokens:
             return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         if self._borders is None:
             return list(self._piece(text))
-        pieces = enumerate(self._borders.split(text))  # every second one is an added token
-        return [i for n, piece in pieces if piece for i in self._piece(piece, whole=n % 2 == 1)]
+        pieces = self._borders.split(text)  # every second one is an added token
+        if len(pieces) == 1:
+            return list(self._piece(text))
+        ids: Ids = []
+        for n, piece in enumerate(pieces):
+            if piece:
+                ids += self._known.get(piece) or self._piece(piece, whole=n % 2 == 1)
+        return ids
 
     def _piece(self, text: str, *, whole: bool = False) -> Ids:
         """Ids that nobody may change; of a text that has no words if it is `whole`."""
@@ -161,7 +168,14 @@ class Tokens:
         return found
 
     def _of_words(self, text: str) -> Ids:
-        words, known = WORD.split(text), self._known_words
+        words, known = WORD.findall(text), self._known_words
+        try:
+            return list(chain.from_iterable(map(known.__getitem__, words)))
+        except KeyError:
+            return self._of_new_words(text, words)
+
+    def _of_new_words(self, text: str, words: list[str]) -> Ids:
+        known = self._known_words
         found = {word: known.get(word) for word in words}  # another thread may empty what is known
         new = [word for word, ids in found.items() if ids is None]
         if 2 * len(new) > len(words) and len(known) > FEW:

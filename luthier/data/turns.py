@@ -7,15 +7,13 @@ The contract that all templates fulfil, and the check that none loses a message.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from luthier.data.truncation import Ids
 from luthier.errors import Refused
 
 
-@dataclass(frozen=True)
-class Turn:
+class Turn(NamedTuple):
     """A question and its answer; None is the answer that is to be generated. `tool`: the question is what a
     tool said; `metadata`: the tool that the answer calls."""
 
@@ -26,15 +24,13 @@ class Turn:
     metadata: str = ""
 
 
-@dataclass(frozen=True)
-class Conversation:
+class Conversation(NamedTuple):
     system: str
     turns: tuple[Turn, ...]
     context: Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class Round:
+class Round(NamedTuple):
     """Ids of one prompt and its answer with the end-of-turn token; `supervised`: the answer is trained."""
 
     prompt: Ids
@@ -42,8 +38,7 @@ class Round:
     supervised: bool = True
 
 
-@dataclass(frozen=True)
-class Rendered:
+class Rendered(NamedTuple):
     """`head` + rounds + `tail`. `tail` is what a template prints behind the last end-of-turn token; it
     is dropped where it does not fit. `cut` counts tokens lost already, `note` is for the ledger."""
 

@@ -14,9 +14,9 @@ import numpy as np
 from luthier.batch import IGNORE
 from luthier.config import RunConfig
 from luthier.data.blocks import TextPart
+from luthier.data.checks import check_labels
 from luthier.data.corpus import Corpus
 from luthier.data.corpus_open import prepare_corpus
-from luthier.data.encode import check_labels
 from luthier.data.shards import Shards
 from luthier.data.sources import Split
 from luthier.errors import Failed, Refused

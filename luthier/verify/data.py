@@ -17,8 +17,9 @@ from luthier.assemble import open_text
 from luthier.batch import IGNORE
 from luthier.configfile import Resolved
 from luthier.data.blanks import Blanks
+from luthier.data.checks import check_labels, check_supervision
 from luthier.data.dataset import Dataset, LazyDataset, prepare
-from luthier.data.encode import Example, Renderer, check_labels, check_supervision
+from luthier.data.encode import Example, Renderer
 from luthier.data.formats import Message
 from luthier.data.jinja import LAST_ONLY
 from luthier.data.ledger import Ledger

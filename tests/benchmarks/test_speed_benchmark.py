@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.speed import bare, contest, gpu, peers, table, workload
+from benchmarks.speed import __main__ as speed
+from benchmarks.speed import bare, contest, gpu, jobs, peers, table, workload
 from benchmarks.speed.runners import watch
 from luthier.batch import IGNORE, Batch
 
@@ -136,6 +137,17 @@ def test_only_luthier_sees_the_checkout(monkeypatch: pytest.MonkeyPatch) -> None
     assert theirs["OMP_NUM_THREADS"] == "2"
     ours = peers.environment_of({"threads": 2, "contestant": "luthier, compiled"})
     assert ours["PYTHONPATH"] == str(ROOT)
+
+
+def test_a_way_may_have_variables_of_its_own() -> None:
+    """Words in capitals behind `--also` are of the process, all others of the config."""
+    args = speed.parse(["--also", "plain:LUTHIER_NATIVE=0,train.compile=true"])
+    (way,) = (c for c in jobs.chosen(args, "lora") if c.name == "luthier, plain")
+    assert way.options["overrides"] == ["train.compile=true"]
+    (alone,) = (c for c in jobs.chosen(args, "lora") if c.name == "luthier, torch alone")
+    for options in (way.options, alone.options):
+        found = peers.environment_of({"threads": 2, "contestant": "luthier", "options": options})
+        assert found["LUTHIER_NATIVE"] == "0"
 
 
 def test_a_runner_that_dies_or_hangs_is_a_failure_with_its_last_words(

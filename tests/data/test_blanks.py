@@ -14,8 +14,9 @@ from small_data import config
 
 from luthier.batch import IGNORE
 from luthier.data.blanks import KINDS, Blanks, _spans
+from luthier.data.checks import check_labels, check_supervision
 from luthier.data.dataset import prepare
-from luthier.data.encode import Renderer, check_labels, check_supervision
+from luthier.data.encode import Renderer
 from luthier.data.formats import BadRow, Message
 from luthier.errors import Failed, Refused
 from luthier.models.load import quiet

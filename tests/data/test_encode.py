@@ -18,15 +18,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_to
 from transformers import PreTrainedTokenizerFast
 
 from luthier.batch import IGNORE, PADDING
-from luthier.data.encode import (
-    Dropped,
-    Example,
-    Renderer,
-    TooLong,
-    check_labels,
-    check_supervision,
-    reference,
-)
+from luthier.data.checks import check_labels, check_supervision
+from luthier.data.encode import Dropped, Example, Renderer, TooLong, reference
 from luthier.data.formats import FORMATS, BadRow, Message
 from luthier.data.jinja import Jinja
 from luthier.data.tokens import LONG, SPLITS, Tokens, borders, has_words, is_plain

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from luthier.batch import IGNORE, Layout
-from luthier.data.encode import Dropped, Renderer, check_labels, check_supervision
+from luthier.data.checks import check_labels, check_supervision
+from luthier.data.encode import Dropped, Renderer
 from luthier.data.formats import BadRow, Message
 from luthier.data.jinja import LAST_ONLY
 from luthier.data.loader import collate

@@ -87,7 +87,7 @@ def pieces_mixed_up(patch: Any) -> None:
     def wrong(self: Blanks, ids: Any) -> Any:
         rounds = list(right(self, ids))
         answers = [r.answer for r in rounds][::-1]
-        return tuple(replace(r, answer=a) for r, a in zip(rounds, answers, strict=True))
+        return tuple(r._replace(answer=a) for r, a in zip(rounds, answers, strict=True))
 
     patch.setattr(Blanks, "rounds", wrong)
 
@@ -97,7 +97,7 @@ def endless_answers(patch: Any) -> None:
 
     def wrong(self: Roles, *args: Any) -> Any:
         found = right(self, *args)
-        return replace(found, rounds=tuple(replace(r, answer=r.answer[:-1]) for r in found.rounds))
+        return found._replace(rounds=tuple(r._replace(answer=r.answer[:-1]) for r in found.rounds))
 
     patch.setattr(Roles, "render", wrong)
 

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 
 from luthier.assemble import evaluation_rows, open_data, open_text
 from luthier.batch import IGNORE, Layout
+from luthier.data.checks import check_labels
 from luthier.data.corpus import Corpus
-from luthier.data.encode import check_labels
 from luthier.errors import Refused
 from luthier.recipes import finetune, resolve
 from luthier.train.metrics import read_metrics

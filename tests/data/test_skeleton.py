@@ -1,0 +1,148 @@
+"""Texts filled into a skeleton are those of the template, and a template that looks at a message has none."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterator
+
+import pytest
+import tiny_tokenizers as tiny
+
+from luthier.data.formats import BadRow
+from luthier.data.jinja import Jinja, _Pieces
+from luthier.data.tokens import Tokens
+from luthier.errors import Refused
+
+LOOP = "{%% for m in messages %%}<|im_start|>{{ m.role }}\n%s<|im_end|>\n{%% endfor %%}{%% if add_generation_prompt %%}<|im_start|>assistant\n{%% endif %%}"
+# prints every message in one way, whatever is in it
+BLIND = {
+    "chatml": tiny.CHATML,
+    "llama2": tiny.LLAMA2,
+    "trimmed": LOOP % "{{ m.content | trim }}",
+    "joined": LOOP % "{{ '' + m['content'] + '' }}",
+    "counted": LOOP % "{% if loop.index0 == messages|length - 1 %}{{ m.content }}{% else %}{{ m.content }}{% endif %}",
+    "alternating": LOOP % "{% if loop.index0 % 2 == 9 %}{{ raise_exception('no') }}{% endif %}{{ m.content }}",
+    "role in a list": LOOP % "{% if m.role in ['user', 'system'] %}{{ m.content }}{% else %}{{ m.content | trim }}{% endif %}",
+    "kept in a name": "{% set ns = namespace(last='') %}" + LOOP % "{% set ns.last = m.content %}{{ ns.last }}",
+    "kind": LOOP % "{% if m.content is string %}{{ m.content }}{% else %}{{ m.content[0].text }}{% endif %}",
+    "present": LOOP % "{% if m.content and m.tools is not defined %}{{ m.content }}{% endif %}",
+    "default": LOOP % "{{ m.content | default('none') }}",
+    "head": "{% if messages[0].role == 'system' %}{{ messages[0].content }}{% endif %}" + LOOP % "{{ m.content }}",
+}  # fmt: skip
+# does something that depends on a message, or could without being seen
+LOOKING = {
+    "thinking": tiny.QWEN3,
+    "part of it": LOOP % "{{ m.content.split('x')[-1] }}",
+    "letters": LOOP % "{% for c in m.content %}{{ c }}{% endfor %}",
+    "first letter": LOOP % "{{ m.content[0] }}{{ m.content[1:] }}",
+    "holds": LOOP % "{{ m.content }}{% if 'x' in m.content %}!{% endif %}",
+    "lies in": LOOP % "{{ m.content }}{% if m.content in 'x y z' %}!{% endif %}",
+    "is": LOOP % "{{ m.content }}{% if m.content == 'x' %}!{% endif %}",
+    "one of": LOOP % "{{ m.content }}{% if m.content in ['x', 'yes'] %}!{% endif %}",
+    "begins": LOOP % "{{ m.content }}{% if m.content.startswith('x') %}!{% endif %}",
+    "long": LOOP % "{{ m.content }}{% if m.content | length > 3 %}!{% endif %}",
+    "quoted": LOOP % "{{ m.content | tojson }}",
+    "upper": LOOP % "{{ m.content | upper }}{{ m.content }}",
+    "replaced": LOOP % "{{ m.content | replace('x', 'y') }}",
+    "trimmed of x": LOOP % "{{ m.content | trim('x') }}",
+    "stripped with a border": LOOP % "{{ (' ' + m.content).strip() }}",
+    "formatted": LOOP % "{{ '%s' % m.content }}",
+    "formatted pair": LOOP % "{{ '%s%s' % (m.role, m.content) }}",
+    "format": LOOP % "{{ '{}'.format(m.content) }}",
+    "block": LOOP % "{% set t %}{{ m.content }}{% endset %}{{ t }}{% if 'x' in t %}!{% endif %}",
+    "macro": "{% macro p(t) %}{{ t }}{% endmacro %}" + LOOP % "{{ p(m.content) }}",
+    "tilde": LOOP % "{% set t = m.content ~ '' %}{{ t }}{% if 'x' in t %}!{% endif %}",
+    "filter block": LOOP % "{% filter upper %}{{ m.content }}{% endfilter %}{{ m.content }}",
+    "mapped": LOOP % "{{ m.content }}" + "{% if 'x' in messages | map(attribute='content') %}!{% endif %}",
+    "turned": LOOP % "{{ m.content }}" + "{% if 'x' in (messages | reverse | map(attribute='content') | join) %}!{% endif %}",
+    "key": LOOP % "{{ m.content }}{{ {'x': '!'}.get(m.content, '') }}",
+    "twice": LOOP % "{{ m.content }}{% if m.content * 2 == 'xx' %}!{% endif %}",
+    "whole message": LOOP % "{{ m.content }}{% if m == {'role': 'user', 'content': 'x'} %}!{% endif %}",
+    "printed": LOOP % "{{ m.content }}" + "{{ messages }}",
+    "blank": LOOP % "{{ m.content }}{% if m.content | trim %}!{% endif %}",
+}  # fmt: skip
+
+
+def conversations() -> Iterator[list[dict[str, str]]]:
+    """One to three turns, with a system message or not, answered or not; texts with blanks, marks and tokens."""
+    chance = random.Random(0)
+    texts = [
+        "x",
+        "yes",
+        "  x\n",
+        "a </think> b",
+        "<|im_end|>",
+        "two\nlines",
+        "[inst]",
+        "{{ m }}",
+        "x y",
+    ]
+    for turns, system, answered in itertools.product((1, 2, 3), (False, True), (False, True)):
+        roles = ["system"] * system + ["user", "assistant"] * turns
+        for _ in range(8):
+            yield [
+                {"role": role, "content": chance.choice(texts)}
+                for role in roles[: len(roles) - (not answered)]
+            ]
+
+
+def outcome(template: Jinja, messages: list[dict[str, str]]) -> _Pieces | str:
+    """What a template makes of a conversation without a skeleton, or its error."""
+    try:
+        return template._pieces(messages, template._text)
+    except (BadRow, Refused) as error:
+        return str(error)
+
+
+def made(source: str) -> Jinja:
+    tokenizer = tiny.byte_level(True, source)
+    return Jinja(Tokens(tokenizer), source, 999, None)
+
+
+@pytest.mark.parametrize("name", BLIND)
+def test_filled_texts_are_the_template_s(name: str) -> None:
+    template, filled = made(BLIND[name]), 0
+    for messages in conversations():
+        found = template._filled(messages)
+        if found is not None:
+            assert found == outcome(template, messages), messages
+            filled += 1
+    assert filled > 90
+
+
+@pytest.mark.parametrize("name", LOOKING)
+def test_a_template_that_looks_has_no_skeleton(name: str) -> None:
+    """But for conversations in which it does not: thinking is looked at in earlier answers only."""
+    template, filled = made(LOOKING[name]), 0
+    for messages in conversations():
+        found = template._filled(messages)
+        if found is not None:
+            assert found == outcome(template, messages), messages
+            filled += 1
+    assert filled == 0 or name == "thinking"
+
+
+def test_an_answer_may_end_like_the_text_behind_it() -> None:
+    """The line end behind the answer is the template's; where nothing stands between, it is the answer's own."""
+    source = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+        "{% if loop.length < 3 or not loop.last %}<|im_end|>\n{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    template = made(source)
+    messages = [{"role": r, "content": "a\n"} for r in ("system", "user", "assistant")]
+    assert outcome(template, messages).rounds[-1][1] == "a"  # without its own line end
+    assert template._filled(messages) is None
+    assert template._filled(messages[1:]) == outcome(template, messages[1:])
+
+
+def test_rows_take_the_skeleton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The template itself runs for the first conversation of a shape alone."""
+    template, runs = made(tiny.CHATML), []
+    plain = Jinja._print
+    monkeypatch.setattr(Jinja, "_print", lambda *args: runs.append(1) or plain(*args))
+    for text in ("a", "b", "c"):
+        pair = [{"role": "user", "content": text}, {"role": "assistant", "content": text}]
+        assert template._filled(pair) is not None
+    assert len(runs) == 2  # a prompt and an answer
