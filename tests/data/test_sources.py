@@ -12,6 +12,7 @@ import pytest
 from small_data import write_lines
 
 from luthier.config import DataConfig, DataPart
+from luthier.data import rowfiles
 from luthier.data.rowfiles import Unreadable, open_file
 from luthier.data.sources import Part, Source, open_evaluation, open_source, permutation
 from luthier.errors import Refused
@@ -39,6 +40,23 @@ def test_lines_and_arrays_give_rows_with_their_lines(tmp_path: Path) -> None:
         assert [opened.row(i)[0] for i in (4, 0, 2, 1, 3)] == [rows[i] for i in (4, 0, 2, 1, 3)]
     assert open_file(lines).row(3)[1] == f"{lines}:4"
     assert open_file(array).row(3)[1] == f"{array}:14"
+
+
+def test_rows_in_turn_come_from_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows asked for one after the other are read many at a time, also where one is longer than a block; those asked
+    for here and there, each alone."""
+    rows = [{"n": i, "text": "字" * (50 if i == 7 else i % 3)} for i in range(40)]
+    path = write_lines(tmp_path / "a.jsonl", rows)
+    monkeypatch.setattr(rowfiles, "BLOCK", 100)
+    opened_files, plain = [], rowfiles.FileIO
+    monkeypatch.setattr(rowfiles, "FileIO", lambda name: opened_files.append(name) or plain(name))
+    for order in (range(40), [*range(5, 12), *range(3, 9), 39, 0, 1, 2, 38], range(39, -1, -1)):
+        opened = open_file(path)
+        opened_files.clear()
+        assert [opened.row(i)[0] for i in order] == [rows[i] for i in order]
+        if order == range(40):
+            assert len(opened_files) < 20
+    assert len(opened_files) == 40  # backwards
 
 
 def test_blank_lines_bom_crlf_and_a_missing_last_newline(tmp_path: Path) -> None:
