@@ -15,6 +15,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,7 @@ def about(args: argparse.Namespace, device: str) -> dict[str, Any]:
         "command": f"python -m benchmarks.speed --model {Path(args.model).name} "
         f"--data {Path(args.data).name} {' '.join(words)}",
         "config": {"model": Path(args.model).name, "data": Path(args.data).name, **config},
+        "date": datetime.now(UTC).date().isoformat(),
         "versions": versions(),
         "commit": commit.stdout.strip() or None,
         "changed": bool(changed.stdout.strip()),  # files that differ from that commit

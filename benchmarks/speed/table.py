@@ -121,11 +121,45 @@ def _shapes(shapes: dict[str, Any]) -> str:
     return "\n".join([*lines, ""])
 
 
+def runs(files: dict[str, dict[str, Any]]) -> str:
+    """Luthier beside the best of the peers in all runs: name of a results file -> what it holds."""
+    lines = []
+    for file, found in files.items():
+        for job in found.get("jobs", []):
+            rows = {row["contestant"]: row for row in job["table"] if "tokens_per_second" in row}
+            ours, best = rows.get("luthier"), rows.get("TRL, best")
+            if not ours or not best:
+                continue
+            rates = [rate["all"] for rate in job["rates"]]
+            cells = [
+                found.get("date", ""),
+                JOBS[job["job"]],
+                f"{min(rates):,.0f} to {max(rates):,.0f}",
+                *(_spread(row["tokens_per_second"], "{:,.0f}") for row in (ours, best)),
+                _spread(best["luthier_is_faster_by"], "{:.2f}"),
+                f"{ours['share_of_product_limit']['median']:.0%}",
+                f"{ours['memory_peak'] / best['memory_peak']:.2f}",
+                f"{len(rates)}",
+                f"`{file}`",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(
+        [
+            "Luthier and TRL at its best in all runs that were kept:",
+            "",
+            "| date | job | products, GFLOP/s | Luthier, tokens/s | TRL | faster by | of the product limit | of TRL's memory | turns | file |",
+            "|---" * 10 + "|",
+            *lines,
+            "",
+        ]
+    )
+
+
 def _foot(found: dict[str, Any], file: str) -> str:
     v = found["versions"]
     changed = ", with changes" if found.get("changed") else ""
     return (
-        f"{found['device']}; torch {v['torch']}, transformers {v['transformers']}; commit {(found['commit'] or 'none')[:10]}{changed}. "
+        f"{f'{date}; ' if (date := found.get('date')) else ''}{found['device']}; torch {v['torch']}, transformers {v['transformers']}; commit {(found['commit'] or 'none')[:10]}{changed}. "
         f"Medians (least to greatest). `benchmarks/speed/results/{file}`.\n"
     )
 
