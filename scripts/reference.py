@@ -264,11 +264,11 @@ def _tables(page: Path, marks: tuple[str, str], results: Path) -> str:
 
 def speed() -> str:
     """The page with the tables of the speed benchmark between its marks, one block per results file."""
-    page = runpy.run_path(str(ROOT / "benchmarks" / "speed" / "table.py"))["page"]
-    found = {
-        path.name: json.loads(path.read_text("utf-8")) for path in sorted(SPEEDS.glob("*.json"))
-    }
-    return _between(SPEED, SPEED_MARKS, [page(facts, name) for name, facts in found.items()])
+    made = runpy.run_path(str(ROOT / "benchmarks" / "speed" / "table.py"))
+    paths = sorted(SPEEDS.rglob("*.json"))
+    found = {str(path.relative_to(SPEEDS)): json.loads(path.read_text("utf-8")) for path in paths}
+    newest = [made["page"](facts, name) for name, facts in found.items() if "/" not in name]
+    return _between(SPEED, SPEED_MARKS, [*newest, made["runs"](found)])
 
 
 def planning() -> str:

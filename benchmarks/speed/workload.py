@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +96,8 @@ def make(folder: Path, kind: str, settings: dict[str, Any], overrides: tuple[str
     supervised = [sum(label != IGNORE for r in step for label in r["labels"]) for step in steps]
     mean = sum(tokens) / len(tokens), sum(supervised) / len(supervised)
     shape = Shape.of(text.model_config)
+    if config.model.num_layers:
+        shape = replace(shape, layers=config.model.num_layers)
     lengths = [n for row in rows for n in row["lengths"]]
     return Work(
         job,

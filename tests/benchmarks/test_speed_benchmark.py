@@ -221,8 +221,7 @@ def test_flops_are_those_that_torch_counts(tiny_model: Callable[..., Any]) -> No
 # ---- what peers are given
 
 
-@pytest.fixture
-def job(tmp_path: Path, tiny_model: Any, tiny_tokenizer: Any) -> workload.Work:
+def made(tmp_path: Path, tiny_model: Any, tiny_tokenizer: Any, *overrides: str) -> workload.Work:
     from luthier.models.load import save_model
 
     save_model(tiny_model("llama"), tmp_path / "model", tiny_tokenizer())
@@ -235,7 +234,21 @@ def job(tmp_path: Path, tiny_model: Any, tiny_tokenizer: Any) -> workload.Work:
     settings = {"model": str(tmp_path / "model"), "data": str(tmp_path / "rows.jsonl")}
     numbers = {"length": 128, "batch": 2, "micro_batch": 1, "steps": 3, "rank": 4, "lr": 1e-3}
     words = {"dtype": "float32", "device": "cpu", "seed": 1, "threads": 1, "quantize": None}
-    return workload.make(tmp_path / "made", "lora", {**settings, **numbers, **words}, ())
+    return workload.make(tmp_path / "made", "lora", {**settings, **numbers, **words}, overrides)
+
+
+@pytest.fixture
+def job(tmp_path: Path, tiny_model: Any, tiny_tokenizer: Any) -> workload.Work:
+    return made(tmp_path, tiny_model, tiny_tokenizer)
+
+
+def test_work_is_that_of_the_layers_which_are_trained(
+    tmp_path: Path, tiny_model: Any, tiny_tokenizer: Any
+) -> None:
+    whole = made(tmp_path, tiny_model, tiny_tokenizer)
+    one = made(tmp_path, tiny_model, tiny_tokenizer, "model.num_layers=1")
+    assert one.attention_flops == pytest.approx(whole.attention_flops / 2)
+    assert one.flops < whole.flops
 
 
 def test_peers_get_the_very_rows_with_labels_as_they_expect_them(job: workload.Work) -> None:
