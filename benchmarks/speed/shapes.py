@@ -114,7 +114,7 @@ def one(
 
 
 def token_pool(args: argparse.Namespace, longest: int) -> Callable[[int, int], str]:
-    """Text of about the tokens asked for, cut from the data's own documents: `pool(i, tokens)`."""
+    """Text of nearly the tokens asked for, cut from the data's own documents: `pool(i, tokens)`."""
     tree = {"model": {"path": args.model}, "data": {"path": args.data}, "output": "none"}
     config = from_mapping(tree, [f"data.length={args.length}", "evaluate.every=never"]).config
     text = open_text(config)
@@ -128,8 +128,8 @@ def token_pool(args: argparse.Namespace, longest: int) -> Callable[[int, int], s
 
     def pool(number: int, tokens: int) -> str:
         start = number * tokens % (len(ids) - tokens - 64)
-        # text cut and read again may have fewer tokens; longer ones are cut by data.length
-        more = 64 if tokens > 1000 else 0
-        return text.tokenizer.decode(ids[start : start + tokens + more])
+        # text cut and read again may have more tokens, and a document that is cut has no end
+        fewer = 64 if tokens > 1000 else 0
+        return text.tokenizer.decode(ids[start : start + tokens - fewer])
 
     return pool

@@ -129,10 +129,9 @@ class Jinja(Template):
         key = len(messages), messages[0]["role"]  # after the first one they alternate
         if key not in self._skeletons:
             self._skeletons[key] = self._skeleton(messages)
-        skeleton = self._skeletons[key]
-        if skeleton is None:
+        skeleton, contents = self._skeletons[key], [message["content"] for message in messages]
+        if skeleton is None or not all(contents):
             return None
-        contents = [message["content"] for message in messages]
         rounds = [(fill(p, contents), fill(a, contents)) for p, a in skeleton.rounds]
         return _Pieces(rounds, fill(skeleton.tail, contents), skeleton.stable)
 

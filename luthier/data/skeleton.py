@@ -17,9 +17,8 @@ from jinja2 import nodes
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-Text = tuple[
-    str | tuple[int, bool], ...
-]  # constants, and (number of a message, whether it is stripped)
+# constants, and (number of a message, whether it is stripped)
+Text = tuple[str | tuple[int, bool], ...]
 Texts = Mapping[str, Any]  # a message, as templates see it: role and content
 
 # a mark is the number of a message between the first two, with the third behind it where blanks are taken off
@@ -29,8 +28,9 @@ MARK = re.compile(f"{OPEN}(\\d+){CLOSE}({BARE}?)")
 FILTERS = {"trim", "default", "d"}
 TESTS = {"defined", "undefined", "none", "string", "mapping", "number", "boolean", "true", "false"}
 WHOLE = {"length", "count", "first", "last", "list"}  # of a list of messages
-# pieces of text that become plain before a template could be seen looking at them
-UNSEEN = (nodes.AssignBlock, nodes.FilterBlock, nodes.Macro, nodes.CallBlock, nodes.Concat)
+# what makes plain texts of marks, so that the template could look at them unseen
+UNSEEN = (nodes.AssignBlock, nodes.FilterBlock, nodes.Macro, nodes.Concat)
+PLAIN = (int, float, type(None), jinja2.Undefined, jinja2.Environment, Context, nodes.EvalContext)
 
 
 class Looked(Exception):
@@ -104,7 +104,7 @@ def watched(template: jinja2.Template, source: str) -> jinja2.Template | None:
     could not be seen."""
     plain = template.environment
     tree = plain.parse(source)
-    if any(True for _ in tree.find_all(UNSEEN)) or any(map(_hides, tree.find_all(nodes.Expr))):
+    if any(map(_hides, tree.find_all(nodes.Node))):
         return None
     extensions = [type(extension) for extension in plain.extensions.values()]
     found = _Watching(
@@ -123,21 +123,31 @@ def watched(template: jinja2.Template, source: str) -> jinja2.Template | None:
     return found.from_string(source)
 
 
-def _hides(node: nodes.Expr) -> bool:
-    """Whether the expression could look at a mark on its right side, which a plain text on the left does unseen."""
+def _hides(node: nodes.Node) -> bool:
+    """Whether the template could look at a mark here unseen: made plain, or on the right side of a plain text."""
+    if isinstance(
+        node, nodes.CallBlock
+    ):  # those of extensions, as {% generation %}, print what they hold
+        return not isinstance(node.call.node, nodes.ExtensionAttribute)
     if isinstance(node, nodes.Mod):
         return isinstance(node.right, nodes.Tuple) or (
             isinstance(node.left, nodes.Const) and isinstance(node.left.value, str)
         )
-    if not isinstance(node, nodes.Compare) or isinstance(node.expr, nodes.Const):
-        return False
+    if not isinstance(node, nodes.Compare):
+        return isinstance(node, UNSEEN)
     seen = (nodes.List, nodes.Tuple)  # their items are compared one by one
-    return any(o.op in ("in", "notin") and not isinstance(o.expr, seen) for o in node.ops)
+    left = [node.expr, *(operand.expr for operand in node.ops)]
+    return any(
+        o.op in ("in", "notin")
+        and not isinstance(asked, nodes.Const)
+        and not isinstance(o.expr, seen)
+        for asked, o in zip(left, node.ops, strict=False)
+    )
 
 
 class _Watching(ImmutableSandboxedEnvironment):
     def call(self, context: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:
-        if any(map(_holds, (*args, *kwargs.values()))):
+        if any(map(_holds, (*args, *(v for k, v in kwargs.items() if k != "caller")))):
             raise Looked
         return super().call(context, function, *args, **kwargs)
 
@@ -163,13 +173,4 @@ def _holds(value: Any) -> bool:
         return any(map(_holds, (*value, *value.values())))
     if isinstance(value, str):
         return isinstance(value, Mark)
-    plain = (
-        int,
-        float,
-        type(None),
-        jinja2.Undefined,
-        Context,
-        nodes.EvalContext,
-        jinja2.Environment,
-    )
-    return not isinstance(value, plain)
+    return not isinstance(value, PLAIN)

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from benchmarks.speed import __main__ as speed
-from benchmarks.speed import bare, contest, gpu, jobs, peers, table, workload
+from benchmarks.speed import bare, contest, gpu, jobs, peers, shapes, table, workload
 from benchmarks.speed.runners import watch
 from luthier.batch import IGNORE, Batch
 
@@ -279,6 +280,16 @@ def test_labels_are_unshifted_within_documents_and_padding_is_left_out() -> None
     )
     (row,) = workload.unpack(batch)
     assert row == {"ids": [5, 6, 7, 8, 9], "labels": [IGNORE, 6, 7, IGNORE, 9], "lengths": [3, 2]}
+
+
+def test_long_documents_fit_with_their_end(job: workload.Work) -> None:
+    folder = Path(job.job["model"]).parent
+    words = ["--model", job.job["model"], "--data", str(folder / "rows.jsonl"), "--length", "128"]
+    pool = shapes.token_pool(speed.parse(words), 4096)
+    tokenizer = AutoTokenizer.from_pretrained(job.job["model"])
+    for number in range(3):
+        ids = tokenizer(pool(number, 2048), add_special_tokens=False)["input_ids"]
+        assert 1900 < len(ids) < 2048
 
 
 @pytest.mark.long

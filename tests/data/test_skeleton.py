@@ -18,6 +18,7 @@ LOOP = "{%% for m in messages %%}<|im_start|>{{ m.role }}\n%s<|im_end|>\n{%% end
 # prints every message in one way, whatever is in it
 BLIND = {
     "chatml": tiny.CHATML,
+    "generation": tiny.MARKED,
     "llama2": tiny.LLAMA2,
     "trimmed": LOOP % "{{ m.content | trim }}",
     "joined": LOOP % "{{ '' + m['content'] + '' }}",
@@ -38,6 +39,8 @@ LOOKING = {
     "first letter": LOOP % "{{ m.content[0] }}{{ m.content[1:] }}",
     "holds": LOOP % "{{ m.content }}{% if 'x' in m.content %}!{% endif %}",
     "lies in": LOOP % "{{ m.content }}{% if m.content in 'x y z' %}!{% endif %}",
+    "lies in a chain": LOOP % "{{ m.content }}{% if 'x' in m in 'xyz' %}!{% endif %}",
+    "called block": "{% macro p() %}{{ caller() }}{% endmacro %}" + LOOP % "{% call p() %}{{ m.content }}{% endcall %}",
     "is": LOOP % "{{ m.content }}{% if m.content == 'x' %}!{% endif %}",
     "one of": LOOP % "{{ m.content }}{% if m.content in ['x', 'yes'] %}!{% endif %}",
     "begins": LOOP % "{{ m.content }}{% if m.content.startswith('x') %}!{% endif %}",
@@ -132,9 +135,17 @@ def test_an_answer_may_end_like_the_text_behind_it() -> None:
     )
     template = made(source)
     messages = [{"role": r, "content": "a\n"} for r in ("system", "user", "assistant")]
-    assert outcome(template, messages).rounds[-1][1] == "a"  # without its own line end
+    whole = outcome(template, messages)
+    assert isinstance(whole, _Pieces) and whole.rounds[-1][1] == "a"  # without its own line end
     assert template._filled(messages) is None
     assert template._filled(messages[1:]) == outcome(template, messages[1:])
+
+
+def test_an_empty_message_is_rendered() -> None:
+    template = made(LOOP % "{% if m.content %}{{ m.content }}{% else %}none{% endif %}")
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert template._filled(messages) == outcome(template, messages)
+    assert template._filled([{"role": "user", "content": ""}, messages[1]]) is None
 
 
 def test_rows_take_the_skeleton(monkeypatch: pytest.MonkeyPatch) -> None:
