@@ -85,6 +85,9 @@ def one(
     settings |= {"length": shape.length, "batch": shape.batch, "micro_batch": shape.batch}
     settings["steps"] = shape.steps
     overrides = (f"model.num_layers={LAYERS}", f"data.packing={shape.packing}", "data.format=text")
+    if (known := config.max_position_embeddings) < shape.length:  # stretched, as a user would
+        factor = -(-shape.length // known)
+        overrides += ("model.rope_scaling.type=linear", f"model.rope_scaling.factor={factor}")
     work = make(folder / "rows", "lora", settings, overrides)
     place = contest.own(CONTESTANTS[0])
     sizes = Shape.of(config)

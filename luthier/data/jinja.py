@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from luthier.data.formats import BadRow
 from luthier.data.skeleton import Looked, cut, fill, marked, watched
@@ -129,19 +128,22 @@ class Jinja(Template):
         key = len(messages), messages[0]["role"]  # after the first one they alternate
         if key not in self._skeletons:
             self._skeletons[key] = self._skeleton(messages)
-        skeleton, contents = self._skeletons[key], [message["content"] for message in messages]
-        if skeleton is None or not all(contents):
+        skeleton = self._skeletons[key]
+        if skeleton is None or not all(message["content"] for message in messages):
             return None
-        rounds = [(fill(p, contents), fill(a, contents)) for p, a in skeleton.rounds]
-        return _Pieces(rounds, fill(skeleton.tail, contents), skeleton.stable)
+        return self._fill(skeleton, messages)
 
     def _skeleton(self, messages: list[dict[str, str]]) -> _Pieces | None:
-        template = watched(_compile_jinja_template(self.source), self.source)
-        if template is None:
-            return None
+        """That of all conversations with these roles; None where these messages are rendered to something else."""
         try:
+            if (template := watched(self.source)) is None:
+                return None
+            names = {"tools": None, "documents": None, **(self._special or {})}
             found = self._pieces(
-                marked(messages), lambda some, to_answer: self._print(template, some, to_answer)
+                marked(messages),
+                lambda some, to_answer: template.render(
+                    messages=some, add_generation_prompt=to_answer, **names
+                ),
             )
         except (Looked, Refused, jinja2.TemplateError, TypeError):
             return None  # each row has its own error
@@ -150,7 +152,15 @@ class Jinja(Template):
         ends = [a[-1] if isinstance(a[-1], str) else "" for _, a in rounds if a]
         if not found.stable or any(len(end) < len(self.tail) for end in ends):
             return None
-        return _Pieces(rounds, cut(found.tail), True)
+        skeleton = _Pieces(rounds, cut(found.tail), True)
+        right = self._fill(skeleton, messages) == self._pieces(messages, self._text)
+        return skeleton if right else None
+
+    @staticmethod
+    def _fill(skeleton: _Pieces, messages: list[dict[str, str]]) -> _Pieces:
+        contents = [message["content"] for message in messages]
+        rounds = [(fill(p, contents), fill(a, contents)) for p, a in skeleton.rounds]
+        return _Pieces(rounds, fill(skeleton.tail, contents), True)
 
     def shorten(self, conversation: Conversation, turn: int, rendered: Rendered) -> Rendered:
         """The oldest tokens of the question are lost; system, headers and generation prompt survive."""
@@ -190,8 +200,6 @@ class Jinja(Template):
                 f"'context' holds {sorted(taken)}, names that the chat template needs itself"
             )
         try:
-            if self._special is not None and not context:
-                return self._print(_compile_jinja_template(self.source), messages, to_answer)
             return self.tokens.tokenizer.apply_chat_template(
                 messages,
                 chat_template=self.source,
@@ -203,18 +211,6 @@ class Jinja(Template):
             raise
         except (jinja2.TemplateError, TypeError) as error:
             raise BadRow(f"the chat template says: {error}") from error
-
-    def _print(
-        self, template: jinja2.Template, messages: list[dict[str, str]], to_answer: bool
-    ) -> str:
-        """What apply_chat_template does with plain strings, without the copies that it makes first."""
-        return template.render(
-            messages=messages,
-            tools=None,
-            documents=None,
-            add_generation_prompt=to_answer,
-            **(self._special or {}),
-        )
 
 
 # names of apply_chat_template's own arguments

@@ -13,7 +13,10 @@ from functools import lru_cache, wraps
 from typing import Any
 
 import jinja2
+import jinja2.ext
 from jinja2 import nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -29,7 +32,7 @@ FILTERS = {"trim", "default", "d"}
 TESTS = {"defined", "undefined", "none", "string", "mapping", "number", "boolean", "true", "false"}
 WHOLE = {"length", "count", "first", "last", "list"}  # of a list of messages
 # what makes plain texts of marks, so that the template could look at them unseen
-UNSEEN = (nodes.AssignBlock, nodes.FilterBlock, nodes.Macro, nodes.Concat)
+UNSEEN = (nodes.AssignBlock, nodes.FilterBlock, nodes.Macro, nodes.CallBlock, nodes.Concat)
 PLAIN = (int, float, type(None), jinja2.Undefined, jinja2.Environment, Context, nodes.EvalContext)
 
 
@@ -98,29 +101,49 @@ def fill(text: Text, contents: Sequence[str]) -> str:
     )
 
 
+class _Generation(Extension):
+    """{% generation %} ... {% endgeneration %}, which marks answers for others, prints what stands between."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class _Watching(ImmutableSandboxedEnvironment):
+    """As transformers renders chat templates, but that it raises `Looked` where a template looks at a `Mark`."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=[_Generation, jinja2.ext.loopcontrols],
+        )
+        self.globals["raise_exception"] = _refuse
+        for known, blind in ((self.filters, FILTERS), (self.tests, TESTS)):
+            for name, run in list(known.items()):
+                if name not in blind:
+                    known[name] = _guarded(name, run)
+        self.filters["tojson"] = _look  # of transformers it is another one
+
+    def call(self, context: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:
+        if any(map(_holds, (*args, *kwargs.values()))):
+            raise Looked
+        return super().call(context, function, *args, **kwargs)
+
+
 @lru_cache(maxsize=8)
-def watched(template: jinja2.Template, source: str) -> jinja2.Template | None:
-    """`template`, compiled from `source`, so that it raises `Looked` where it looks at a `Mark`; None where that
-    could not be seen."""
-    plain = template.environment
-    tree = plain.parse(source)
-    if any(map(_hides, tree.find_all(nodes.Node))):
+def watched(source: str) -> jinja2.Template | None:
+    """A template that raises `Looked` where it looks at a `Mark`; None where that could not be seen."""
+    environment = _Watching()
+    if any(map(_hides, environment.parse(source).find_all(nodes.Node))):
         return None
-    extensions = [type(extension) for extension in plain.extensions.values()]
-    found = _Watching(
-        trim_blocks=plain.trim_blocks,
-        lstrip_blocks=plain.lstrip_blocks,
-        undefined=plain.undefined,
-        extensions=extensions,
-    )
-    found.globals.update(plain.globals)
-    for mine, known, blind in (
-        (found.filters, plain.filters, FILTERS),
-        (found.tests, plain.tests, TESTS),
-    ):
-        mine.clear()
-        mine.update((name, f if name in blind else _guarded(name, f)) for name, f in known.items())
-    return found.from_string(source)
+    return environment.from_string(source)
+
+
+def _refuse(reason: str) -> None:
+    raise jinja2.TemplateError(reason)
 
 
 def _hides(node: nodes.Node) -> bool:
@@ -143,13 +166,6 @@ def _hides(node: nodes.Node) -> bool:
         and not isinstance(o.expr, seen)
         for asked, o in zip(left, node.ops, strict=False)
     )
-
-
-class _Watching(ImmutableSandboxedEnvironment):
-    def call(self, context: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:
-        if any(map(_holds, (*args, *(v for k, v in kwargs.items() if k != "caller")))):
-            raise Looked
-        return super().call(context, function, *args, **kwargs)
 
 
 def _guarded(name: str, run: Callable[..., Any]) -> Callable[..., Any]:

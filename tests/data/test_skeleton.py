@@ -149,11 +149,19 @@ def test_an_empty_message_is_rendered() -> None:
 
 
 def test_rows_take_the_skeleton(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The template itself runs for the first conversation of a shape alone."""
+    """The template itself runs for the first conversation of a shape alone, to prove the skeleton."""
     template, runs = made(tiny.CHATML), []
-    plain = Jinja._print
-    monkeypatch.setattr(Jinja, "_print", lambda *args: runs.append(1) or plain(*args))
+    plain = Jinja._text
+    monkeypatch.setattr(Jinja, "_text", lambda *args: runs.append(1) or plain(*args))
     for text in ("a", "b", "c"):
         pair = [{"role": "user", "content": text}, {"role": "assistant", "content": text}]
         assert template._filled(pair) is not None
     assert len(runs) == 2  # a prompt and an answer
+
+
+def test_a_skeleton_that_is_wrong_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if transformers began to render a template in another way."""
+    template, plain = made(tiny.CHATML), Jinja._text
+    monkeypatch.setattr(Jinja, "_text", lambda *args: plain(*args).replace("user", "human"))
+    pair = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert template._filled(pair) is None
