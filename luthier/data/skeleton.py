@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, wraps
-from typing import Any
+from typing import Any, ClassVar
 
 import jinja2
 import jinja2.ext
@@ -104,7 +104,7 @@ def fill(text: Text, contents: Sequence[str]) -> str:
 class _Generation(Extension):
     """{% generation %} ... {% endgeneration %}, which marks answers for others, prints what stands between."""
 
-    tags = {"generation"}
+    tags: ClassVar = {"generation"}
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         next(parser.stream)
