@@ -16,7 +16,7 @@ import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from luthier.data.formats import BadRow
-from luthier.data.skeleton import Looked, cut, fill, marked, watched
+from luthier.data.skeleton import Asked, Looked, cut, fill, marked, watched
 from luthier.data.tokens import Tokens
 from luthier.data.truncation import cut_answer, cut_source
 from luthier.data.turns import Conversation, Rendered, Round, Template, check_lost, system_message
@@ -55,7 +55,8 @@ class Jinja(Template):
         known = tokens.tokenizer
         own = type(known).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template
         self._special = None if own else dict(known.special_tokens_map)
-        self._skeletons: dict[tuple[int, str], _Pieces | None] = {}
+        self._skeletons: dict[tuple[int, str], tuple[_Pieces, tuple[Asked, ...]] | None] = {}
+        self._proved: set[tuple[int, str]] = set()
         try:
             question = [{"role": "user", "content": "Q"}]
             prompt = self._text(question, True)
@@ -122,25 +123,37 @@ class Jinja(Template):
         )
 
     def _filled(self, messages: list[dict[str, str]]) -> _Pieces | None:
-        """`_pieces`, from a skeleton; None where the template has none."""
+        """`_pieces`, from a skeleton that the first conversation proved; None where the template has none of these."""
         if self._special is None:
             return None
         key = len(messages), messages[0]["role"]  # after the first one they alternate
         if key not in self._skeletons:
             self._skeletons[key] = self._skeleton(messages)
-        skeleton = self._skeletons[key]
-        if skeleton is None or not all(message["content"] for message in messages):
+        found = self._skeletons[key]
+        contents = [message["content"] for message in messages]
+        if found is None or not all(contents):
             return None
-        return self._fill(skeleton, messages)
+        skeleton, asked = found
+        if not all(question.denied(contents) for question in asked):
+            return None
+        rounds = [(fill(p, contents), fill(a, contents)) for p, a in skeleton.rounds]
+        filled = _Pieces(rounds, fill(skeleton.tail, contents), True)
+        if key not in self._proved:
+            if filled != self._pieces(messages, self._text):
+                self._skeletons[key] = None
+                return None
+            self._proved.add(key)
+        return filled
 
-    def _skeleton(self, messages: list[dict[str, str]]) -> _Pieces | None:
-        """That of all conversations with these roles; None where these messages are rendered to something else."""
+    def _skeleton(self, messages: list[dict[str, str]]) -> tuple[_Pieces, tuple[Asked, ...]] | None:
+        """That of conversations with these roles, and what must be false of them."""
+        asked: list[Asked] = []
         try:
             if (template := watched(self.source)) is None:
                 return None
             names = {"tools": None, "documents": None, **(self._special or {})}
             found = self._pieces(
-                marked(messages),
+                marked(messages, asked),
                 lambda some, to_answer: template.render(
                     messages=some, add_generation_prompt=to_answer, **names
                 ),
@@ -152,15 +165,7 @@ class Jinja(Template):
         ends = [a[-1] if isinstance(a[-1], str) else "" for _, a in rounds if a]
         if not found.stable or any(len(end) < len(self.tail) for end in ends):
             return None
-        skeleton = _Pieces(rounds, cut(found.tail), True)
-        right = self._fill(skeleton, messages) == self._pieces(messages, self._text)
-        return skeleton if right else None
-
-    @staticmethod
-    def _fill(skeleton: _Pieces, messages: list[dict[str, str]]) -> _Pieces:
-        contents = [message["content"] for message in messages]
-        rounds = [(fill(p, contents), fill(a, contents)) for p, a in skeleton.rounds]
-        return _Pieces(rounds, fill(skeleton.tail, contents), True)
+        return _Pieces(rounds, cut(found.tail), True), tuple(dict.fromkeys(asked))
 
     def shorten(self, conversation: Conversation, turn: int, rendered: Rendered) -> Rendered:
         """The oldest tokens of the question are lost; system, headers and generation prompt survive."""

@@ -29,7 +29,21 @@ BLIND = {
     "kind": LOOP % "{% if m.content is string %}{{ m.content }}{% else %}{{ m.content[0].text }}{% endif %}",
     "present": LOOP % "{% if m.content and m.tools is not defined %}{{ m.content }}{% endif %}",
     "default": LOOP % "{{ m.content | default('none') }}",
+    "role in a name": "{% set known = ['user', 'tool'] %}" + LOOP % "{{ m.content }}{% if m.role in known and m.role not in known[1:] %}!{% endif %}",
+    "in another branch": LOOP % "{{ m.content }}{% if tools %}{% if m.content in tools %}!{% endif %}{{ tools | tojson }}{% endif %}",
+    "called beside names": LOOP % "{% set t = m.content %}{% set role = m.role.strip('x') %}{{ t }}",
     "head": "{% if messages[0].role == 'system' %}{{ messages[0].content }}{% endif %}" + LOOP % "{{ m.content }}",
+}  # fmt: skip
+# asks a message something that is mostly not so
+ASKING = {
+    "holds": LOOP % "{{ m.content }}{% if 'x' in m.content %}!{% endif %}",
+    "begins": LOOP % "{{ m.content }}{% if m.content.startswith('x') %}!{% endif %}",
+    "trimmed of x": LOOP % "{{ m.content | trim('x') }}",
+    "ends": LOOP % "{{ m.content }}{% if m.content.endswith('b') %}!{% endif %}",
+    "holds, stripped": LOOP % "{% set t = m.content | trim %}{{ t }}{% if '\\n' in t %}!{% endif %}",
+    "left": LOOP % "{{ m.content.lstrip('\\n ') }}",
+    "right": LOOP % "{{ m.content.rstrip() }}",
+    "only when it holds": LOOP % "{% if '</think>' in m.content %}{{ m.content.split('</think>')[-1] }}{% else %}{{ m.content }}{% endif %}",
 }  # fmt: skip
 # does something that depends on a message, or could without being seen
 LOOKING = {
@@ -37,18 +51,15 @@ LOOKING = {
     "part of it": LOOP % "{{ m.content.split('x')[-1] }}",
     "letters": LOOP % "{% for c in m.content %}{{ c }}{% endfor %}",
     "first letter": LOOP % "{{ m.content[0] }}{{ m.content[1:] }}",
-    "holds": LOOP % "{{ m.content }}{% if 'x' in m.content %}!{% endif %}",
     "lies in": LOOP % "{{ m.content }}{% if m.content in 'x y z' %}!{% endif %}",
     "lies in a chain": LOOP % "{{ m.content }}{% if 'x' in m in 'xyz' %}!{% endif %}",
     "called block": "{% macro p() %}{{ caller() }}{% endmacro %}" + LOOP % "{% call p() %}{{ m.content }}{% endcall %}",
     "is": LOOP % "{{ m.content }}{% if m.content == 'x' %}!{% endif %}",
     "one of": LOOP % "{{ m.content }}{% if m.content in ['x', 'yes'] %}!{% endif %}",
-    "begins": LOOP % "{{ m.content }}{% if m.content.startswith('x') %}!{% endif %}",
     "long": LOOP % "{{ m.content }}{% if m.content | length > 3 %}!{% endif %}",
     "quoted": LOOP % "{{ m.content | tojson }}",
     "upper": LOOP % "{{ m.content | upper }}{{ m.content }}",
     "replaced": LOOP % "{{ m.content | replace('x', 'y') }}",
-    "trimmed of x": LOOP % "{{ m.content | trim('x') }}",
     "stripped with a border": LOOP % "{{ (' ' + m.content).strip() }}",
     "formatted": LOOP % "{{ '%s' % m.content }}",
     "formatted pair": LOOP % "{{ '%s%s' % (m.role, m.content) }}",
@@ -59,6 +70,9 @@ LOOKING = {
     "filter block": LOOP % "{% filter upper %}{{ m.content }}{% endfilter %}{{ m.content }}",
     "mapped": LOOP % "{{ m.content }}" + "{% if 'x' in messages | map(attribute='content') %}!{% endif %}",
     "turned": LOOP % "{{ m.content }}" + "{% if 'x' in (messages | reverse | map(attribute='content') | join) %}!{% endif %}",
+    "holds, joined": LOOP % "{% set t = 'y' + m.content %}{{ t }}{% if 'yx' in t %}!{% endif %}",
+    "holds the other": LOOP % "{{ m.content }}{% if messages[0].content in m.content %}!{% endif %}",
+    "begins with one of": LOOP % "{{ m.content }}{% if m.content.startswith(('x', 'y')) %}!{% endif %}",
     "key": LOOP % "{{ m.content }}{{ {'x': '!'}.get(m.content, '') }}",
     "twice": LOOP % "{{ m.content }}{% if m.content * 2 == 'xx' %}!{% endif %}",
     "whole message": LOOP % "{{ m.content }}{% if m == {'role': 'user', 'content': 'x'} %}!{% endif %}",
@@ -112,6 +126,16 @@ def test_filled_texts_are_the_template_s(name: str) -> None:
             assert found == outcome(template, messages), messages
             filled += 1
     assert filled > 90
+
+
+@pytest.mark.parametrize("name", ASKING)
+def test_a_template_that_asks_has_one_for_those_who_say_no(name: str) -> None:
+    template, filled, rendered = made(ASKING[name]), 0, 0
+    for messages in conversations():
+        found = template._filled(messages)
+        filled, rendered = filled + (found is not None), rendered + (found is None)
+        assert found is None or found == outcome(template, messages), messages
+    assert filled > 5 and rendered > 5
 
 
 @pytest.mark.parametrize("name", LOOKING)
