@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Any, Literal, TypeVar
 
 T = TypeVar("T")
@@ -125,7 +126,7 @@ def _best_fit(sizes: list[int], kept: list[int], length: int) -> list[list[int]]
             break
         loose, full = [], []
         for row in rows:
-            (full if sum(sizes[i] for i in row) > 0.99 * length else loose).append(row)
+            (full if sum(map(sizes.__getitem__, row)) > 0.99 * length else loose).append(row)
         # loose rows are the left-overs, too much alike: as many full ones are undone with them
         step = max(len(full) // max(len(loose), 1), 1)
         undone = full[turn % step :: step][: len(loose)]
@@ -152,14 +153,15 @@ def _best_fit(sizes: list[int], kept: list[int], length: int) -> list[list[int]]
 def _tightest(sizes: list[int], kept: list[int], length: int) -> list[list[int]]:
     """The better of two orders: longest first, or data order. Which one wins depends on how the lengths
     are spread."""
-    rows = _exact_fit(sizes, sorted(kept, key=lambda i: -sizes[i]), length)
+    rows = _exact_fit(sizes, sorted(kept, key=sizes.__getitem__, reverse=True), length)
     if _wasteful(sizes, rows, length):
         rows = min(rows, _exact_fit(sizes, kept, length), key=len)
     return rows
 
 
 def _wasteful(sizes: list[int], rows: list[list[int]], length: int) -> bool:
-    return sum(sizes[i] for row in rows for i in row) < (1 - WASTE) * len(rows) * length
+    filled = sum(map(sizes.__getitem__, chain.from_iterable(rows)))
+    return filled < (1 - WASTE) * len(rows) * length
 
 
 def _exact_fit(sizes: list[int], order: list[int], length: int) -> list[list[int]]:
@@ -209,11 +211,14 @@ def _exact_fit(sizes: list[int], order: list[int], length: int) -> list[list[int
             if not stock[n]:
                 present ^= 1 << n
                 mirror ^= 1 << (length - n)
-            fits = present & ((2 << room) - 1)
-            longest = fits.bit_length() - 1
-            if not fits or longest == room:
+            longest = present.bit_length() - 1
+            if longest > room:
+                longest = (present & ((2 << room) - 1)).bit_length() - 1  # of those that fit
+            if longest < 1 or longest == room:
                 n = max(longest, 0)
+            elif room > 3 * longest:  # neither two nor three fill it
+                n = longest
             else:
-                n = pair(room) or (triple(room) if room <= 3 * longest else 0) or longest
+                n = pair(room) or triple(room) or longest
         rows.append(row)
     return rows
